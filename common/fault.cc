@@ -1,0 +1,103 @@
+#include "common/fault.h"
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <chrono>
+#include <csignal>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_split.h"
+
+namespace holdfast {
+
+absl::Status FaultPoints::Parse(std::string_view spec) {
+  for (absl::string_view item : absl::StrSplit(ToAbsl(spec), ';', absl::SkipEmpty())) {
+    std::pair<std::string, std::string> parts = absl::StrSplit(item, absl::MaxSplits('=', 1));
+    std::pair<std::string, std::string> action = absl::StrSplit(parts.second, absl::MaxSplits('@', 1));
+    int nth = 1;
+    if (!action.second.empty() && !absl::SimpleAtoi(action.second, &nth)) {
+      return InvalidArgument("fault point '" + std::string(item) + "': the pass is not a number");
+    }
+    if (action.first == "kill") {
+      KillAt(parts.first, nth);
+    } else if (action.first == "block") {
+      BlockAt(parts.first, nth);
+    } else if (action.first == "eio") {
+      FailAt(parts.first, ErrnoStatus(EIO, "injected at " + parts.first), nth);
+    } else if (action.first == "enospc") {
+      FailAt(parts.first, ErrnoStatus(ENOSPC, "injected at " + parts.first), nth);
+    } else {
+      return InvalidArgument("fault point '" + std::string(item) + "': the action is not kill, block, eio or enospc");
+    }
+  }
+  return absl::OkStatus();
+}
+
+void FaultPoints::Arm(std::string_view point, Kind kind, absl::Status status, int nth) {
+  MutexLock lock(&mutex_);
+  Point& p = points_[std::string(point)];
+  p.kind = kind;
+  p.status = std::move(status);
+  p.countdown = nth == 0 ? -1 : nth;
+  p.released = false;
+}
+
+void FaultPoints::FailAt(std::string_view point, absl::Status status, int nth) {
+  Arm(point, Kind::kFail, std::move(status), nth);
+}
+void FaultPoints::BlockAt(std::string_view point, int nth) { Arm(point, Kind::kBlock, absl::OkStatus(), nth); }
+void FaultPoints::KillAt(std::string_view point, int nth) { Arm(point, Kind::kKill, absl::OkStatus(), nth); }
+
+void FaultPoints::Release(std::string_view point) {
+  MutexLock lock(&mutex_);
+  points_[std::string(point)].released = true;
+  changed_.SignalAll();
+}
+
+absl::Status FaultPoints::Pass(std::string_view point) {
+  MutexLock lock(&mutex_);
+  Point& p = points_[std::string(point)];
+  p.passes++;
+  if (p.kind == Kind::kNone || p.countdown == 0) return absl::OkStatus();
+  if (p.countdown > 0 && --p.countdown > 0) return absl::OkStatus();
+  p.fired++;
+  changed_.SignalAll();
+  switch (p.kind) {
+    case Kind::kFail:
+      return p.status;
+    case Kind::kKill:
+      kill(getpid(), SIGKILL);
+      return absl::OkStatus();
+    case Kind::kBlock:
+      while (!p.released) changed_.Wait(&mutex_);
+      return absl::OkStatus();
+    case Kind::kNone:
+      break;
+  }
+  return absl::OkStatus();
+}
+
+int FaultPoints::passes(std::string_view point) const {
+  MutexLock lock(&mutex_);
+  auto it = points_.find(point);
+  return it == points_.end() ? 0 : it->second.passes;
+}
+
+int FaultPoints::fired(std::string_view point) const {
+  MutexLock lock(&mutex_);
+  auto it = points_.find(point);
+  return it == points_.end() ? 0 : it->second.fired;
+}
+
+bool FaultPoints::WaitFired(std::string_view point, int count, int seconds) const {
+  auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
+  MutexLock lock(&mutex_);
+  while (true) {
+    auto it = points_.find(point);
+    if (it != points_.end() && it->second.fired >= count) return true;
+    if (!changed_.WaitUntil(&mutex_, deadline)) return false;
+  }
+}
+
+}  // namespace holdfast

@@ -1,0 +1,42 @@
+#include "common/fault.h"
+
+#include <cerrno>
+#include <thread>
+
+#include "gtest/gtest.h"
+
+namespace holdfast {
+namespace {
+
+TEST(FaultTest, TheNthPassFailsOnceAndIsCounted) {
+  FaultPoints faults;
+  faults.FailAt("write", ErrnoStatus(ENOSPC, "write"), 2);
+  EXPECT_TRUE(faults.Pass("write").ok());
+  EXPECT_EQ(StatusErrno(faults.Pass("write")), ENOSPC);
+  EXPECT_TRUE(faults.Pass("write").ok());
+  EXPECT_EQ(faults.passes("write"), 3);
+  EXPECT_EQ(faults.fired("write"), 1);
+}
+
+TEST(FaultTest, ABlockedPassWaitsForItsRelease) {
+  FaultPoints faults;
+  faults.BlockAt("step");
+  std::thread thread([&] { EXPECT_TRUE(faults.Pass("step").ok()); });
+  EXPECT_TRUE(faults.WaitFired("step", 1, 10));
+  faults.Release("step");
+  thread.join();
+}
+
+TEST(FaultTest, ASpecIsParsedAndABadOneIsNamed) {
+  FaultPoints faults;
+  ASSERT_TRUE(faults.Parse("a=eio@2;b=enospc").ok());
+  EXPECT_TRUE(faults.Pass("a").ok());
+  EXPECT_EQ(StatusErrno(faults.Pass("a")), EIO);
+  EXPECT_EQ(StatusErrno(faults.Pass("b")), ENOSPC);
+  EXPECT_NE(std::string(FromAbsl(faults.Parse("c=explode").message())).find("c=explode"), std::string::npos);
+}
+
+TEST(FaultTest, NoFaultPointsMeansNoFaults) { EXPECT_TRUE(PassFault(nullptr, "x").ok()); }
+
+}  // namespace
+}  // namespace holdfast

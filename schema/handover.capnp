@@ -1,0 +1,137 @@
+# The protocol between the supervisor and its workers. This file is the specification: someone can write another worker
+# for this supervisor from it, from ledger.h and from README.md. Fields are appended, never renumbered, retyped or
+# reused; a default means the old behaviour; an unknown method or field is answered, not fatal.
+#
+# Transport: Cap'n Proto RPC (two-party) over the unix socket pair that the worker finds at descriptor 3, with
+# descriptor passing (at most 253 descriptors a message, hence pages). The supervisor's bootstrap is a Supervisor.
+@0xfbc8412bdb0888d3;
+
+using Cxx = import "/capnp/c++.capnp";
+$Cxx.namespace("holdfast::schema");
+
+interface Descriptor {
+  # An object without methods that carries one file descriptor (SCM_RIGHTS). The receiver dups it out and drops it.
+}
+
+# Capability bits. A side announces all it supports; the intersection holds. Bits are positive: a bit never means that
+# something is missing.
+const capServeReads :UInt64 = 1;        # grant, park, resume, the ledger (the first protocol)
+const capMetadataHandover :UInt64 = 2;  # yieldMetadata, takeMetadata
+const capNeverSupported :UInt64 = 0x8000000000000000;  # reserved: no build ever announces it (for tests)
+
+struct Hello {
+  # A worker introduces itself.
+  capabilities @0 :UInt64;
+  build @1 :Text;        # version and build id, for people
+  token @2 :Data;        # the secret from HOLDFAST_TOKEN: proves that this is the process the supervisor started
+  pid @3 :UInt32;
+}
+
+struct Welcome {
+  capabilities @0 :UInt64;      # the intersection
+  generation @1 :UInt64;        # of this worker; never reused within one state folder
+  vaultId @2 :Data;             # 16 random bytes, new each time the supervisor starts without inherited state
+  ledger @3 :Descriptor;        # this worker's own ledger (memfd), layout in ledger.h
+  requestPipes @4 :List(PipePair);  # one a ledger slot, in order; the supervisor keeps duplicates
+  snapshotListener @5 :Descriptor;  # listening unix socket of the snapshots gRPC API
+  stateDir @6 :Text;
+  runtimeDir @7 :Text;
+}
+
+struct PipePair {
+  readEnd @0 :Descriptor;
+  writeEnd @1 :Descriptor;
+}
+
+struct InitOptions {
+  # How the supervisor shall answer FUSE_INIT. It answers the bits of `flags` that the kernel offered.
+  flags @0 :UInt64;             # FUSE_INIT flags, flags2 in the upper half
+  maxBackground @1 :UInt16 = 64;
+  congestionThreshold @2 :UInt16 = 48;
+  maxPages @3 :UInt16 = 256;
+  maxStackDepth @4 :UInt32;     # 1 when passthrough is wanted, else 0
+  readAheadKib @5 :UInt32;      # of the mount's bdi; 0 = the kernel's default
+  maxReadahead @6 :UInt32;      # 0 = what the kernel offered
+}
+
+enum MountState {
+  mounting @0;
+  live @1;
+  detached @2;   # umount(2) done, still used by a container's overlay: must be served
+  gone @3;
+}
+
+struct MountEntry {
+  mountId @0 :UInt64;
+  state @1 :MountState;
+  path @2 :Text;                # absolute, under the state folder
+  device @3 :Descriptor;        # /dev/fuse, O_NONBLOCK; a dup, all generations share one open file description
+  initRequest @4 :Data;         # the kernel's FUSE_INIT, header included
+  initReply @5 :Data;           # what the supervisor answered, header included
+  blob @6 :Data;                # what the worker attached (mount_blob.capnp); the supervisor never reads it
+}
+
+struct OldLedger {
+  # The ledger of a worker that is dead or parked and may still hold unanswered requests.
+  generation @0 :UInt64;
+  ledger @1 :Descriptor;
+  requestPipes @2 :List(PipePair);
+  ownerExited @3 :Bool;         # its pidfd has fired: no thread of it can still write
+}
+
+interface Supervisor {
+  register @0 (hello :Hello, worker :Worker, admin :Capability) -> (welcome :Welcome);
+  # First call. `admin` is an admin.capnp WorkerAdmin, handed to holdfastctl unread.
+
+  mount @1 (path :Text, options :InitOptions, blob :Data) -> (entry :MountEntry);
+  # Mounts a FUSE file system (MS_RDONLY|MS_NODEV, allow_other, default_permissions) on an existing folder under the state
+  # folder, answers FUSE_INIT and returns the live mount. Off the supervisor's main loop; concurrent calls are fine.
+
+  setBlob @2 (mountId :UInt64, blob :Data) -> ();
+  # Replaces the blob; on return it is what a successor will see.
+
+  unmount @3 (mountId :UInt64) -> (state :MountState);
+  # umount(2). A layer in use becomes `detached`, else `gone`. Only the metadata owner may call it.
+
+  mounts @4 (after :UInt64, limit :UInt32) -> (entries :List(MountEntry), more :Bool);
+  # A page of the vault in mountId order: entries with mountId > after that are live or detached. At most 200.
+
+  oldLedgers @5 () -> (ledgers :List(OldLedger));
+  # Every ledger but the caller's own that was not reported drained.
+
+  drained @6 (generation :UInt64) -> ();
+  # No unanswered request is left in that ledger. The supervisor drops it once its owner's exit is proven.
+
+  progress @7 (step :Text) -> ();
+  # For status and the log: what the worker is doing while it starts.
+}
+
+interface Worker {
+  serve @0 () -> ();
+  # Take over reads: fetch the vault's pages and the old ledgers, adopt every record, start reading. Returns when every
+  # mount is being read. May be called while the predecessor is being killed.
+
+  ownerExited @1 (generation :UInt64) -> ();
+  # That worker's exit is proven: walk its ledger once more.
+
+  takeMetadata @2 () -> ();
+  # Open the metadata store, start accepting snapshots calls, restore mounts that the vault does not hold, allow eviction.
+
+  park @3 () -> ();
+  # Stop reading and stop answering: every request not answered stays in the ledger. Returns when no thread holds one.
+
+  resume @4 () -> ();
+  # Undo park: adopt what is left in the own ledger and in the other ledgers, read again.
+
+  yieldMetadata @5 () -> ();
+  # Finish the metadata sections under way, close the store, stop accepting. Calls still open on old connections are
+  # forwarded to whoever listens from now on. After the return this worker writes nothing.
+
+  retire @6 () -> ();
+  # Forward old calls until their connections end, then exit with 0. Returns at once.
+
+  mountsGone @7 (mountIds :List(UInt64)) -> ();
+  # These mounts exist no more: drop their descriptors, pins and blobs.
+
+  ping @8 () -> (loopAgeNanos :UInt64);
+}

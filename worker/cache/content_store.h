@@ -1,0 +1,103 @@
+// Layer content on disk. Decompressed chunks lie packed in one sparse file a layer, in blob order, with a presence map
+// beside it; the pair describes itself and survives every restart. No database, so reading needs none.
+//
+// Folder: <root>/<sha256 hex of the layer>/{content.<g>, presence.<g>}, g = store generation of the layer (a new one after
+// an eviction; eviction unlinks whole files, so a reader in the middle of one keeps valid bytes through its descriptor).
+//
+// Invariants:
+//  1. Presence never outlives data: the bytes are written before their mark is set, a mark is never set for bytes that a
+//     power failure may have lost (docs/STORAGE.md), and eviction removes presence before content.
+//  2. Two worker generations may store the same chunk at once: same bytes, same mark, no lock needed.
+//  3. Only the metadata owner evicts (AllowEviction).
+//  4. A mark says under which vault id (supervisor start) the bytes were verified. Content from an earlier one is
+//     re-verified before its first use: StateOf says kUnverified until MarkVerified or Drop.
+//
+// Thread safety: all methods. Errors: ResourceExhausted for a full disk or a reached limit (the caller serves the bytes
+// without storing them), DataLoss for a damaged presence file (it is renamed aside and started afresh).
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "common/clock.h"
+#include "common/fault.h"
+#include "common/io.h"
+#include "common/status.h"
+
+namespace holdfast::cache {
+
+struct StoreOptions {
+  std::string root;
+  std::string vault_id;              // 32 hex digits
+  uint64_t limit_bytes = 0;          // 0 = no limit
+  uint64_t free_floor_bytes = 0;     // stop storing when the file system has less free than this
+  const Clock* clock = Clock::Real();
+  FaultPoints* faults = nullptr;     // cache.before_data, cache.before_mark
+};
+
+struct StoreStats {
+  uint64_t bytes = 0;
+  uint64_t limit_bytes = 0;
+  uint64_t evicted_bytes = 0;
+  uint64_t damaged_chunks = 0;
+  uint64_t unstored_bytes = 0;
+};
+
+enum class ChunkState : uint8_t { kAbsent = 0, kUnverified = 1, kPresent = 2 };
+
+// The content of one layer. Held by shared_ptr; an eviction replaces the files behind it (Data() then returns the new
+// ones), and whoever still holds the old Data keeps reading valid bytes.
+class LayerContent {
+ public:
+  // One store generation: the open files.
+  struct Files {
+    UniqueFd data;                   // O_RDWR; chunk c lies at its store_offset
+    UniqueFd presence;
+    std::atomic<uint8_t>* marks = nullptr;  // mapped, one byte a chunk
+    uint64_t mapped_bytes = 0;
+    uint64_t generation = 0;
+    ~Files();
+  };
+
+  virtual ~LayerContent() = default;
+  virtual std::shared_ptr<const Files> files() const = 0;
+  // State of a chunk in `files`. One atomic load; safe on the read path. kPresent also implies that the data file is long
+  // enough.
+  virtual ChunkState StateOf(const Files& files, uint64_t chunk) const = 0;
+  // Stores a verified chunk (data, then mark). Counts toward the limit.
+  virtual absl::Status Put(uint64_t chunk, uint64_t store_offset, std::string_view bytes) = 0;
+  virtual void MarkVerified(const Files& files, uint64_t chunk) = 0;
+  // The bytes on disk are wrong: forget the chunk (counted as damaged).
+  virtual void Drop(const Files& files, uint64_t chunk, uint64_t size) = 0;
+  // An application read from this layer. Kept at hour granularity, written in batches.
+  virtual void Touch() = 0;
+  virtual uint64_t bytes() const = 0;
+  virtual int64_t last_access_wall_nanos() const = 0;
+};
+
+class ContentStore {
+ public:
+  virtual ~ContentStore() = default;
+  static absl::StatusOr<std::unique_ptr<ContentStore>> Open(const StoreOptions& options);
+
+  // The same object for the same digest while somebody holds it. `layer_digest` is "sha256:<hex>". `chunk_count` and
+  // `content_bytes` are checked against what is on disk: content of another shape is dropped.
+  virtual absl::StatusOr<std::shared_ptr<LayerContent>> OpenLayer(const std::string& layer_digest, uint64_t chunk_count,
+                                                                  uint64_t content_bytes) = 0;
+  // From now on this process may evict: layers nobody holds first, least recently read first, then idle held ones.
+  virtual void AllowEviction(bool allow) = 0;
+  // Removes the content of a layer that nobody holds. OK when there is none. Metadata owner only.
+  virtual absl::Status RemoveLayer(const std::string& layer_digest) = 0;
+  // Digests of all layers on disk.
+  virtual std::vector<std::string> ListLayers() const = 0;
+  virtual StoreStats stats() const = 0;
+  // Makes stored content durable and writes access times (called every few seconds by the owner, and before it parks).
+  virtual void Flush() = 0;
+};
+
+}  // namespace holdfast::cache

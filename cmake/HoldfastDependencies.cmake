@@ -1,5 +1,5 @@
-# Every dependency comes from Debian 12's packages and is linked statically, except libc, OpenSSL, libcurl and
-# libsystemd: an `apt upgrade` that replaces a library under a running worker must not stop its successor from
+# Every dependency comes from Debian 12's packages and is linked statically, except libc, OpenSSL, libcurl,
+# libsystemd and libunwind: an `apt upgrade` that replaces a library under a running worker must not stop its successor from
 # starting (docs/HANDOVER.md). Each dep_* target below is the one name by which a module may ask for a library;
 # tests/lint checks which module does.
 
@@ -24,7 +24,8 @@ function(holdfast_static_dependency name)
     list(APPEND files ${file})
   endforeach()
   add_library(dep_${name} INTERFACE)
-  target_link_libraries(dep_${name} INTERFACE -Wl,--start-group ${files} -Wl,--end-group ${ARG_DEPS} Threads::Threads)
+  list(JOIN files "," files)
+  target_link_libraries(dep_${name} INTERFACE "$<LINK_GROUP:RESCAN,${files}>" ${ARG_DEPS} Threads::Threads)
 endfunction()
 
 # abseil is some eighty archives; the linker takes what is needed.
@@ -35,10 +36,11 @@ endif()
 # Test-only helpers that drag gtest in; nothing of ours uses them.
 list(FILTER HOLDFAST_ABSL_ARCHIVES EXCLUDE REGEX "scoped_mock_log|test_util|testing")
 add_library(dep_absl INTERFACE)
-target_link_libraries(dep_absl INTERFACE -Wl,--start-group ${HOLDFAST_ABSL_ARCHIVES} -Wl,--end-group rt Threads::Threads)
+list(JOIN HOLDFAST_ABSL_ARCHIVES "," HOLDFAST_ABSL_JOINED)
+target_link_libraries(dep_absl INTERFACE "$<LINK_GROUP:RESCAN,${HOLDFAST_ABSL_JOINED}>" rt Threads::Threads)
 
-holdfast_static_dependency(glog PACKAGE "libgoogle-glog-dev, libgflags-dev, libunwind-dev, liblzma-dev"
-  ARCHIVES glog gflags unwind lzma)
+# libunwind (glog's stack traces) stays shared: Debian's archive of it is not position-independent.
+holdfast_static_dependency(glog PACKAGE "libgoogle-glog-dev, libgflags-dev" ARCHIVES glog gflags DEPS unwind)
 holdfast_static_dependency(capnp PACKAGE libcapnp-dev ARCHIVES capnp-rpc capnp kj-async kj)
 holdfast_static_dependency(kj_http PACKAGE libcapnp-dev ARCHIVES kj-http kj-async kj z)
 holdfast_static_dependency(protobuf PACKAGE libprotobuf-dev ARCHIVES protobuf z)

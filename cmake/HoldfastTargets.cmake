@@ -35,6 +35,9 @@ function(holdfast_program name)
   cmake_parse_arguments(ARG "" "" "SRCS;DEPS" ${ARGN})
   add_executable(${name} ${ARG_SRCS})
   target_link_libraries(${name} PRIVATE holdfast_options ${ARG_DEPS})
+  if(NOT HOLDFAST_SANITIZE)
+    target_link_options(${name} PRIVATE -static-libstdc++ -static-libgcc)
+  endif()
 endfunction()
 
 # holdfast_test(name LABEL unit SRCS ... DEPS ... [TIMEOUT seconds] [SERIAL]): one ctest entry for a GoogleTest program.

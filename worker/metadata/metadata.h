@@ -1,8 +1,8 @@
 // Snapshot metadata in LevelDB: the only user of LevelDB. Typed rows, atomic synced batches, a schema version.
 //
 // Rows: snap/<key> -> SnapshotRow; id/next -> counter; meta/schema -> version. Values are JSON with a "v" field (readable
-// with standard tools in an emergency; golden bytes in tests/golden). References are derived from rows (parent), never
-// counted.
+// with standard tools in an emergency; format and golden bytes in row_codec.h). References are derived from rows (parent),
+// never counted. All rows are kept in memory too, so reads cost microseconds and go on while the disk is full.
 // Thread safety: all methods; one writer at a time inside. Every write is synced before it returns (group commit).
 // Errors: NotFound, AlreadyExists, FailedPrecondition as named; ResourceExhausted when the disk is full (nothing changed);
 // DataLoss when the store is damaged (Open names the folder).
@@ -36,6 +36,8 @@ struct SnapshotRow {
   std::string lazy_image;                    // reference to fetch from
   std::string lazy_index;                    // SHA-256 of the LayerIndex
   uint64_t lazy_blob_size = 0;
+  std::string lazy_tenant;                   // whose credentials and fair share its fetches use
+  std::string unknown_fields;                // JSON object of fields a newer build wrote; kept when the row is rewritten
 };
 
 // One atomic change: rows to write and keys to erase.
@@ -53,6 +55,10 @@ class MetadataStore {
 
   virtual std::optional<SnapshotRow> Get(const std::string& key) const = 0;
   virtual std::vector<SnapshotRow> All() const = 0;      // by key; one consistent view
+  // The same without copies; a row is never changed in place.
+  virtual std::vector<std::shared_ptr<const SnapshotRow>> Rows() const = 0;
+  // Rows whose parent is `parent` (""; the rows without one), by key.
+  virtual std::vector<std::shared_ptr<const SnapshotRow>> ChildrenOf(const std::string& parent) const = 0;
   virtual absl::StatusOr<uint64_t> NextId() = 0;         // durable before it returns
   virtual absl::Status Apply(const Batch& batch) = 0;    // atomic, synced
 };

@@ -1,0 +1,80 @@
+"""A TCP proxy that adds a delay to every HTTP request, counts, and can hold requests. Steered over a unix socket with a
+line of JSON a connection: {"delay_ms": 20}, {"hold": true}; every answer is the counters.
+
+    slow_proxy.py PORT UPSTREAM_HOST:PORT CONTROL_SOCKET
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sys
+
+
+class Proxy:
+    def __init__(self, upstream: str):
+        self._host, _, port = upstream.rpartition(":")
+        self._port = int(port)
+        self._delay = 0.0
+        self._open = asyncio.Event()
+        self._open.set()
+        self._counters = {"requests": 0, "bytes": 0, "held": 0}
+
+    async def control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        words = json.loads(await reader.readline() or b"{}")
+        self._delay = float(words.get("delay_ms", self._delay * 1000)) / 1000
+        if words.get("hold") is True:
+            self._open.clear()
+        elif words.get("hold") is False:
+            self._open.set()
+        writer.write(json.dumps(self._counters).encode() + b"\n")
+        await writer.drain()
+        writer.close()
+
+    async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            if data.startswith((b"GET ", b"HEAD ")):
+                self._counters["requests"] += 1
+                await asyncio.sleep(self._delay)
+                self._counters["held"] += 1
+                await self._open.wait()
+                self._counters["held"] -= 1
+            writer.write(data)
+            await writer.drain()
+
+    async def _answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 18):
+            self._counters["bytes"] += len(data)
+            writer.write(data)
+            await writer.drain()
+
+    async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upward = None
+        try:
+            back, upward = await asyncio.open_connection(self._host, self._port)
+            for end in (writer, upward):
+                end.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            ways = [asyncio.create_task(self._requests(reader, upward)), asyncio.create_task(self._answers(back, writer))]
+            # Either end closing ends both ways: nobody on the way uses half-closed connections.
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+        except OSError:
+            pass
+        finally:
+            for end in (writer, upward):
+                if end is not None:
+                    end.close()
+
+
+async def main(port: int, upstream: str, control: str) -> None:
+    proxy = Proxy(upstream)
+    server = await asyncio.start_server(proxy.connection, "127.0.0.1", port)
+    await asyncio.start_unix_server(proxy.control, control)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1]), sys.argv[2], sys.argv[3]))

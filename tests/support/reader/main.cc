@@ -1,4 +1,5 @@
 // holdfast-reader: see --help. Statically linked, so it also runs inside a container.
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -76,6 +77,11 @@ int main(int argc, char** argv) {
   CLI11_PARSE(app, argc, argv);
 
   std::signal(SIGTERM, [](int) { stop = true; });
+  rlimit files = {};
+  if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+    files.rlim_cur = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
+  }
   try {
     if (scan->parsed()) {
       holdfast::reader::Write(holdfast::reader::Scan(root), manifest);

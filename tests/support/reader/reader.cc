@@ -51,10 +51,24 @@ struct Work {
   uint64_t block = 0;
 };
 
+// Descriptors of all files, in their order; empty when files are opened anew for each read.
+struct Held {
+  std::vector<int> plain;
+  std::vector<int> direct;  // O_DIRECT
+  ~Held() {
+    for (int fd : plain) close(fd);
+    for (int fd : direct) close(fd);
+  }
+  int For(Mode mode, size_t file) const {
+    const std::vector<int>& fds = mode == Mode::kDirect ? direct : plain;
+    return fds.empty() ? -1 : fds[file];
+  }
+};
+
 // One thread's share. Everything it counts is its own; the caller merges.
 class Reader {
  public:
-  Reader(const Options& options, const std::vector<File>& files, const std::vector<int>& held, uint64_t seed)
+  Reader(const Options& options, const std::vector<File>& files, const Held& held, uint64_t seed)
       : options_(options), files_(files), held_(held), random_(seed) {
     if (posix_memalign(&buffer_, 4096, kBlock) != 0) throw std::runtime_error("no memory");
   }
@@ -88,7 +102,7 @@ class Reader {
     if (mode == Mode::kExec) {
       Exec(options_.exec_paths[random_() % options_.exec_paths.size()]);
     } else {
-      Block(mode, files_[work.file], held_.empty() ? -1 : held_[work.file], work.block);
+      Block(mode, files_[work.file], held_.For(mode, work.file), work.block);
     }
     auto nanos = std::chrono::duration_cast<std::chrono::nanoseconds>(Time::now() - start).count();
     report.latency[Name(mode)].Add(static_cast<uint64_t>(nanos));
@@ -103,9 +117,7 @@ class Reader {
   void Block(Mode mode, const File& file, int held, uint64_t block) {
     std::string path = options_.root + "/" + file.path;
     int fd = held;
-    if (fd < 0 || mode == Mode::kDirect) {
-      fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | (mode == Mode::kDirect ? O_DIRECT : 0));
-    }
+    if (fd < 0) fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | (mode == Mode::kDirect ? O_DIRECT : 0));
     if (fd < 0) return Fail("open " + path + ": " + std::strerror(errno));
     if (!file.blocks.empty()) {
       if (mode == Mode::kMmap) {
@@ -173,19 +185,17 @@ class Reader {
 
   const Options& options_;
   const std::vector<File>& files_;
-  const std::vector<int>& held_;
+  const Held& held_;
   std::mt19937_64 random_;
   void* buffer_ = nullptr;
 };
 
-std::vector<int> OpenAll(const Options& options, const std::vector<File>& files) {
-  std::vector<int> held;
+void OpenAll(const Options& options, const std::vector<File>& files, int flags, std::vector<int>* held) {
   for (const File& file : files) {
-    int fd = open((options.root + "/" + file.path).c_str(), O_RDONLY | O_CLOEXEC);
+    int fd = open((options.root + "/" + file.path).c_str(), O_RDONLY | O_CLOEXEC | flags);
     if (fd < 0) throw std::runtime_error("open " + file.path + ": " + std::strerror(errno));
-    held.push_back(fd);
+    held->push_back(fd);
   }
-  return held;
 }
 
 std::vector<Work> AllBlocks(const std::vector<File>& files, uint64_t seed) {
@@ -209,8 +219,12 @@ void InstallSigbus() {
 Report Run(const Options& options, const std::vector<File>& files, const std::atomic<bool>& stop) {
   if (files.empty()) throw std::runtime_error("the manifest is empty");
   InstallSigbus();
-  std::vector<int> held;
-  if (options.hold_open) held = OpenAll(options, files);
+  Held held;
+  if (options.hold_open) {
+    bool direct = std::find(options.modes.begin(), options.modes.end(), Mode::kDirect) != options.modes.end();
+    OpenAll(options, files, 0, &held.plain);
+    if (direct) OpenAll(options, files, O_DIRECT, &held.direct);
+  }
   if (!options.ready_file.empty()) {
     int fd = open(options.ready_file.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
     if (fd >= 0) close(fd);
@@ -240,7 +254,6 @@ Report Run(const Options& options, const std::vector<File>& files, const std::at
       if (total.errors.size() < static_cast<size_t>(options.error_lines)) total.errors.push_back(error);
     }
   }
-  for (int fd : held) close(fd);
   return total;
 }
 

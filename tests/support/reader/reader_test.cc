@@ -70,6 +70,7 @@ TEST_F(ReaderTest, AMappingBeyondTheEndIsAFailureNotACrash) {
 
 TEST_F(ReaderTest, HeldFilesAreReadAfterTheirNamesAreGone) {
   options_.hold_open = true;
+  options_.modes = {Mode::kRead, Mode::kPread, Mode::kMmap, Mode::kDirect};
   options_.once = false;
   options_.seconds = 0.2;
   Report report = reader::Run(options_, files_, stop_);

@@ -68,7 +68,7 @@ TEST_F(ReaderTest, AMappingBeyondTheEndIsAFailureNotACrash) {
   EXPECT_GE(report.failed, 7u);
 }
 
-TEST_F(ReaderTest, HeldFilesAreReadAfterTheirNamesAreGone) {
+TEST_F(ReaderTest, HeldFilesAreReadInEveryMode) {
   options_.hold_open = true;
   options_.modes = {Mode::kRead, Mode::kPread, Mode::kMmap, Mode::kDirect};
   options_.once = false;

@@ -69,6 +69,7 @@ int main(int argc, char** argv) {
   read->add_option("--exec", options.exec_paths, "Program under the root for mode exec");
   read->add_option("--threads", options.threads);
   read->add_option("--seconds", options.seconds, "Read random blocks for so long");
+  read->add_option("--ops-per-second", options.ops_per_second, "Of each thread, with --seconds; 0 = no limit");
   read->add_flag("--once", options.once, "Read every block once, in random order");
   read->add_flag("--hold-open", options.hold_open, "Open every file first, read through those descriptors only");
   read->add_option("--seed", options.seed);

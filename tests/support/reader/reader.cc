@@ -77,7 +77,13 @@ class Reader {
   Reader& operator=(const Reader&) = delete;
 
   void RunRandom(Time::time_point end, const std::atomic<bool>& stop) {
+    auto next = Time::now();
     while (!stop && Time::now() < end) {
+      if (options_.ops_per_second > 0) {
+        std::this_thread::sleep_until(next);
+        next = std::max(next, Time::now()) + std::chrono::nanoseconds(
+                                                 static_cast<int64_t>(1e9 / options_.ops_per_second));
+      }
       Work work;
       work.file = random_() % files_.size();
       const File& file = files_[work.file];

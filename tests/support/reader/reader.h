@@ -20,6 +20,7 @@ struct Options {
   std::vector<std::string> exec_paths;   // relative to root; run with no arguments, must exit with 0
   int threads = 4;
   double seconds = 0;                    // > 0: random blocks until then
+  double ops_per_second = 0;             // of each thread; 0 = as fast as it goes
   bool once = false;                     // every block of every file exactly once (split over the threads)
   bool hold_open = false;                // open every file first and read through those descriptors only
   uint64_t seed = 1;

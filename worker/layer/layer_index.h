@@ -105,6 +105,9 @@ absl::StatusOr<BuiltIndex> BuildLayerIndex(const toc::Toc& toc, const IndexInfo&
 class LayerIndex;
 absl::StatusOr<BuiltIndex> BindImpliedFolders(const LayerIndex& base, const ParentAttributes& parent_attributes);
 
+// Stores an index as <folder>/<sha256>.idx, whole or not at all; nothing is written if it is there already.
+absl::Status WriteIndexFile(const std::string& folder, const BuiltIndex& index);
+
 class LayerIndex {
  public:
   virtual ~LayerIndex() = default;
@@ -113,6 +116,9 @@ class LayerIndex {
   // passes empty for speed when the file was verified under the same vault id) and validates it.
   static absl::StatusOr<std::shared_ptr<const LayerIndex>> Open(const std::string& path,
                                                                 const std::string& expected_sha256);
+
+  // The same over bytes in memory (BuiltIndex::bytes); the digest is not checked.
+  static absl::StatusOr<std::shared_ptr<const LayerIndex>> FromBytes(std::string bytes);
 
   virtual const IndexInfo& info() const = 0;
   virtual uint32_t numbering_version() const = 0;

@@ -41,7 +41,8 @@ class Fleet:
 def _content(rng: random.Random, size: int) -> bytes:
     """Half words, half noise: compresses to about two thirds, as binaries do."""
     text = b" ".join(rng.choice(_WORDS) for _ in range(size // 14 + 1))
-    return (text + rng.randbytes(size))[len(text) - size // 2 :][:size]
+    text = text[: size // 2]
+    return text + rng.randbytes(size - len(text))
 
 
 def _manifest_line(path: str, content: bytes) -> str:

@@ -1,0 +1,100 @@
+// holdfastctl's end of schema/control.capnp as plain structs. Blocking, single-threaded.
+// Errors: Unavailable when nothing answers on the socket (exit code 3); else what the supervisor said.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/io.h"
+#include "common/status.h"
+
+namespace holdfast::ctl {
+
+struct WorkerStatus {
+  uint64_t generation = 0;
+  uint32_t pid = 0;
+  std::string role, build, executable;
+  int64_t started_wall_nanos = 0;
+  uint64_t requests_received = 0, requests_answered = 0;
+};
+
+struct SwapStatus {
+  std::string kind, result, from_build, to_build;
+  int64_t finished_wall_nanos = 0;
+  uint64_t pause_nanos = 0, requests_carried_over = 0;
+};
+
+struct SupervisorStatus {
+  std::string build, phase, state_dir;
+  uint32_t pid = 0;
+  int64_t started_wall_nanos = 0;
+  std::vector<WorkerStatus> workers;
+  uint64_t mounts_live = 0, mounts_detached = 0, crashes = 0, carried_over_total = 0, swaps = 0;
+  SwapStatus last_swap;
+  std::vector<std::string> warnings;
+};
+
+struct MountInfo {
+  uint64_t mount_id = 0;
+  std::string state, path;
+  // From the worker's blob; empty when it cannot be read.
+  std::string layer_digest, image, index_digest;
+  uint64_t snapshot_id = 0;
+};
+
+struct LedgerFd {
+  uint64_t generation = 0;
+  UniqueFd memory;
+  bool owner_exited = false;
+};
+
+struct LayerInfo {
+  std::string digest, image, index_digest;
+  uint64_t compressed_bytes = 0, content_bytes = 0, cached_bytes = 0, fetched_bytes = 0, files = 0;
+  uint32_t mounts = 0;
+  int64_t last_access_wall_nanos = 0;
+};
+
+struct SnapshotInfo {
+  std::string key, parent, kind, lazy_digest, image;
+  uint64_t id = 0;
+  int64_t created_wall_nanos = 0;
+};
+
+struct WorkerStats {
+  uint64_t fetch_requests = 0, fetch_bytes = 0, fetch_failures = 0, fetch_retries = 0, fetch_in_flight = 0;
+  uint64_t cache_bytes = 0, cache_limit_bytes = 0, cache_evicted_bytes = 0, cache_damaged_chunks = 0,
+           cache_unstored_bytes = 0;
+};
+
+struct TraceEntry {
+  int64_t wall_nanos = 0;
+  uint64_t duration_nanos = 0;
+  std::string event, detail;
+};
+
+struct UpgradeResult {
+  SwapStatus swap;
+  bool changed = false;
+};
+
+class ControlClient {
+ public:
+  virtual ~ControlClient() = default;
+  static absl::StatusOr<std::unique_ptr<ControlClient>> Connect(const std::string& socket_path);
+
+  virtual absl::StatusOr<SupervisorStatus> Status() = 0;
+  virtual absl::StatusOr<std::vector<MountInfo>> Mounts() = 0;
+  virtual absl::StatusOr<std::vector<LedgerFd>> Ledgers() = 0;
+  // The next four ask the running worker: FailedPrecondition while none runs.
+  virtual absl::StatusOr<std::vector<LayerInfo>> Layers() = 0;
+  virtual absl::StatusOr<std::vector<SnapshotInfo>> Snapshots() = 0;
+  virtual absl::StatusOr<WorkerStats> Stats() = 0;
+  virtual absl::StatusOr<std::vector<TraceEntry>> Trace(uint32_t limit) = 0;
+  // Returns when the swap is over, however long it takes.
+  virtual absl::StatusOr<UpgradeResult> Upgrade(const std::string& worker_path, bool force) = 0;
+};
+
+}  // namespace holdfast::ctl

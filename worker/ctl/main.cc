@@ -1,0 +1,160 @@
+// holdfastctl: asks the supervisor, and through it the worker, over one unix socket.
+#include <CLI/CLI.hpp>
+
+#include <cstdio>
+#include <iostream>
+#include <string>
+
+#include "common/clock.h"
+#include "worker/ctl/control_client.h"
+#include "worker/ctl/inflight.h"
+#include "worker/ctl/report.h"
+
+namespace holdfast::ctl {
+namespace {
+
+enum ExitCode { kDone = 0, kFailed = 1, kUsage = 2, kNotReachable = 3 };
+
+constexpr char kExamples[] = R"(
+Examples:
+  holdfastctl status                       is everything all right, and what was the last swap
+  holdfastctl layers                       what is mounted lazily, and how much of it is on this disk
+  holdfastctl inflight                     which reads wait right now (works when the worker is dead or hangs)
+  holdfastctl upgrade                      swap to the worker installed now; containers go on reading
+  holdfastctl upgrade --worker ./holdfast-worker
+  holdfastctl --json status | jq .last_swap
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the supervisor cannot be reached.)";
+
+struct Options {
+  std::string socket = "/run/holdfast/supervisor.sock";
+  bool json = false;
+  std::string worker;
+  bool force = false;
+  uint32_t limit = 50;
+};
+
+class Session {
+ public:
+  Session(const Options& options, std::string command) : options_(options), command_(std::move(command)) {}
+
+  int Run();
+
+ private:
+  int Status();
+  int Inflight();
+  int Upgrade();
+  int Fail(const absl::Status& status, const std::string& advice);
+
+  template <typename T, typename Text, typename AsJson>
+  int Show(const absl::StatusOr<T>& value, Text text, AsJson json) {
+    if (!value.ok()) return Fail(value.status(), "is a worker running? `holdfastctl status` shows it");
+    std::cout << (options_.json ? json(*value) : text(*value));
+    return kDone;
+  }
+
+  const Options& options_;
+  const std::string command_;
+  const int64_t now_ = Clock::Real()->WallNanos();
+  std::unique_ptr<ControlClient> client_;
+};
+
+int Session::Fail(const absl::Status& status, const std::string& advice) {
+  const std::string message(FromAbsl(status.message()));
+  if (options_.json) std::cout << ErrorJson(command_, message, advice);
+  std::cerr << "holdfastctl " << command_ << ": " << message << "\n";
+  if (!advice.empty()) std::cerr << "  " << advice << "\n";
+  return status.code() == absl::StatusCode::kUnavailable ? kNotReachable : kFailed;
+}
+
+int Session::Status() {
+  absl::StatusOr<SupervisorStatus> status = client_->Status();
+  if (!status.ok()) return Fail(status.status(), "");
+  // The worker's figures are an extra: a dead worker must not spoil the answer.
+  std::optional<WorkerStats> stats;
+  if (absl::StatusOr<WorkerStats> answer = client_->Stats(); answer.ok()) stats = *answer;
+  std::cout << (options_.json ? StatusJson(*status, stats) : StatusText(*status, stats, now_));
+  return kDone;
+}
+
+int Session::Inflight() {
+  absl::StatusOr<std::vector<LedgerFd>> ledgers = client_->Ledgers();
+  if (!ledgers.ok()) return Fail(ledgers.status(), "");
+  ctl::Inflight inflight;
+  for (const LedgerFd& ledger : *ledgers) {
+    auto requests = ReadLedgerFd(ledger.memory.get(), Clock::Real()->BootNanos());
+    if (!requests.ok()) return Fail(requests.status(), "");
+    inflight.requests.insert(inflight.requests.end(), requests->begin(), requests->end());
+  }
+  absl::StatusOr<std::vector<MountInfo>> mounts = client_->Mounts();
+  if (mounts.ok()) inflight.mounts = std::move(*mounts);
+  std::cout << (options_.json ? InflightJson(inflight) : InflightText(inflight));
+  return kDone;
+}
+
+int Session::Upgrade() {
+  if (!options_.json) std::cerr << "swapping the worker; containers go on reading ...\n";
+  absl::StatusOr<UpgradeResult> result = client_->Upgrade(options_.worker, options_.force);
+  if (!result.ok()) {
+    return Fail(result.status(),
+                "the old worker still serves and nothing was lost; see the worker's log lines in the supervisor's "
+                "journal, try the binary with --self-test, then upgrade again");
+  }
+  std::cout << (options_.json ? UpgradeJson(*result) : UpgradeText(*result));
+  return kDone;
+}
+
+int Session::Run() {
+  auto client = ControlClient::Connect(options_.socket);
+  if (!client.ok()) {
+    return Fail(client.status(),
+                "is holdfast-supervisor running (systemctl status holdfast), does --socket name its socket, and are "
+                "you root?");
+  }
+  client_ = std::move(*client);
+  if (command_ == "status") return Status();
+  if (command_ == "inflight") return Inflight();
+  if (command_ == "upgrade") return Upgrade();
+  if (command_ == "mounts") return Show(client_->Mounts(), MountsText, MountsJson);
+  if (command_ == "layers") {
+    return Show(client_->Layers(), [&](const auto& layers) { return LayersText(layers, now_); }, LayersJson);
+  }
+  if (command_ == "snapshots") {
+    return Show(client_->Snapshots(), [&](const auto& snapshots) { return SnapshotsText(snapshots, now_); },
+                SnapshotsJson);
+  }
+  return Show(client_->Trace(options_.limit), TraceText, TraceJson);
+}
+
+int Main(int argc, char** argv) {
+  Options options;
+  CLI::App app("Looks after a holdfast snapshotter: what it serves, and the swap of its worker.");
+  app.footer(kExamples);
+  app.require_subcommand(1);
+  app.fallthrough();
+  app.add_option("--socket", options.socket, "the supervisor's control socket")->capture_default_str();
+  app.add_flag("--json", options.json, "machine-readable output, {\"schema\": 1, ...}; keys are only ever added");
+  app.set_version_flag("--version", HOLDFAST_VERSION);
+  app.add_subcommand("status", "supervisor, workers, mounts, the last swap; works without a worker");
+  app.add_subcommand("mounts", "every FUSE mount the supervisor holds, detached ones included");
+  app.add_subcommand("layers", "lazily served layers: cached, fetched, by which image");
+  app.add_subcommand("snapshots", "every snapshot that containerd knows here");
+  app.add_subcommand("inflight", "requests that are not answered yet; works without a worker");
+  CLI::App* upgrade = app.add_subcommand("upgrade", "swap the worker while containers go on reading");
+  upgrade->add_option("--worker", options.worker, "the executable to swap to (default: the installed one)");
+  upgrade->add_flag("--force,--reexec", options.force,
+                    "swap even to the build that runs: for replaced libraries or a changed configuration");
+  CLI::App* trace = app.add_subcommand("trace", "the worker's last trace points, oldest first");
+  trace->add_option("--limit", options.limit, "how many at most")->capture_default_str();
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? kDone : kUsage;
+  }
+  return Session(options, app.get_subcommands().front()->get_name()).Run();
+}
+
+}  // namespace
+}  // namespace holdfast::ctl
+
+int main(int argc, char** argv) { return holdfast::ctl::Main(argc, argv); }

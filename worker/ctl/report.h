@@ -1,0 +1,38 @@
+// What each command prints: for people, or as JSON of schema 1 ({"schema": 1, ...}; keys are only ever added). Pure
+// functions of what was asked for, so they are tested without a supervisor.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "worker/ctl/control_client.h"
+#include "worker/ctl/inflight.h"
+
+namespace holdfast::ctl {
+
+struct Inflight {
+  std::vector<InflightRequest> requests;
+  std::vector<MountInfo> mounts;  // to name them
+};
+
+// `now` is the wall clock in nanoseconds.
+std::string StatusText(const SupervisorStatus& status, const std::optional<WorkerStats>& stats, int64_t now);
+std::string StatusJson(const SupervisorStatus& status, const std::optional<WorkerStats>& stats);
+std::string MountsText(const std::vector<MountInfo>& mounts);
+std::string MountsJson(const std::vector<MountInfo>& mounts);
+std::string LayersText(const std::vector<LayerInfo>& layers, int64_t now);
+std::string LayersJson(const std::vector<LayerInfo>& layers);
+std::string SnapshotsText(const std::vector<SnapshotInfo>& snapshots, int64_t now);
+std::string SnapshotsJson(const std::vector<SnapshotInfo>& snapshots);
+std::string InflightText(const Inflight& inflight);
+std::string InflightJson(const Inflight& inflight);
+std::string UpgradeText(const UpgradeResult& result);
+std::string UpgradeJson(const UpgradeResult& result);
+std::string TraceText(const std::vector<TraceEntry>& events);
+std::string TraceJson(const std::vector<TraceEntry>& events);
+// What to do about a command that failed.
+std::string ErrorJson(const std::string& command, const std::string& message, const std::string& advice);
+
+}  // namespace holdfast::ctl

@@ -1,0 +1,165 @@
+#include "worker/ctl/report.h"
+
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "schema/ledger.h"
+#include "worker/ctl/format.h"
+
+namespace holdfast::ctl {
+namespace {
+
+constexpr int64_t kNow = 1'700'000'000'000'000'000;
+constexpr int64_t kSecond = 1'000'000'000;
+
+TEST(FormatTest, BytesAreShownInBinaryUnits) {
+  EXPECT_EQ(HumanBytes(0), "0 B");
+  EXPECT_EQ(HumanBytes(1023), "1023 B");
+  EXPECT_EQ(HumanBytes(1536), "1.5 KiB");
+  EXPECT_EQ(HumanBytes(10ull << 30), "10 GiB");
+  EXPECT_EQ(HumanBytes((1ull << 20) - 1), "1.0 MiB");
+}
+
+TEST(FormatTest, DurationsAreShownInTheUnitThatFits) {
+  EXPECT_EQ(HumanDuration(850), "850 ns");
+  EXPECT_EQ(HumanDuration(1'234'567), "1.2 ms");
+  EXPECT_EQ(HumanDuration(15'000'000'000), "15 s");
+  EXPECT_EQ(HumanDuration(180'000'000'000), "3.0 min");
+  EXPECT_EQ(HumanAge(0, kNow), "never");
+  EXPECT_EQ(HumanAge(kNow + 1, kNow), "now");
+  EXPECT_EQ(HumanAge(kNow - 3 * 86400 * kSecond, kNow), "3.0 d");
+}
+
+TEST(FormatTest, TableColumnsAlignAndNoLineEndsInSpaces) {
+  Table table({{"NAME"}, {"N", true}, {"REST"}});
+  table.Add({"a", "100", "x"});
+  table.Add({"lönger", "7", ""});
+  EXPECT_EQ(table.ToString(), "NAME      N  REST\na       100  x\nlönger    7\n");
+}
+
+SupervisorStatus Example() {
+  SupervisorStatus status;
+  status.build = "0.1.0";
+  status.phase = "running";
+  status.state_dir = "/var/lib/holdfast";
+  status.pid = 10;
+  status.started_wall_nanos = kNow - 60 * kSecond;
+  status.mounts_live = 3;
+  status.workers.push_back({2, 11, "owner", "0.1.0", std::string(64, 'a'), kNow - 5 * kSecond, 9, 8});
+  status.last_swap = {"upgrade", "done", "0.1.0", "0.1.1", kNow - 5 * kSecond, 1'500'000, 12};
+  return status;
+}
+
+TEST(ReportTest, StatusShowsTheLastSwapWithPauseAndCarriedRequests) {
+  const std::string text = StatusText(Example(), std::nullopt, kNow);
+  EXPECT_NE(text.find("upgrade, done, 5.0 s ago: pause 1.5 ms, 12 requests carried over, 0.1.0 -> 0.1.1"),
+            std::string::npos)
+      << text;
+  EXPECT_NE(text.find("owner"), std::string::npos);
+}
+
+TEST(ReportTest, StatusWithoutAWorkerSaysSo) {
+  SupervisorStatus status = Example();
+  status.workers.clear();
+  EXPECT_NE(StatusText(status, std::nullopt, kNow).find("no worker is running"), std::string::npos);
+}
+
+TEST(ReportTest, JsonIsVersionedAndHasNullWhereTheWorkerIsSilent) {
+  auto json = nlohmann::json::parse(StatusJson(Example(), std::nullopt));
+  EXPECT_EQ(json["schema"], 1);
+  EXPECT_TRUE(json["fetch"].is_null());
+  EXPECT_EQ(json["last_swap"]["pause_ns"], 1'500'000);
+  EXPECT_EQ(json["workers"][0]["generation"], 2);
+}
+
+TEST(ReportTest, JsonSurvivesNamesThatAreNoUtf8) {
+  SnapshotInfo snapshot;
+  snapshot.key = "default/1/\xff\xfe";
+  auto json = nlohmann::json::parse(SnapshotsJson({snapshot}));
+  EXPECT_EQ(json["snapshots"].size(), 1u);
+}
+
+TEST(ReportTest, AnUpgradeToTheRunningBuildExplainsForce) {
+  EXPECT_NE(UpgradeText({}).find("--force"), std::string::npos);
+}
+
+TEST(ReportTest, EmptyListsSayThatTheyAreEmpty) {
+  EXPECT_EQ(MountsText({}), "no mounts\n");
+  EXPECT_EQ(LayersText({}, kNow), "no layers\n");
+  EXPECT_EQ(SnapshotsText({}, kNow), "no snapshots\n");
+  EXPECT_EQ(InflightText({}), "nothing in flight\n");
+  EXPECT_EQ(TraceText({}), "no trace events\n");
+}
+
+class InflightTest : public ::testing::Test {
+ protected:
+  InflightTest() : words_(HF_LEDGER_TOTAL_SIZE / 8) {
+    hf_ledger_header* header = At<hf_ledger_header>(0);
+    header->magic = HF_LEDGER_MAGIC;
+    header->version = HF_LEDGER_VERSION;
+    header->generation = 5;
+    header->slot_count = HF_LEDGER_SLOTS;
+    header->slot_stride = HF_LEDGER_SLOT_STRIDE;
+    header->slot_offset = HF_LEDGER_SLOT_OFFSET;
+    header->record_count = HF_LEDGER_RECORDS;
+    header->record_stride = sizeof(hf_record);
+    header->record_offset = HF_LEDGER_RECORD_OFFSET;
+  }
+  template <typename T>
+  T* At(size_t offset) {
+    return static_cast<T*>(static_cast<void*>(reinterpret_cast<char*>(words_.data()) + offset));
+  }
+  std::string_view bytes() const { return {reinterpret_cast<const char*>(words_.data()), words_.size() * 8}; }
+
+  std::vector<uint64_t> words_;
+};
+
+TEST_F(InflightTest, SlotsAndRecordsInUseAreListedAndFreeOnesAreNot) {
+  hf_slot* slot = At<hf_slot>(HF_LEDGER_SLOT_OFFSET + HF_LEDGER_SLOT_STRIDE);
+  slot->state = HF_SLOT_EXECUTING;
+  slot->mount_id = 3;
+  slot->owner_generation = 5;
+  slot->received_ns = 100;
+  const uint32_t request[] = {40, 1 /* LOOKUP */, 77, 0, 9, 0};  // len, opcode, unique (low, high), nodeid
+  memcpy(slot->request, request, sizeof request);
+  hf_record* record = At<hf_record>(HF_LEDGER_RECORD_OFFSET + 2 * sizeof(hf_record));
+  *record = {HF_RECORD_PENDING, 6, 4, 88, 10, 4096, 131072, 0, 5000, HF_MARK_INTERRUPTED, 0};
+  At<hf_ledger_header>(0)->record_high_water = 3;
+
+  auto found = ReadLedger(bytes(), 1100);
+  ASSERT_TRUE(found.ok()) << found.status();
+  ASSERT_EQ(found->size(), 2u);
+  EXPECT_TRUE((*found)[0].executing);
+  EXPECT_EQ((*found)[0].opcode, 1u);
+  EXPECT_EQ((*found)[0].unique, 77u);
+  EXPECT_EQ((*found)[0].age_nanos, 1000u);
+  EXPECT_EQ((*found)[1].ledger_generation, 5u);
+  EXPECT_EQ((*found)[1].owner_generation, 6u);
+  EXPECT_EQ((*found)[1].offset, 4096u);
+  EXPECT_EQ((*found)[1].left_nanos, 3900u);
+  EXPECT_TRUE((*found)[1].interrupted);
+
+  MountInfo mount;
+  mount.mount_id = 4;
+  mount.layer_digest = "sha256:abc";
+  const std::string text = InflightText({*found, {mount}});
+  EXPECT_NE(text.find("LOOKUP"), std::string::npos) << text;
+  EXPECT_NE(text.find("sha256:abc"), std::string::npos) << text;
+  EXPECT_NE(text.find("interrupted"), std::string::npos) << text;
+}
+
+TEST_F(InflightTest, AHeaderThatPointsOutsideIsRefused) {
+  At<hf_ledger_header>(0)->record_count = 1u << 23;
+  EXPECT_EQ(ReadLedger(bytes(), 0).status().code(), absl::StatusCode::kDataLoss);
+  EXPECT_EQ(ReadLedger(bytes().substr(0, 10), 0).status().code(), absl::StatusCode::kDataLoss);
+}
+
+TEST_F(InflightTest, AnotherVersionIsRefused) {
+  At<hf_ledger_header>(0)->version = 2;
+  EXPECT_EQ(ReadLedger(bytes(), 0).status().code(), absl::StatusCode::kDataLoss);
+}
+
+}  // namespace
+}  // namespace holdfast::ctl

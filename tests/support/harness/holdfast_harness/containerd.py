@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from . import mounts
 from .errors import HarnessError
-from .process import MARKER, run
+from .process import MARKER, run, wait_for
 
 if TYPE_CHECKING:
     from .holdfast import Holdfast
@@ -67,7 +67,6 @@ _UNUSED = [
     "io.containerd.snapshotter.v1.btrfs",
     "io.containerd.snapshotter.v1.devmapper",
     "io.containerd.snapshotter.v1.zfs",
-    "io.containerd.runtime.v1.linux",
     "io.containerd.tracing.processor.v1.otlp",
     "io.containerd.internal.v1.tracing",
 ]
@@ -215,6 +214,18 @@ class Containerd:
         for words in (line.split() for line in lines):
             rows[words[0]] = (words[1] if len(words) > 2 else "", words[-1])
         return rows
+
+    def wait_snapshotter(self, snapshotter: str = "holdfast", seconds: float = 20) -> None:
+        """After a restart of the snapshotter: waits until containerd, which redials with back-off, reaches it again."""
+        words = ("snapshots", "--snapshotter", snapshotter, "prepare", "probe")
+
+        def reached() -> bool:
+            if self.ctr(*words, check=False).returncode != 0:
+                return False
+            self.ctr(*words[:3], "rm", "probe")
+            return True
+
+        wait_for(f"containerd's connection to {snapshotter}", reached, seconds)
 
     @contextlib.contextmanager
     def mounted_view(self, chain_id: str, snapshotter: str, namespace: str | None = None) -> Iterator[Path]:

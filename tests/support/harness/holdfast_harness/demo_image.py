@@ -186,6 +186,8 @@ def _add_config_layer(layout: Layout, root: Path) -> None:
         folder("srv/app/cache")
         tar.addfile(_timed(tarfile.TarInfo("srv/app/cache/.wh..wh..opq"), tarfile.REGTYPE, 0o644))
         text("srv/app/cache/warm", "import\nclass\n")
+        folder("usr")
+        folder("usr/share")
         folder("usr/share/doc")
         for name in documentation:
             tar.addfile(_timed(tarfile.TarInfo(f"usr/share/doc/.wh.{name}"), tarfile.REGTYPE, 0o644))

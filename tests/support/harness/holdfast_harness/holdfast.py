@@ -63,6 +63,10 @@ class Holdfast:
         if status != 0:
             raise HarnessError(f"the supervisor ended with {status} on SIGTERM")
 
+    def wait_end(self, seconds: float = 10) -> None:
+        """After a kill: waits until the supervisor is gone."""
+        wait_for("the supervisor's end", lambda: not self._daemon.running(), seconds)
+
     @property
     def supervisor_pid(self) -> int:
         return self._daemon.pid

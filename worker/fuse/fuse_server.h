@@ -65,6 +65,7 @@ struct ServerStats {
   uint64_t adopted = 0;        // requests of earlier generations answered by this one
   uint64_t interrupted = 0;    // answered EINTR
   uint64_t errors = 0;         // answered EIO
+  uint64_t dropped = 0;        // of older ledgers: bad CRC, unknown mount
 };
 
 class FuseServer {

@@ -1,0 +1,45 @@
+// What a thread knows about the request that it executes. libfuse hands its callbacks only a session, and one session
+// serves all mounts, so the thread carries the rest (DESIGN 4.2).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+#include "schema/ledger.h"
+#include "worker/fuse/mount.h"
+#include "worker/fuse/reply_pipe.h"
+
+namespace holdfast::fuse {
+
+class ServerCore;
+
+struct Exchange {
+  ServerCore* core = nullptr;
+  Mount* mount = nullptr;                 // null: nothing is sent (the replayed INIT)
+  std::shared_ptr<layer::Layer> layer;
+  ReplyPipe* pipe = nullptr;
+  uint64_t unique = 0;
+  uint32_t opcode = 0;
+  hf_slot* slot = nullptr;                // where the request lies; its strikes are counted when this thread crashes
+  uint32_t own_slot = 0;                  // index + 1 in the own ledger, 0 for an adopted slot
+  bool adopted = false;
+  bool answered = false;
+  std::optional<uint64_t> waits;          // a record was made for it: fetch once the slot is free
+};
+
+// The exchange of this thread, or null. Async-signal-safe.
+Exchange* CurrentExchange();
+
+class ExchangeScope {
+ public:
+  explicit ExchangeScope(Exchange* exchange);
+  ~ExchangeScope();
+  ExchangeScope(const ExchangeScope&) = delete;
+  ExchangeScope& operator=(const ExchangeScope&) = delete;
+
+ private:
+  Exchange* const before_;
+};
+
+}  // namespace holdfast::fuse

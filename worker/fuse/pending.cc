@@ -1,0 +1,193 @@
+// READs whose content is not on disk: made into records, fetched, answered (DESIGN 4.3).
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <string>
+#include <utility>
+
+#include "common/log.h"
+#include "glog/logging.h"
+#include "worker/fuse/server_core.h"
+
+namespace holdfast::fuse {
+namespace {
+
+constexpr uint64_t kAdoptedGraceNanos = 10'000'000'000;
+
+}  // namespace
+
+void ServerCore::Read(Exchange& x, uint64_t nodeid, uint64_t offset, uint64_t size) {
+  std::optional<layer::ReadResult> content = x.layer->ReadNow(nodeid, offset, size);
+  if (content && content->length == size) {
+    if (x.pipe->SendContent(x.mount->device(), x.unique, *content) == SendResult::kSent) {
+      if (x.adopted) adopted_++;
+      return CountAnswer(x);
+    }
+    DropDamaged(*x.layer, nodeid, offset, size);
+  }
+  MakeRecord(x, nodeid, offset, size);
+}
+
+void ServerCore::MakeRecord(Exchange& x, uint64_t nodeid, uint64_t offset, uint64_t size) {
+  std::optional<uint32_t> index = records_.Take();
+  if (!index) {  // cannot be: reading stops before the table is full
+    LOG(ERROR) << "fuse.table_full mount=" << x.mount->id();
+    return ReplyError(x, EIO);
+  }
+  uint64_t now = options_.clock->BootNanos();
+  PendingRead read{ledger_, *index, x.unique, nodeid, offset, size, now + options_.miss_timeout_nanos, now, x.adopted};
+  hf_record* record = ledger_->record(*index);
+  record->mount_id = x.mount->id();
+  record->unique = x.unique;
+  record->nodeid = nodeid;
+  record->offset = offset;
+  record->size = static_cast<uint32_t>(size);
+  record->crc = RecordCrc(*record);
+  Shared(record->deadline_ns).store(read.deadline_nanos, std::memory_order_relaxed);
+  Shared(record->marks).store(0, std::memory_order_relaxed);
+  record->strikes = 0;
+  StoreState(record, {HF_RECORD_PENDING, generation32_});
+  (void)PassFault(options_.faults, "fuse.record_filled");
+  pending_++;
+  switch (x.mount->AddPending(read)) {
+    case Mount::Added::kDuplicate:  // an older ledger's record of the same request is being answered
+      pending_--;
+      FreeRecord(read);
+      x.answered = true;
+      return;
+    case Mount::Added::kInterrupted:
+      Shared(record->marks).fetch_or(HF_MARK_INTERRUPTED, std::memory_order_acq_rel);
+      AnswerInterrupted(*x.mount, x.unique, x.pipe);
+      x.answered = true;
+      return;
+    case Mount::Added::kWaits:
+      x.waits = x.unique;
+      return Throttle(*x.mount);
+  }
+}
+
+void ServerCore::Fetch(const std::shared_ptr<Mount>& mount, const std::shared_ptr<layer::Layer>& layer,
+                       uint64_t unique) {
+  std::optional<PendingRead> read = mount->NextAttempt(unique, ++attempts_);
+  if (!read) return;  // interrupted meanwhile
+  layer->ReadAsync(read->nodeid, read->offset, read->size, read->deadline_nanos,
+                   [weak = weak_from_this(), mount_id = mount->id(), unique,
+                    attempt = read->attempt](absl::StatusOr<layer::ReadResult> result) {
+                     if (auto core = weak.lock()) core->Fetched(mount_id, unique, attempt, result);
+                   });
+}
+
+void ServerCore::Fetched(uint64_t mount_id, uint64_t unique, uint64_t attempt,
+                         const absl::StatusOr<layer::ReadResult>& result) {
+  std::shared_ptr<Mount> mount = FindMount(mount_id);
+  if (mount == nullptr) return;
+  Gate gate(this);
+  if (!gate) return;  // parked: the record stays for whoever serves next
+  std::optional<PendingRead> read = mount->FindPending(unique);
+  // An error counts from the newest try only; bytes are the same from any.
+  if (!read || (!result.ok() && read->attempt != attempt)) return;
+  read = mount->TakePending(unique);
+  if (!read) return;
+  BorrowedPipe pipe(this);
+  if (!result.ok()) {
+    LOG_EVERY_T(WARNING, 1) << "fuse.read_failed mount=" << mount_id << " layer=" << mount->description()
+                            << " node=" << read->nodeid << " offset=" << read->offset << " size=" << read->size
+                            << " error=" << LogValue(result.status().ToString());
+    pipe.get()->SendError(mount->device(), unique, EIO);
+    return FinishPending(*mount, *read, EIO);
+  }
+  SendPending(mount, *read, *result, pipe.get());
+}
+
+// Answers a READ that was taken from the mount's table. Content that turns out damaged is fetched again once.
+void ServerCore::SendPending(const std::shared_ptr<Mount>& mount, const PendingRead& read,
+                             const layer::ReadResult& content, ReplyPipe* pipe) {
+  if (content.length == read.size &&
+      pipe->SendContent(mount->device(), read.unique, content) == SendResult::kSent) {
+    return FinishPending(*mount, read, 0);
+  }
+  absl::StatusOr<std::shared_ptr<layer::Layer>> layer = mount->GetLayer(*options_.clock);
+  if (layer.ok() && content.length == read.size && read.tries < 2) {
+    DropDamaged(**layer, read.nodeid, read.offset, read.size);
+    if (mount->AddPending(read) != Mount::Added::kDuplicate) return Fetch(mount, *layer, read.unique);
+  }
+  LOG(ERROR) << "fuse.content_damaged mount=" << mount->id() << " layer=" << mount->description()
+             << " node=" << read.nodeid << " offset=" << read.offset << " size=" << read.size;
+  pipe->SendError(mount->device(), read.unique, EIO);
+  FinishPending(*mount, read, EIO);
+}
+
+void ServerCore::TakeUp(const std::shared_ptr<Mount>& mount, uint64_t unique, ReplyPipe* pipe) {
+  std::optional<PendingRead> read = mount->FindPending(unique);
+  if (!read) return;
+  if ((Shared(read->ledger->record(read->record)->marks).load(std::memory_order_acquire) & HF_MARK_INTERRUPTED) != 0) {
+    return AnswerInterrupted(*mount, unique, pipe);
+  }
+  absl::StatusOr<std::shared_ptr<layer::Layer>> layer = mount->GetLayer(*options_.clock);
+  const layer::NodeRecord* node = layer.ok() ? (*layer)->index().node(read->nodeid) : nullptr;
+  bool sane = node != nullptr && (node->mode & S_IFMT) == S_IFREG && read->offset <= node->size &&
+              read->size <= node->size - read->offset;
+  if (!sane) {
+    if (!(read = mount->TakePending(unique))) return;
+    LOG(ERROR) << "fuse.record_refused mount=" << mount->id() << " node=" << read->nodeid << " offset=" << read->offset;
+    pipe->SendError(mount->device(), unique, EIO);
+    return FinishPending(*mount, *read, EIO);
+  }
+  std::optional<layer::ReadResult> content = (*layer)->ReadNow(read->nodeid, read->offset, read->size);
+  if (!content) return Fetch(mount, *layer, unique);
+  if ((read = mount->TakePending(unique))) SendPending(mount, *read, *content, pipe);
+}
+
+void ServerCore::AnswerInterrupted(Mount& mount, uint64_t unique, ReplyPipe* pipe) {
+  std::optional<PendingRead> read = mount.TakePending(unique);
+  if (!read) return;
+  pipe->SendError(mount.device(), unique, EINTR);
+  FinishPending(mount, *read, EINTR);
+}
+
+void ServerCore::FinishPending(Mount& mount, const PendingRead& read, int error) {
+  FreeRecord(read);
+  pending_--;
+  if (error == EIO) errors_++;
+  if (error == EINTR) interrupted_++;
+  if (read.adopted) adopted_++;
+  Shared(ledger_->header()->requests_answered).fetch_add(1, std::memory_order_relaxed);
+  if (options_.trace != nullptr) {
+    options_.trace->Record("fuse.read_miss",
+                           "mount=" + std::to_string(mount.id()) + " layer=" + mount.description() +
+                               " node=" + std::to_string(read.nodeid) + " offset=" + std::to_string(read.offset) +
+                               " size=" + std::to_string(read.size) + " error=" + std::to_string(error),
+                           options_.clock->BootNanos() - read.since_nanos);
+  }
+  Unthrottle(mount);
+}
+
+void ServerCore::FreeRecord(const PendingRead& read) {
+  RecordState expected{HF_RECORD_PENDING, generation32_};
+  // Refused when another generation has adopted it: then it is that one's to free.
+  if (!ChangeState(read.ledger->record(read.record), &expected, {})) return;
+  if (read.ledger == ledger_) records_.Put(read.record);
+}
+
+void ServerCore::DropDamaged(layer::Layer& layer, uint64_t nodeid, uint64_t offset, uint64_t size) {
+  std::shared_ptr<cache::LayerContent> content = layer.content();
+  const layer::NodeRecord* node = layer.index().node(nodeid);
+  if (content == nullptr || node == nullptr || size == 0) return;
+  std::shared_ptr<const cache::LayerContent::Files> files = content->files();
+  if (files == nullptr) return;
+  std::span<const layer::ChunkRecord> chunks = layer.index().chunks();
+  uint64_t end = node->first + node->count;
+  for (uint64_t c = layer.index().ChunkAt(*node, offset); c < end && c < chunks.size(); c++) {
+    if (chunks[c].file_offset >= offset + size) break;
+    content->Drop(*files, c, chunks[c].size);
+  }
+}
+
+uint64_t ServerCore::AdoptedDeadline(uint64_t recorded) const {
+  // Time during which nobody served must not count against the reader.
+  uint64_t grace = std::min(options_.miss_timeout_nanos, kAdoptedGraceNanos);
+  return std::max(recorded, options_.clock->BootNanos() + grace);
+}
+
+}  // namespace holdfast::fuse

@@ -1,0 +1,173 @@
+// The server behind fuse_server.h. Kept by std::shared_ptr, because completions of the layers may come after the server is
+// gone: they hold a weak_ptr.
+//
+// Files: server_core.cc (set-up, mounts, parking), receive.cc (the pool), pending.cc (READs that wait), adopt.cc (older
+// ledgers), operations.cc (the file system). Locks: README.md.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <span>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "common/mutex.h"
+#include "worker/fuse/exchange.h"
+#include "worker/fuse/fuse_server.h"
+#include "worker/fuse/ledger_view.h"
+#include "worker/fuse/mount.h"
+#include "worker/fuse/operations.h"
+#include "worker/fuse/reply_pipe.h"
+
+namespace holdfast::fuse {
+
+struct RecoveredRequest;  // adopt.cc
+
+class ServerCore : public std::enable_shared_from_this<ServerCore> {
+ public:
+  ServerCore(const ServerOptions& options, std::shared_ptr<LedgerView> ledger);
+  absl::Status Initialize();
+  void Shutdown();  // parks, ends the pool; called once, before the last owner lets go
+
+  absl::Status AddMount(MountSpec spec);
+  void RemoveMount(uint64_t mount_id);
+  void OnMountEnded(std::function<void(uint64_t)> callback);
+  absl::StatusOr<uint64_t> AdoptLedger(uint64_t generation, LedgerHandle handle, bool final_walk);
+  bool Drained(uint64_t generation);
+  void Start();
+  void Park();
+  void Resume();
+  ServerStats stats() const;
+
+  const ServerOptions& options() const { return options_; }
+  const LedgerView& ledger() const { return *ledger_; }
+
+  // For operations.cc: answers a READ of a regular file of `layer`, or makes a record of it. Offset and size lie in the file.
+  void Read(Exchange& x, uint64_t nodeid, uint64_t offset, uint64_t size);
+  void ReplyError(Exchange& x, int error);
+  // For libfuse's replies.
+  void ReplyParts(Exchange& x, const iovec* parts, int count);
+
+ private:
+  // While one is held, Park waits. Refused once parked.
+  class Gate {
+   public:
+    explicit Gate(ServerCore* core) : core_(core), open_(core->Enter()) {}
+    ~Gate() {
+      if (open_) core_->Leave();
+    }
+    Gate(const Gate&) = delete;
+    Gate& operator=(const Gate&) = delete;
+    explicit operator bool() const { return open_; }
+
+   private:
+    ServerCore* const core_;
+    const bool open_;
+  };
+  // A pipe from the free list for as long as one reply takes.
+  class BorrowedPipe {
+   public:
+    explicit BorrowedPipe(ServerCore* core);
+    ~BorrowedPipe();
+    BorrowedPipe(const BorrowedPipe&) = delete;
+    BorrowedPipe& operator=(const BorrowedPipe&) = delete;
+    ReplyPipe* get() const { return pipe_.get(); }
+
+   private:
+    ServerCore* const core_;
+    std::unique_ptr<ReplyPipe> pipe_;
+  };
+  struct OldLedger {
+    std::shared_ptr<LedgerView> view;
+    std::map<uint32_t, uint64_t> taken_slots;  // slot -> unique that was executed while its owner might still live
+    bool walked_finally = false;
+  };
+  enum class Received { kNothing, kRequest, kInterrupt, kEnded };
+
+  // server_core.cc
+  bool Enter();
+  void Leave();
+  std::shared_ptr<Mount> FindMount(uint64_t mount_id) const;
+  std::vector<std::shared_ptr<Mount>> AllMounts() const;
+  void UpdateArmed(Mount& mount);
+  void Throttle(Mount& mount);      // stop reading it when it is at its cap
+  void Unthrottle(Mount& mount);    // read it again when it has drained
+
+  // receive.cc
+  void PoolThread(uint32_t slot_index);
+  void Beat();
+  void Tick(uint32_t slot_index, ReplyPipe* pipe);
+  void Turn(uint32_t slot_index, uint64_t mount_id, ReplyPipe* pipe);
+  Received ReceiveAndExecute(uint32_t slot_index, const std::shared_ptr<Mount>& mount, ReplyPipe* pipe);
+  Received ReceiveInto(uint32_t slot_index, Mount& mount, hf_slot* slot);
+  // Executes a request that lies in `request`, followed by at least one zero byte.
+  void Execute(Exchange& x, const uint8_t* request, uint32_t length);
+  void HandleInterrupt(Exchange& x, uint64_t target);
+  void MountEnded(Mount& mount);
+  void CountAnswer(Exchange& x);
+  bool TableFull() const;
+
+  // pending.cc
+  void MakeRecord(Exchange& x, uint64_t nodeid, uint64_t offset, uint64_t size);
+  void Fetch(const std::shared_ptr<Mount>& mount, const std::shared_ptr<layer::Layer>& layer, uint64_t unique);
+  void Fetched(uint64_t mount_id, uint64_t unique, uint64_t attempt, const absl::StatusOr<layer::ReadResult>& result);
+  void SendPending(const std::shared_ptr<Mount>& mount, const PendingRead& read, const layer::ReadResult& content,
+                   ReplyPipe* pipe);
+  uint64_t AdoptedDeadline(uint64_t recorded) const;
+  void AnswerInterrupted(Mount& mount, uint64_t unique, ReplyPipe* pipe);
+  // Tries the cache, then fetches.
+  void TakeUp(const std::shared_ptr<Mount>& mount, uint64_t unique, ReplyPipe* pipe);
+  void FinishPending(Mount& mount, const PendingRead& read, int error);
+  void FreeRecord(const PendingRead& read);
+  void DropDamaged(layer::Layer& layer, uint64_t nodeid, uint64_t offset, uint64_t size);
+
+  // adopt.cc
+  uint64_t AdoptRecords(const std::shared_ptr<LedgerView>& view, bool final_walk, ReplyPipe* pipe);
+  bool AdoptRecord(const std::shared_ptr<LedgerView>& view, uint32_t index, bool final_walk, ReplyPipe* pipe);
+  uint64_t AdoptSlots(OldLedger& old, bool final_walk, ReplyPipe* pipe);
+  bool AdoptRequest(const RecoveredRequest& request, hf_slot* slot, ReplyPipe* pipe);
+  void Dropped(uint64_t generation, uint64_t mount_id, const char* why);
+
+  const ServerOptions options_;
+  const uint32_t generation32_;
+  const std::shared_ptr<LedgerView> ledger_;
+  RecordAllocator records_;
+  UniqueFd epoll_, wake_;
+
+  mutable Mutex mounts_mutex_;
+  std::unordered_map<uint64_t, std::shared_ptr<Mount>> mounts_ ABSL_GUARDED_BY(mounts_mutex_);
+  std::function<void(uint64_t)> on_ended_ ABSL_GUARDED_BY(mounts_mutex_);
+
+  Mutex session_mutex_;
+  std::unique_ptr<FuseSession> session_ ABSL_GUARDED_BY(session_mutex_);
+  std::atomic<FuseSession*> ready_session_{nullptr};  // set once
+
+  Mutex pipes_mutex_;
+  std::vector<std::unique_ptr<ReplyPipe>> pipes_ ABSL_GUARDED_BY(pipes_mutex_);
+
+  Mutex adopt_mutex_;  // one walk at a time
+  mutable Mutex old_mutex_;
+  std::map<uint64_t, std::shared_ptr<OldLedger>> old_ ABSL_GUARDED_BY(old_mutex_);
+  std::set<uint64_t> drained_ ABSL_GUARDED_BY(old_mutex_);  // walked finally and found empty
+
+  Mutex park_mutex_;
+  CondVar park_changed_;
+  std::atomic<int> busy_{0};
+  std::atomic<bool> parked_{false};
+  std::atomic<bool> started_{false};
+  std::atomic<bool> stop_{false};
+  std::vector<std::thread> pool_;
+  std::atomic<uint64_t> next_tick_nanos_{0};
+  std::atomic<int> throttled_mounts_{0};
+
+  std::atomic<uint64_t> requests_{0}, pending_{0}, adopted_{0}, interrupted_{0}, errors_{0}, dropped_{0};
+  std::atomic<uint64_t> attempts_{0};  // ReadAsync calls
+};
+
+}  // namespace holdfast::fuse

@@ -12,9 +12,9 @@ block raises, when the process gets a signal, and (by the reaper) when it is kil
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -50,8 +50,9 @@ class Instance:
         require_root()
         # Unix socket paths are limited to 107 bytes and overlayfs needs a real file system: hence not $TMPDIR.
         folder = os.environ.get("HOLDFAST_TEST_DIR", "/var/tmp")
-        self.root = Path(tempfile.mkdtemp(prefix=f"hf-{name}-", dir=folder))
-        self.root.chmod(0o711)
+        # Also a containerd namespace, which must not hold an underscore beside a hyphen, as mkdtemp's names may.
+        self.root = Path(folder) / f"hf-{name}-{secrets.token_hex(4)}"
+        self.root.mkdir(mode=0o711)
         self.namespace = self.root.name  # also the name of the containers' cgroup
         self._daemons: list[Daemon] = []
         self._kept = False

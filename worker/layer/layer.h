@@ -39,8 +39,9 @@ struct ReadResult {
 struct LayerStats {
   uint64_t fetched_bytes = 0;   // compressed, from the network
   uint64_t fetches = 0;
-  uint64_t damaged_chunks = 0;
-  uint64_t touched_compressed_bytes = 0;  // compressed size of the distinct chunks that applications read
+  uint64_t damaged_chunks = 0;  // bytes from the disk or the network that did not match their digest
+  uint64_t touched_compressed_bytes = 0;  // compressed size of the distinct chunks that applications read; members
+                                          // that hold several chunks count once
 };
 
 class Layer {
@@ -57,6 +58,10 @@ class Layer {
   virtual void ReadAsync(uint64_t nodeid, uint64_t offset, uint64_t size, uint64_t deadline_boot_nanos,
                          std::function<void(absl::StatusOr<ReadResult>)> done) = 0;
 
+  // A reply by splice came out short, so the content file was cut off behind our back: forgets what is stored of these
+  // bytes. ReadAsync then fetches them again.
+  virtual void Distrust(uint64_t /*nodeid*/, uint64_t /*offset*/, uint64_t /*size*/) {}
+
   // Fetches blob bytes [0, index().info().prefetch_end) and what else is known to be needed, at Priority::kPrefetch.
   virtual void StartPrefetch() = 0;
   virtual LayerStats stats() const = 0;
@@ -65,12 +70,14 @@ class Layer {
 struct LayerReaderOptions {
   int completion_threads = 2;
   uint64_t neighbourhood_bytes = 64 * 1024;  // 0 = only what was asked for
+  uint64_t max_inflight_bytes = 32u << 20;   // compressed bytes on their way for all layers; the rest queues
   const Clock* clock = Clock::Real();
-  TraceRing* trace = nullptr;
-  FaultPoints* faults = nullptr;
+  TraceRing* trace = nullptr;                // layer.fetch
+  FaultPoints* faults = nullptr;             // layer.before_fetch, layer.before_verify
 };
 
-// Owns the completion threads that inflate, verify and store. Outlives every Layer it made.
+// Owns the completion threads that inflate, verify and store. Outlives every Layer it made; its destructor fails reads that
+// still wait with Cancelled, and must not run on one of its own threads.
 class LayerReader {
  public:
   virtual ~LayerReader() = default;

@@ -88,8 +88,8 @@ def measure_lazy(image: Image, address: str, make: Callable[[Instance], Any]) ->
         }
         if hasattr(snapshotter, "ctl_json"):
             layers = snapshotter.ctl_json("layers")["layers"]
-            result["fetched"] = sum(layer["fetchedBytes"] for layer in layers)
-            result["touched"] = sum(layer["touchedBytes"] for layer in layers)
+            result["fetched"] = sum(layer["fetched_bytes"] for layer in layers)
+            result["touched"] = sum(layer["touched_bytes"] for layer in layers)
         return result
 
 

@@ -85,7 +85,8 @@ interface Supervisor {
 
   mount @1 (path :Text, options :InitOptions, blob :Data) -> (entry :MountEntry);
   # Mounts a FUSE file system (MS_RDONLY|MS_NODEV, allow_other, default_permissions) on an existing folder under the state
-  # folder, answers FUSE_INIT and returns the live mount. Off the supervisor's main loop; concurrent calls are fine.
+  # folder, answers FUSE_INIT and returns the live mount. Off the supervisor's main loop; concurrent calls are fine. Only the
+  # metadata owner may call it (from the moment it is sent takeMetadata until it returns from yieldMetadata).
 
   setBlob @2 (mountId :UInt64, blob :Data) -> ();
   # Replaces the blob; on return it is what a successor will see.
@@ -96,11 +97,13 @@ interface Supervisor {
   mounts @4 (after :UInt64, limit :UInt32) -> (entries :List(MountEntry), more :Bool);
   # A page of the vault in mountId order: entries with mountId > after that are live or detached. At most 200.
 
-  oldLedgers @5 () -> (ledgers :List(OldLedger));
-  # Every ledger but the caller's own that was not reported drained.
+  oldLedgers @5 (after :UInt64) -> (ledgers :List(OldLedger), more :Bool);
+  # A page (of at most 7, because each carries 33 descriptors) of the ledgers with generation > after that may hold
+  # unanswered requests, in order of generation, the caller's own left out. Ask on with the last generation while `more`.
 
   drained @6 (generation :UInt64) -> ();
-  # No unanswered request is left in that ledger. The supervisor drops it once its owner's exit is proven.
+  # No unanswered request is left in that ledger. Counts when its owner's exit is proven; the supervisor then drops it. It
+  # drops a ledger by itself when the owner's exit is proven and nothing unanswered is in it.
 
   progress @7 (step :Text) -> ();
   # For status and the log: what the worker is doing while it starts.
@@ -116,12 +119,15 @@ interface Worker {
 
   takeMetadata @2 () -> ();
   # Open the metadata store, start accepting snapshots calls, restore mounts that the vault does not hold, allow eviction.
+  # Begins with a fresh walk of mounts(): a mount that the predecessor was still making is in it now, and must be served.
+  # After an error this worker serves reads without the metadata, and is asked again some seconds later.
 
   park @3 () -> ();
   # Stop reading and stop answering: every request not answered stays in the ledger. Returns when no thread holds one.
 
   resume @4 () -> ();
-  # Undo park: adopt what is left in the own ledger and in the other ledgers, read again.
+  # Undo park: adopt what is left in the own ledger and in the other ledgers, read again. Comes also without a park() before
+  # it, or while one is under way, and is followed by takeMetadata() if this worker has yielded.
 
   yieldMetadata @5 () -> ();
   # Finish the metadata sections under way, close the store, stop accepting. Calls still open on old connections are

@@ -1,0 +1,256 @@
+#include "supervisor/fuse_mount.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fuse.h>
+#include <linux/openat2.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+namespace holdfast::supervisor {
+namespace {
+
+constexpr uint32_t kInitExt = 1u << 30;   // FUSE_INIT_EXT: flags2 is valid
+constexpr uint32_t kMaxPages = 1u << 22;  // FUSE_MAX_PAGES
+constexpr uint32_t kProtocolMinor = 45;   // the newest whose fields are filled below
+constexpr uint32_t kMaxWrite = 4096;      // nothing is ever written; keeps the kernel's demand on read buffers small
+
+// struct fuse_init_out of protocol 7.45 (Debian 12's header is 7.38).
+struct InitOut {
+  uint32_t major;
+  uint32_t minor;
+  uint32_t max_readahead;
+  uint32_t flags;
+  uint16_t max_background;
+  uint16_t congestion_threshold;
+  uint32_t max_write;
+  uint32_t time_gran;
+  uint16_t max_pages;
+  uint16_t map_alignment;
+  uint32_t flags2;
+  uint32_t max_stack_depth;
+  uint16_t request_timeout;
+  uint16_t unused[11];
+};
+static_assert(sizeof(InitOut) == 64);
+
+absl::StatusOr<UniqueFd> OpenMountPoint(int state_fd, const std::string& state_dir, const std::string& path) {
+  if (!IsUnder(path, state_dir) || path.size() <= state_dir.size() + 1) {
+    return InvalidArgument("mount point " + path + " is not below the state folder " + state_dir);
+  }
+  std::string relative = path.substr(state_dir.size() + 1);
+  open_how how{};
+  how.flags = O_PATH | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW;
+  how.resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV;
+  for (;;) {
+    auto fd = static_cast<int>(syscall(SYS_openat2, state_fd, relative.c_str(), &how, sizeof(how)));
+    if (fd >= 0) return UniqueFd(fd);
+    if (errno == EINTR || errno == EAGAIN) continue;
+    if (errno == EXDEV) return FailedPrecondition("mount point " + path + " is, or lies below, a mount already");
+    return ErrnoStatus(errno, "mount point " + path);
+  }
+}
+
+// Answers INIT. The kernel has applied the answer when write() returns.
+absl::Status AnswerInit(const InitOptions& options, FuseMount* mount) {
+  std::string buffer(FUSE_MIN_READ_BUFFER, '\0');
+  ssize_t size;
+  do {
+    size = read(mount->device.get(), buffer.data(), buffer.size());
+  } while (size < 0 && (errno == EINTR || errno == ENOENT));
+  if (size < 0) return ErrnoStatus(errno, "reading FUSE_INIT");
+  buffer.resize(static_cast<size_t>(size));
+  HF_ASSIGN_OR_RETURN(mount->init_reply, BuildInitReply(buffer, options));
+  mount->init_request = std::move(buffer);
+  if (write(mount->device.get(), mount->init_reply.data(), mount->init_reply.size()) < 0) {
+    return ErrnoStatus(errno, "answering FUSE_INIT");
+  }
+  return absl::OkStatus();
+}
+
+// The name of the mount's bdi, from the descriptor if the kernel tells, else from mountinfo.
+std::optional<std::string> BdiName(int device, const std::string& path) {
+  auto fdinfo = ReadFile("/proc/self/fdinfo/" + std::to_string(device));
+  if (fdinfo.ok()) {
+    static constexpr std::string_view kKey = "fuse_connection:\t";
+    size_t at = fdinfo->find(kKey);
+    if (at != std::string::npos) {
+      at += kKey.size();
+      return "0:" + fdinfo->substr(at, fdinfo->find('\n', at) - at);
+    }
+  }
+  auto mounts = ReadMountInfo();
+  if (!mounts.ok()) return std::nullopt;
+  auto it = std::find_if(mounts->rbegin(), mounts->rend(), [&](const MountInfo& m) { return m.path == path; });
+  if (it == mounts->rend()) return std::nullopt;
+  return it->device;
+}
+
+absl::Status SetReadAhead(int device, const std::string& path, uint32_t kib) {
+  auto bdi = BdiName(device, path);
+  if (!bdi.has_value()) return NotFound("the device number of " + path);
+  HF_ASSIGN_OR_RETURN(UniqueFd file, OpenFile("/sys/class/bdi/" + *bdi + "/read_ahead_kb", O_WRONLY));
+  std::string text = std::to_string(kib);
+  if (write(file.get(), text.data(), text.size()) < 0) return ErrnoStatus(errno, "setting read_ahead_kb");
+  return absl::OkStatus();
+}
+
+absl::Status SetUp(const InitOptions& options, const std::string& path, FuseMount* mount) {
+  HF_RETURN_IF_ERROR(AnswerInit(options, mount));
+  int flags = fcntl(mount->device.get(), F_GETFL);
+  if (flags < 0 || fcntl(mount->device.get(), F_SETFL, flags | O_NONBLOCK) != 0) return ErrnoStatus(errno, "O_NONBLOCK");
+  // Only speed depends on it: a sandbox with a read-only /sys still works.
+  if (options.read_ahead_kib != 0) SetReadAhead(mount->device.get(), path, options.read_ahead_kib).IgnoreError();
+  return absl::OkStatus();
+}
+
+std::string Unescape(std::string_view text) {  // \040 and the like
+  std::string out;
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (text[i] == '\\' && i + 3 < text.size()) {
+      out += static_cast<char>((text[i + 1] - '0') * 64 + (text[i + 2] - '0') * 8 + (text[i + 3] - '0'));
+      i += 3;
+    } else {
+      out += text[i];
+    }
+  }
+  return out;
+}
+
+std::vector<std::string_view> Split(std::string_view text, std::string_view separators) {
+  std::vector<std::string_view> parts;
+  for (;;) {
+    size_t at = text.find_first_of(separators);
+    if (at != 0 && !text.empty()) parts.push_back(text.substr(0, at));
+    if (at == std::string_view::npos) return parts;
+    text.remove_prefix(at + 1);
+  }
+}
+
+}  // namespace
+
+absl::StatusOr<FuseMount> MountFuse(int state_fd, const std::string& state_dir, const std::string& path,
+                                    const InitOptions& options) {
+  HF_ASSIGN_OR_RETURN(UniqueFd point, OpenMountPoint(state_fd, state_dir, path));
+  FuseMount mount;
+  HF_ASSIGN_OR_RETURN(mount.device, OpenFile("/dev/fuse", O_RDWR));
+  std::string data = "fd=" + std::to_string(mount.device.get()) +
+                     ",rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions";
+  // By descriptor: nobody can swap the folder between the check and the mount.
+  std::string target = "/proc/self/fd/" + std::to_string(point.get());
+  // Not MS_NOSUID, not MS_NOEXEC: it holds container images. MS_RDONLY also keeps reads from invalidating atimes. mount()
+  // returns before INIT is answered, which the kernel has queued by then.
+  if (::mount("holdfast", target.c_str(), kFuseType, MS_RDONLY | MS_NODEV, data.c_str()) != 0) {
+    return ErrnoStatus(errno, "mount on " + path);
+  }
+  absl::Status status = SetUp(options, path, &mount);
+  if (!status.ok()) {
+    umount2(path.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW);
+    return Annotate(status, "mount on " + path);
+  }
+  return mount;
+}
+
+absl::StatusOr<std::string> BuildInitReply(std::string_view request, const InitOptions& options) {
+  fuse_in_header in;
+  fuse_init_in init{};
+  if (request.size() < sizeof(in)) return InvalidArgument("the first FUSE request is too short");
+  memcpy(&in, request.data(), sizeof(in));
+  if (in.opcode != FUSE_INIT || request.size() < sizeof(in) + 16) {
+    return InvalidArgument("the first FUSE request is not FUSE_INIT");
+  }
+  memcpy(&init, request.data() + sizeof(in), std::min(sizeof(init), request.size() - sizeof(in)));
+  if (init.major != FUSE_KERNEL_VERSION) return InvalidArgument("FUSE protocol " + std::to_string(init.major));
+  uint64_t offered = init.flags;
+  if ((init.flags & kInitExt) != 0) offered |= uint64_t{init.flags2} << 32;
+  uint64_t agreed = options.flags & offered;
+  if ((agreed >> 32) != 0) agreed |= kInitExt;
+
+  InitOut out{};
+  out.major = FUSE_KERNEL_VERSION;
+  out.minor = std::min(init.minor, kProtocolMinor);
+  out.max_readahead = options.max_readahead == 0 ? init.max_readahead : std::min(init.max_readahead, options.max_readahead);
+  out.flags = static_cast<uint32_t>(agreed);
+  out.flags2 = static_cast<uint32_t>(agreed >> 32);
+  out.max_background = options.max_background;
+  out.congestion_threshold = options.congestion_threshold;
+  out.max_write = kMaxWrite;
+  out.time_gran = 1;
+  if ((out.flags & kMaxPages) != 0) out.max_pages = options.max_pages;
+  out.max_stack_depth = options.max_stack_depth;
+
+  fuse_out_header header{};
+  header.len = sizeof(header) + sizeof(out);
+  header.unique = in.unique;
+  std::string reply(header.len, '\0');
+  memcpy(reply.data(), &header, sizeof(header));
+  memcpy(reply.data() + sizeof(header), &out, sizeof(out));
+  return reply;
+}
+
+absl::StatusOr<bool> UnmountFuse(const std::string& path, int device) {
+  // MNT_DETACH: a process with a folder open there must not keep the mount in the tree; what uses it keeps it alive.
+  // EINVAL and ENOENT: somebody else unmounted it already.
+  if (umount2(path.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW) != 0 && errno != EINVAL && errno != ENOENT) {
+    return ErrnoStatus(errno, "umount of " + path);
+  }
+  pollfd state{.fd = device, .events = 0, .revents = 0};
+  return poll(&state, 1, 0) == 1 && (state.revents & POLLERR) != 0;
+}
+
+std::vector<MountInfo> ParseMountInfo(std::string_view text) {
+  std::vector<MountInfo> mounts;
+  for (std::string_view line : Split(text, "\n")) {
+    // id parent major:minor root path options [optional...] - type source super-options
+    std::vector<std::string_view> fields = Split(line, " ");
+    auto dash = std::find(fields.begin(), fields.end(), "-");
+    if (fields.size() < 6 || fields.end() - dash < 4) continue;
+    mounts.push_back({std::string(fields[2]), Unescape(fields[4]), std::string(dash[1]), Unescape(dash[3])});
+  }
+  return mounts;
+}
+
+absl::StatusOr<std::vector<MountInfo>> ReadMountInfo() {
+  HF_ASSIGN_OR_RETURN(std::string text, ReadFile("/proc/self/mountinfo"));
+  return ParseMountInfo(text);
+}
+
+bool IsUnder(std::string_view path, std::string_view folder) {
+  if (folder == "/") return path.substr(0, 1) == "/";
+  return path.substr(0, folder.size()) == folder && (path.size() == folder.size() || path[folder.size()] == '/');
+}
+
+absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir) {
+  HF_ASSIGN_OR_RETURN(std::vector<MountInfo> mounts, ReadMountInfo());
+  size_t removed = 0;
+  for (auto it = mounts.rbegin(); it != mounts.rend(); ++it) {
+    if (it->type != kFuseType || !IsUnder(it->path, state_dir)) continue;
+    if (umount2(it->path.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW) != 0) {
+      return ErrnoStatus(errno, "umount of the stale mount " + it->path);
+    }
+    ++removed;
+  }
+  return removed;
+}
+
+bool UsedByOverlay(const std::vector<MountInfo>& mounts, std::string_view path) {
+  size_t cut = path.rfind('/');
+  if (cut != std::string_view::npos && cut != 0) cut = path.rfind('/', cut - 1);
+  std::string_view tail = cut == std::string_view::npos ? path : path.substr(cut + 1);
+  for (const MountInfo& mount : mounts) {
+    if (mount.type != "overlay") continue;
+    for (std::string_view layer : Split(mount.options, ",:=")) {
+      if (layer == path || layer == tail) return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace holdfast::supervisor

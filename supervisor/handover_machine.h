@@ -1,0 +1,124 @@
+// The swap machine: which worker serves reads, which owns the metadata, and what happens when one dies, fails or hangs
+// (DESIGN 4.4, 4.5; the table is in README.md). A pure function: no descriptor, no clock, no RPC.
+//
+// One path for every change: a *successor* is spawned, registers, takes over reads, then the metadata. In a planned upgrade
+// there is an *owner* that parks and yields meanwhile and can have everything back; at the first start or after a crash there
+// is none. Reads are granted at once; the metadata only when no other worker can still hold it: one that yielded it, never
+// had it, or whose exit is proven by its pidfd. A time limit never grants it.
+#pragma once
+
+#include <cstdint>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace holdfast::supervisor {
+
+using Generation = uint64_t;  // 0: none
+
+enum class Phase {
+  kIdle,          // before the first start
+  kBackoff,       // no worker; the next one is spawned when the timer fires
+  kStarting,      // the successor is spawned and not yet registered
+  kParking,       // park() of the owner is under way
+  kServing,       // serve() of the successor is under way
+  kYielding,      // yieldMetadata() of the owner is under way
+  kAwaitingExit,  // the successor serves reads; a dead worker may still hold the metadata
+  kCommitting,    // takeMetadata() of the successor is under way
+  kRunning,       // the owner has everything
+  kResuming,      // rollback: resume() of the owner is under way
+  kReclaimWait,   // rollback: the owner serves reads; the killed successor may still hold the metadata
+  kReclaiming,    // takeMetadata() of the owner is under way, again
+  kNoMetadata,    // the owner serves reads, but could not take the metadata; tried again when the timer fires
+  kStopYielding,  // shutting down: yieldMetadata() of the owner is under way
+  kStopRetiring,  // shutting down: waits for the owner's exit
+  kStopKilling,   // shutting down: waits for a killed worker's exit
+  kStopped,
+};
+inline constexpr int kPhaseCount = 17;
+const char* PhaseName(Phase phase);
+
+enum class Call { kServe, kPark, kResume, kYield, kTake, kRetire };
+const char* CallName(Call call);
+
+enum class Binary { kRunning, kCandidate };
+
+// How long each step may take before its worker counts as hung. Milliseconds.
+struct Limits {
+  uint64_t register_ms = 20'000;
+  uint64_t serve_ms = 20'000;
+  uint64_t park_ms = 5'000;
+  uint64_t yield_ms = 10'000;
+  uint64_t take_ms = 120'000;
+  uint64_t resume_ms = 10'000;
+  uint64_t metadata_retry_ms = 5'000;
+  uint64_t stable_ms = 1'000;  // a worker that ran this long did not die quickly
+  uint64_t stop_retire_ms = 10'000;
+  uint64_t stop_kill_ms = 2'000;
+};
+
+enum class EventType {
+  kStart,
+  kRegistered,  // generation introduced itself
+  kDied,        // generation is of no use any more (socket EOF, exit, or killed); it may still exist
+  kExited,      // generation's exit is proven
+  kReplied,     // `call` of generation succeeded
+  kFailed,      // `call` of generation returned an error
+  kTimer,       // the timer armed last fired
+  kUpgrade,     // swap to the candidate binary
+  kStop,
+};
+inline constexpr int kEventTypeCount = 9;
+
+struct Event {
+  EventType type = EventType::kStart;
+  Generation generation = 0;
+  Call call = Call::kServe;
+  std::string reason{};
+};
+
+struct State {
+  Phase phase = Phase::kIdle;
+  Generation owner = 0;       // serves, or is parked
+  Generation successor = 0;
+  bool upgrade = false;       // the swap under way was asked for
+  Generation next_generation = 1;
+  std::set<Generation> holders;  // may hold the metadata
+  uint32_t quick_deaths = 0;
+};
+
+enum class ActionType {
+  kSpawn,        // start `generation` from `binary`
+  kCall,         // call `call` of `generation`
+  kTellExited,   // tell `generation` that the exit of `subject` is proven
+  kKill,         // SIGKILL `generation`
+  kTimer,        // arm the only timer (`milliseconds`); replaces an earlier one
+  kStopTimer,
+  kSwapDone,     // the swap under way succeeded; `generation` owns everything and its binary is the running one
+  kSwapFailed,   // the upgrade under way failed, or a crash's successor serves without metadata: `reason`
+  kRefused,      // the upgrade just asked for cannot begin: `reason`
+  kExit,         // the supervisor may exit
+};
+
+struct Action {
+  ActionType type = ActionType::kStopTimer;
+  Generation generation = 0;
+  Generation subject = 0;
+  Call call = Call::kServe;
+  Binary binary = Binary::kRunning;
+  uint64_t milliseconds = 0;
+  std::string reason{};
+};
+
+struct StepResult {
+  State state;
+  std::vector<Action> actions;  // to be carried out in order
+};
+
+// Every event is allowed in every phase; one without meaning there changes nothing.
+StepResult Step(const State& state, const Event& event, const Limits& limits);
+
+// Wait before the n-th spawn after n quick deaths in a row.
+uint64_t BackoffMillis(uint32_t quick_deaths);
+
+}  // namespace holdfast::supervisor

@@ -1,0 +1,130 @@
+#include <fcntl.h>
+#include <kj/async-io.h>
+#include <kj/async-unix.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <systemd/sd-daemon.h>
+#include <unistd.h>
+
+#include <iostream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/log.h"
+#include "glog/logging.h"
+#include "supervisor/options.h"
+#include "supervisor/rpc.h"
+#include "supervisor/supervisor.h"
+
+namespace holdfast::supervisor {
+namespace {
+
+constexpr uint64_t kMountIdBlock = 1'000;
+constexpr uint64_t kGenerationBlock = 100;
+
+void Notify(const char* state) {
+  if (getenv("NOTIFY_SOCKET") != nullptr) sd_notify(0, state);
+}
+
+// Everything that must be in order before the first worker is started.
+absl::StatusOr<Resources> Prepare(const Options& options) {
+  HF_ASSIGN_OR_RETURN(size_t stale, RemoveStaleMounts(options.state_dir));
+  if (stale != 0) LOG(WARNING) << "event=stale_mounts_removed count=" << stale;
+  HF_ASSIGN_OR_RETURN(UniqueFd state_dir, OpenFile(options.state_dir, O_PATH | O_DIRECTORY));
+  HF_RETURN_IF_ERROR(MakeDirs(options.state_dir + "/supervisor"));
+  HF_ASSIGN_OR_RETURN(IdFile mount_ids, IdFile::Open(options.state_dir + "/supervisor/next-mount-id", kMountIdBlock));
+  HF_ASSIGN_OR_RETURN(IdFile generations,
+                      IdFile::Open(options.state_dir + "/supervisor/next-generation", kGenerationBlock));
+  HF_ASSIGN_OR_RETURN(auto executable, CopyExecutable(options.worker, options.state_dir));
+  HF_ASSIGN_OR_RETURN(UniqueFd listener, ListenUnix(options.snapshotter_socket));
+  std::vector<std::string> warnings = MachineWarnings();
+  for (const std::string& warning : warnings) LOG(WARNING) << "event=machine_warning text=" << LogValue(warning);
+  return Resources{.state_dir = std::move(state_dir),
+                   .snapshot_listener = std::move(listener),
+                   .mount_ids = std::move(mount_ids),
+                   .generations = std::move(generations),
+                   .executable = std::move(executable),
+                   .warnings = std::move(warnings)};
+}
+
+void ServeUntilStopped(const Options& options, Resources resources, UniqueFd control) {
+  kj::UnixEventPort::captureSignal(SIGTERM);
+  kj::UnixEventPort::captureSignal(SIGINT);
+  signal(SIGPIPE, SIG_IGN);
+  auto io = kj::setupAsyncIo();
+  Supervisor supervisor(options, std::move(resources), &io);
+  using Flags = kj::LowLevelAsyncIoProvider::Flags;
+  auto listener = io.lowLevelProvider->wrapListenSocketFd(
+      control.Release(), Flags::TAKE_OWNERSHIP | Flags::ALREADY_CLOEXEC | Flags::ALREADY_NONBLOCK);
+  auto serving = ServeControl(&supervisor, listener.get()).eagerlyEvaluate([](kj::Exception&& exception) {
+    LOG(ERROR) << "event=control_ended error=" << LogValue(exception.getDescription().cStr());
+  });
+  auto told = io.unixEventPort.onSignal(SIGTERM)
+                  .exclusiveJoin(io.unixEventPort.onSignal(SIGINT))
+                  .then([&](siginfo_t info) {
+                    Notify("STOPPING=1");
+                    supervisor.Stop(info.si_signo == SIGTERM ? "SIGTERM" : "SIGINT");
+                  })
+                  .eagerlyEvaluate(nullptr);
+  supervisor.Start();
+  Notify("READY=1");
+  supervisor.WhenStopped().wait(io.waitScope);
+  supervisor.KillRemaining();
+  unlink(options.control_socket.c_str());
+  unlink(options.snapshotter_socket.c_str());
+  LOG(INFO) << "event=stopped";
+  google::FlushLogFiles(google::INFO);
+  _exit(0);  // helper threads may be stuck in a system call; the kernel ends them
+}
+
+int Fail(const absl::Status& status) {
+  std::cerr << "holdfast-supervisor: " << FromAbsl(status.message()) << "\n";
+  return 1;
+}
+
+int Run(Options options) {
+  absl::Status status = PrepareProcess();
+  if (!status.ok()) return Fail(status);
+  auto lock = PrepareFolders(&options);
+  if (!lock.ok()) return Fail(lock.status());
+  auto control = ListenUnix(options.control_socket);
+  if (!control.ok()) return Fail(control.status());
+  auto resources = Prepare(options);
+  if (!resources.ok()) {
+    unlink(options.control_socket.c_str());
+    return Fail(resources.status());
+  }
+  LOG(INFO) << "event=start build=" << LogValue(kBuild) << " state=" << LogValue(options.state_dir)
+            << " snapshotter=" << LogValue(options.snapshotter_socket)
+            << " control=" << LogValue(options.control_socket);
+  ServeUntilStopped(options, std::move(*resources), std::move(*control));
+  return 0;
+}
+
+}  // namespace
+}  // namespace holdfast::supervisor
+
+int main(int argc, char** argv) {
+  using holdfast::supervisor::kUsage;
+  auto options = holdfast::supervisor::ParseOptions(std::vector<std::string>(argv + 1, argv + argc));
+  if (!options.ok()) {
+    std::cerr << "holdfast-supervisor: " << holdfast::FromAbsl(options.status().message()) << "; see --help\n";
+    return 2;
+  }
+  if (options->help) {
+    std::cout << kUsage;
+    return 0;
+  }
+  if (options->version) {
+    std::cout << holdfast::supervisor::kBuild << "\n";
+    return 0;
+  }
+  holdfast::InitLogging(argv[0]);
+  try {
+    return holdfast::supervisor::Run(std::move(*options));
+  } catch (const kj::Exception& exception) {
+    std::cerr << "holdfast-supervisor: " << exception.getDescription().cStr() << "\n";
+    return 1;
+  }
+}

@@ -1,0 +1,194 @@
+#include "supervisor/options.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <charconv>
+#include <map>
+#include <utility>
+
+#include "supervisor/fuse_mount.h"
+
+namespace holdfast::supervisor {
+namespace {
+
+absl::StatusOr<uint64_t> ParseNumber(const std::string& flag, const std::string& text) {
+  uint64_t value = 0;
+  auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size()) return InvalidArgument(flag + " needs a number, not '" + text + "'");
+  return value;
+}
+
+absl::StatusOr<std::string> RealPath(const std::string& path) {
+  char resolved[PATH_MAX];
+  if (realpath(path.c_str(), resolved) == nullptr) return ErrnoStatus(errno, path);
+  return std::string(resolved);
+}
+
+absl::Status RefuseInsideFuse(const std::string& folder) {
+  HF_ASSIGN_OR_RETURN(std::vector<MountInfo> mounts, ReadMountInfo());
+  const MountInfo* nearest = nullptr;
+  for (const MountInfo& mount : mounts) {
+    if (IsUnder(folder, mount.path) && (nearest == nullptr || mount.path.size() >= nearest->path.size())) nearest = &mount;
+  }
+  if (nearest != nullptr && nearest->type.substr(0, 4) == "fuse" && nearest->type != "fusectl") {
+    return FailedPrecondition("state folder " + folder + " lies in the FUSE mount " + nearest->path + "; use a local disk");
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<sockaddr_un> SocketAddress(const std::string& path) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  if (path.size() >= sizeof(address.sun_path)) return InvalidArgument("socket path is too long (107 bytes at most): " + path);
+  memcpy(address.sun_path, path.c_str(), path.size() + 1);
+  return address;
+}
+
+absl::StatusOr<UniqueFd> UnixSocket() {
+  UniqueFd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!fd.valid()) return ErrnoStatus(errno, "socket");
+  return fd;
+}
+
+absl::Status RemoveStaleSocket(const std::string& path, const sockaddr_un& address) {
+  struct stat info;
+  if (lstat(path.c_str(), &info) != 0) return errno == ENOENT ? absl::OkStatus() : ErrnoStatus(errno, "socket path " + path);
+  if (!S_ISSOCK(info.st_mode)) return AlreadyExists("socket path " + path + " is taken by something that is not a socket");
+  HF_ASSIGN_OR_RETURN(UniqueFd probe, UnixSocket());
+  if (connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0 || errno == EAGAIN) {
+    return AlreadyExists("socket path " + path + " is in use by a running process");
+  }
+  if (unlink(path.c_str()) != 0) return ErrnoStatus(errno, "removing the stale socket " + path);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+const char kUsage[] =
+    R"(holdfast-supervisor: holds the FUSE mounts of lazily pulled container images and runs the worker that serves them.
+
+Usage: holdfast-supervisor [options] [-- worker arguments...]
+
+  --worker PATH              worker program (default /usr/lib/holdfast/holdfast-worker); a private copy is run
+  --state DIR                state, mounts and worker copies (default /var/lib/holdfast); one supervisor a folder
+  --runtime DIR              sockets (default /run/holdfast)
+  --snapshotter-socket PATH  containerd's end (default <runtime>/snapshotter.sock): proxy_plugins address
+  --control-socket PATH      holdfastctl's end (default <runtime>/supervisor.sock), for root only
+  --help, --version
+
+What follows -- goes to every worker, e.g. -- --config /etc/holdfast/config.toml
+
+The worker can be killed or upgraded (holdfastctl upgrade) while containers read. Stopping the supervisor with SIGTERM ends
+it in good order; containers whose layers it still holds lose them, so drain the node first. `holdfastctl status` shows all.
+Exit codes: 0 stopped in good order, 1 failed (one line on standard error says why), 2 wrong usage.
+)";
+
+absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
+  Options options;
+  std::string register_limit;  // for tests: how long a worker may take to register, in milliseconds
+  std::map<std::string, std::string*> flags = {{"--worker", &options.worker},
+                                               {"--state", &options.state_dir},
+                                               {"--runtime", &options.runtime_dir},
+                                               {"--snapshotter-socket", &options.snapshotter_socket},
+                                               {"--control-socket", &options.control_socket},
+                                               {"--register-limit-ms", &register_limit}};
+  for (size_t i = 0; i < args.size(); ++i) {
+    std::string name = args[i];
+    if (name == "--") {
+      options.worker_args.assign(args.begin() + static_cast<ptrdiff_t>(i) + 1, args.end());
+      break;
+    }
+    if (name == "--help" || name == "-h") options.help = true;
+    if (name == "--version") options.version = true;
+    if (options.help || options.version) return options;
+    size_t equals = name.find('=');
+    bool inline_value = equals != std::string::npos;
+    std::string value = inline_value ? name.substr(equals + 1) : "";
+    name = name.substr(0, equals);
+    auto flag = flags.find(name);
+    if (flag == flags.end()) return InvalidArgument("unknown argument '" + args[i] + "'");
+    if (!inline_value) {
+      if (++i == args.size()) return InvalidArgument(name + " needs a value");
+      value = args[i];
+    }
+    if (value.empty()) return InvalidArgument(name + " needs a value");
+    *flag->second = value;
+  }
+  if (!register_limit.empty()) {
+    HF_ASSIGN_OR_RETURN(options.limits.register_ms, ParseNumber("--register-limit-ms", register_limit));
+  }
+  return options;
+}
+
+absl::Status PrepareProcess() {
+  if (geteuid() != 0) return PermissionDenied("holdfast-supervisor must run as root (it mounts file systems)");
+  if (access("/dev/fuse", R_OK | W_OK) != 0) {
+    return Unavailable("/dev/fuse cannot be used: load the module (modprobe fuse), or give the container the device");
+  }
+  // What the parent leaked must not reach the workers.
+  close_range(3, ~0U, CLOSE_RANGE_CLOEXEC);
+  rlimit files{};
+  if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+    files.rlim_cur = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
+  }
+  // Inherited by the workers: dumping core would delay the proof of a worker's death by up to seconds.
+  rlimit core{};
+  getrlimit(RLIMIT_CORE, &core);
+  core.rlim_cur = 0;
+  setrlimit(RLIMIT_CORE, &core);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<UniqueFd> PrepareFolders(Options* options) {
+  HF_RETURN_IF_ERROR(Annotate(MakeDirs(options->state_dir, 0711), "state folder"));
+  HF_RETURN_IF_ERROR(Annotate(MakeDirs(options->runtime_dir, 0711), "runtime folder"));
+  HF_ASSIGN_OR_RETURN(options->state_dir, RealPath(options->state_dir));
+  HF_ASSIGN_OR_RETURN(options->runtime_dir, RealPath(options->runtime_dir));
+  if (options->snapshotter_socket.empty()) options->snapshotter_socket = options->runtime_dir + "/snapshotter.sock";
+  if (options->control_socket.empty()) options->control_socket = options->runtime_dir + "/supervisor.sock";
+  HF_RETURN_IF_ERROR(RefuseInsideFuse(options->state_dir));
+  std::string path = options->state_dir + "/lock";
+  HF_ASSIGN_OR_RETURN(UniqueFd lock, OpenFile(path, O_RDWR | O_CREAT, 0600));
+  if (flock(lock.get(), LOCK_EX | LOCK_NB) != 0) {
+    if (errno != EWOULDBLOCK) return ErrnoStatus(errno, "locking " + path);
+    return AlreadyExists("another holdfast-supervisor runs on the state folder " + options->state_dir);
+  }
+  return lock;
+}
+
+absl::StatusOr<UniqueFd> ListenUnix(const std::string& path) {
+  HF_ASSIGN_OR_RETURN(sockaddr_un address, SocketAddress(path));
+  HF_RETURN_IF_ERROR(RemoveStaleSocket(path, address));
+  HF_ASSIGN_OR_RETURN(UniqueFd fd, UnixSocket());
+  mode_t before = umask(0177);  // never open to others, not even for a moment
+  int result = bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address));
+  int error = errno;
+  umask(before);
+  if (result != 0) return ErrnoStatus(error, "binding " + path);
+  if (listen(fd.get(), SOMAXCONN) != 0) return ErrnoStatus(errno, "listening on " + path);
+  return fd;
+}
+
+std::vector<std::string> MachineWarnings() {
+  std::vector<std::string> warnings;
+  for (const char* name : {"default_request_timeout", "max_request_timeout"}) {
+    auto text = ReadFile(std::string("/proc/sys/fs/fuse/") + name);
+    if (!text.ok() || *text == "0\n") continue;
+    warnings.push_back(std::string("sysctl fs.fuse.") + name + " is " + text->substr(0, text->find('\n')) +
+                       ": the kernel aborts mounts whose requests wait longer; set it to 0");
+  }
+  return warnings;
+}
+
+}  // namespace holdfast::supervisor

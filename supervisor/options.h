@@ -1,0 +1,43 @@
+// The supervisor's command line, and what it checks of the machine before it starts.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "common/io.h"
+#include "common/status.h"
+#include "supervisor/handover_machine.h"
+
+namespace holdfast::supervisor {
+
+struct Options {
+  std::string worker = "/usr/lib/holdfast/holdfast-worker";
+  std::string state_dir = "/var/lib/holdfast";
+  std::string runtime_dir = "/run/holdfast";
+  std::string snapshotter_socket;  // default: <runtime>/snapshotter.sock
+  std::string control_socket;      // default: <runtime>/supervisor.sock
+  std::vector<std::string> worker_args;
+  Limits limits;
+  bool help = false;
+  bool version = false;
+};
+
+extern const char kUsage[];
+
+// InvalidArgument names the mistake.
+absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args);
+
+// Root, /dev/fuse, descriptor limit raised, no core dumps.
+absl::Status PrepareProcess();
+
+// Creates the state folder, resolves it, refuses one inside a FUSE mount, and locks it. Sets options->state_dir to the real path and
+// runtime_dir likewise. The returned descriptor is the lock, held as long as it is open.
+absl::StatusOr<UniqueFd> PrepareFolders(Options* options);
+
+// A listening unix socket, mode 0600. A stale socket file is replaced; AlreadyExists when a living process listens there.
+absl::StatusOr<UniqueFd> ListenUnix(const std::string& path);
+
+// Settings of the machine that endanger mounts, in words.
+std::vector<std::string> MachineWarnings();
+
+}  // namespace holdfast::supervisor

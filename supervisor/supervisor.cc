@@ -1,0 +1,420 @@
+#include "supervisor/supervisor.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <utility>
+
+#include "common/log.h"
+#include "glog/logging.h"
+#include "supervisor/rpc.h"
+
+namespace holdfast::supervisor {
+namespace {
+
+constexpr uint64_t kNanosPerSecond = 1'000'000'000;
+constexpr unsigned kMaxIncomingFds = 16;
+
+std::string Describe(const kj::Exception& exception) { return std::string(exception.getDescription().cStr()); }
+
+std::string VaultId() {
+  auto bytes = RandomBytes(16);
+  return bytes.ok() ? *bytes : std::string(16, '\0');
+}
+
+}  // namespace
+
+Supervisor::Supervisor(const Options& options, Resources resources, kj::AsyncIoContext* io)
+    : options_(options),
+      io_(io),
+      timer_(io->provider->getTimer()),
+      state_dir_(std::move(resources.state_dir)),
+      snapshot_listener_(std::make_shared<UniqueFd>(std::move(resources.snapshot_listener))),
+      warnings_(std::move(resources.warnings)),
+      vault_id_(VaultId()),
+      started_wall_nanos_(clock_->WallNanos()),
+      vault_(std::move(resources.mount_ids)),
+      generations_(std::move(resources.generations)),
+      running_(std::move(resources.executable)),
+      stopped_(nullptr),
+      tasks_(*this) {
+  state_.next_generation = 0;
+  auto pair = kj::newPromiseAndFulfiller<void>();
+  stopped_ = pair.promise.fork();
+  stopped_fulfiller_ = kj::mv(pair.fulfiller);
+}
+
+void Supervisor::taskFailed(kj::Exception&& exception) {
+  LOG(ERROR) << "event=task_failed error=" << LogValue(Describe(exception));
+}
+
+void Supervisor::Start() {
+  tasks_.add(WatchMounts());
+  Dispatch({.type = EventType::kStart});
+}
+
+// Actions may bring events about (a spawn that fails): those wait until the actions before them are done.
+void Supervisor::Dispatch(Event event) {
+  events_.push_back(std::move(event));
+  if (dispatching_) return;
+  dispatching_ = true;
+  while (!events_.empty()) {
+    Event next = std::move(events_.front());
+    events_.pop_front();
+    Apply(next);
+  }
+  dispatching_ = false;
+}
+
+void Supervisor::Apply(const Event& event) {
+  if (state_.next_generation == 0) {
+    auto next = generations_.Next();
+    if (!next.ok()) LOG(FATAL) << "event=generation_file error=" << LogValue(next.status().ToString());
+    state_.next_generation = *next;
+  }
+  StepResult result = Step(state_, event, options_.limits);
+  if (result.state.phase != state_.phase) {
+    LOG(INFO) << "event=phase from=" << PhaseName(state_.phase) << " to=" << PhaseName(result.state.phase)
+              << " owner=" << result.state.owner << " successor=" << result.state.successor;
+  }
+  bool spawned = result.state.next_generation != state_.next_generation;
+  state_ = std::move(result.state);
+  if (spawned) state_.next_generation = 0;  // the number is spent
+  AdoptRunningBinary();
+  for (const Action& action : result.actions) Do(action);
+}
+
+// A dead worker is replaced by the binary that served last.
+void Supervisor::AdoptRunningBinary() {
+  WorkerProcess* owner = Find(state_.owner);
+  if (owner == nullptr) return;
+  running_build_ = owner->build;
+  if (owner->executable->sha256 != running_->sha256) previous_ = running_;
+  running_ = owner->executable;
+}
+
+void Supervisor::Do(const Action& action) {
+  switch (action.type) {
+    case ActionType::kSpawn:
+      return SpawnWorker(action.generation, action.binary);
+    case ActionType::kCall:
+      return CallWorker(action.generation, action.call);
+    case ActionType::kTellExited:
+      return TellExited(action.generation, action.subject);
+    case ActionType::kKill:
+      return KillWorker(action.generation);
+    case ActionType::kTimer:
+      return ArmTimer(action.milliseconds);
+    case ActionType::kStopTimer:
+      ++timer_token_;
+      return;
+    case ActionType::kSwapDone:
+      vault_.AbandonMountingOfOthers(action.generation);
+      FinishSwap("done");
+      KJ_IF_MAYBE(waiter, upgrade_waiter_) (*waiter)->fulfill();
+      upgrade_waiter_ = nullptr;
+      return;
+    case ActionType::kSwapFailed:
+    case ActionType::kRefused:
+      if (action.type == ActionType::kSwapFailed) FinishSwap("failed: " + action.reason);
+      KJ_IF_MAYBE(waiter, upgrade_waiter_) {
+        (*waiter)->reject(KJ_EXCEPTION(FAILED, action.reason));
+      }
+      upgrade_waiter_ = nullptr;
+      return;
+    case ActionType::kExit:
+      stopped_fulfiller_->fulfill();
+      return;
+  }
+}
+
+void Supervisor::SpawnWorker(Generation generation, Binary binary) {
+  bool upgrade = binary == Binary::kCandidate;
+  if (upgrade || reads_stopped_boot_nanos_ != 0) {
+    if (upgrade || swap_.kind != "crash" || swap_.result != "running") {
+      swap_ = Swap{};
+      swap_.kind = upgrade ? "upgrade" : "crash";
+      swap_.result = "running";
+      swap_.from_build = running_build_;
+    }
+  }
+  auto worker = std::make_unique<WorkerProcess>();
+  worker->generation = generation;
+  worker->executable = upgrade ? candidate_ : running_;
+  worker->started_wall_nanos = clock_->WallNanos();
+  absl::Status status = [&]() -> absl::Status {
+    HF_RETURN_IF_ERROR(ledgers_.Create(generation).status());
+    HF_ASSIGN_OR_RETURN(std::string secret, RandomBytes(32));
+    worker->token = ToHex(secret);
+    HF_ASSIGN_OR_RETURN(Process process, Spawn(*worker->executable, options_.worker_args, worker->token));
+    worker->pid = process.pid;
+    worker->pidfd = std::move(process.pidfd);
+    Connect(worker.get(), std::move(process.socket));
+    return absl::OkStatus();
+  }();
+  if (!status.ok()) {
+    LOG(ERROR) << "event=spawn_failed generation=" << generation << " error=" << LogValue(status.ToString());
+    ledgers_.OwnerExited(generation);
+    return Dispatch({.type = EventType::kExited, .generation = generation, .reason = status.ToString()});
+  }
+  LOG(INFO) << "event=spawned generation=" << generation << " pid=" << worker->pid
+            << " executable=" << worker->executable->sha256 << " candidate=" << upgrade;
+  workers_[generation] = std::move(worker);
+}
+
+void Supervisor::Connect(WorkerProcess* worker, UniqueFd socket) {
+  Generation generation = worker->generation;
+  using Flags = kj::LowLevelAsyncIoProvider::Flags;
+  worker->stream = io_->lowLevelProvider->wrapUnixSocketFd(socket.Release(),
+                                                           Flags::TAKE_OWNERSHIP | Flags::ALREADY_CLOEXEC);
+  worker->connection = kj::heap<capnp::TwoPartyClient>(*worker->stream, kMaxIncomingFds,
+                                                       MakeSupervisorServer(this, generation),
+                                                       capnp::rpc::twoparty::Side::SERVER);
+  worker->exit_observer = kj::heap<kj::UnixEventPort::FdObserver>(io_->unixEventPort, worker->pidfd.get(),
+                                                                  kj::UnixEventPort::FdObserver::OBSERVE_READ);
+  tasks_.add(worker->exit_observer->whenBecomesReadable().then([this, generation] { OnExit(generation); }));
+  tasks_.add(worker->connection->onDisconnect().then([this, generation] { OnDisconnected(generation); },
+                                                     [this, generation](kj::Exception&&) { OnDisconnected(generation); }));
+}
+
+kj::Promise<void> Supervisor::SendCall(schema::Worker::Client& client, Call call) {
+  switch (call) {
+    case Call::kServe:
+      return client.serveRequest().send().ignoreResult();
+    case Call::kPark:
+      return client.parkRequest().send().ignoreResult();
+    case Call::kResume:
+      return client.resumeRequest().send().ignoreResult();
+    case Call::kYield:
+      return client.yieldMetadataRequest().send().ignoreResult();
+    case Call::kTake:
+      return client.takeMetadataRequest().send().ignoreResult();
+    case Call::kRetire:
+      return client.retireRequest().send().ignoreResult();
+  }
+  return kj::READY_NOW;
+}
+
+void Supervisor::CallWorker(Generation generation, Call call) {
+  WorkerProcess* worker = Find(generation);
+  if (worker == nullptr) return;
+  uint64_t now = clock_->BootNanos();
+  if (call == Call::kPark) reads_stopped_boot_nanos_ = now;
+  if (call == Call::kServe) swap_.carried_over = ledgers_.CountUnanswered(generation);
+  if (call == Call::kRetire) LimitRetirement(generation);
+  KJ_IF_MAYBE(client, worker->client) {
+    tasks_.add(SendCall(*client, call)
+                   .then([this, generation, call] { OnCallDone(generation, call); },
+                         [this, generation, call](kj::Exception&& exception) {
+                           // A broken connection is a death, and told as one.
+                           if (exception.getType() == kj::Exception::Type::DISCONNECTED) return;
+                           LOG(WARNING) << "event=call_failed generation=" << generation << " call=" << CallName(call)
+                                        << " error=" << LogValue(Describe(exception));
+                           Dispatch({.type = EventType::kFailed,
+                                     .generation = generation,
+                                     .call = call,
+                                     .reason = Describe(exception)});
+                         }));
+  }
+}
+
+void Supervisor::OnCallDone(Generation generation, Call call) {
+  uint64_t now = clock_->BootNanos();
+  if ((call == Call::kServe || call == Call::kResume) && reads_stopped_boot_nanos_ != 0) {
+    if (call == Call::kServe) {
+      swap_.pause_nanos = now - reads_stopped_boot_nanos_;
+      carried_over_total_ += swap_.carried_over;
+      LOG(INFO) << "event=reads_taken_over generation=" << generation << " pause_ns=" << swap_.pause_nanos
+                << " requests_carried_over=" << swap_.carried_over;
+    }
+    reads_stopped_boot_nanos_ = 0;
+  }
+  Dispatch({.type = EventType::kReplied, .generation = generation, .call = call});
+}
+
+void Supervisor::TellExited(Generation generation, Generation exited) {
+  WorkerProcess* worker = Find(generation);
+  if (worker == nullptr) return;
+  KJ_IF_MAYBE(client, worker->client) {
+    auto request = client->ownerExitedRequest();
+    request.setGeneration(exited);
+    tasks_.add(request.send().ignoreResult().catch_([](kj::Exception&&) {}));  // its death is told elsewhere
+  }
+}
+
+void Supervisor::LimitRetirement(Generation generation) {
+  Find(generation)->retired = true;
+  tasks_.add(timer_.afterDelay(kRetireLimitSeconds * kj::SECONDS).then([this, generation] {
+    if (Find(generation) == nullptr) return;
+    LOG(WARNING) << "event=retirement_cut_off generation=" << generation;
+    KillWorker(generation);
+  }));
+}
+
+void Supervisor::KillWorker(Generation generation) {
+  WorkerProcess* worker = Find(generation);
+  if (worker == nullptr || worker->killed) return;
+  worker->killed = true;
+  if (worker->dead_since_boot_nanos == 0) worker->dead_since_boot_nanos = clock_->BootNanos();
+  syscall(SYS_pidfd_send_signal, worker->pidfd.get(), SIGKILL, nullptr, 0);
+  LOG(INFO) << "event=killed generation=" << generation << " pid=" << worker->pid;
+  if (state_.owner == 0 && reads_stopped_boot_nanos_ == 0) reads_stopped_boot_nanos_ = clock_->BootNanos();
+}
+
+void Supervisor::ArmTimer(uint64_t milliseconds) {
+  uint64_t token = ++timer_token_;
+  tasks_.add(timer_.afterDelay(milliseconds * kj::MILLISECONDS).then([this, token] {
+    if (token == timer_token_) Dispatch({.type = EventType::kTimer});
+  }));
+}
+
+void Supervisor::NoteDeath(WorkerProcess* worker, const std::string& reason) {
+  if (worker->dead_since_boot_nanos != 0) return;
+  worker->dead_since_boot_nanos = clock_->BootNanos();
+  bool serving = worker->generation == state_.owner || worker->generation == state_.successor;
+  if (serving && reads_stopped_boot_nanos_ == 0 && state_.phase != Phase::kStarting) {
+    reads_stopped_boot_nanos_ = worker->dead_since_boot_nanos;
+  }
+  if (worker->retired) return;
+  ++crashes_;
+  LOG(ERROR) << "event=worker_died generation=" << worker->generation << " pid=" << worker->pid
+             << " reason=" << LogValue(reason) << " phase=" << PhaseName(state_.phase);
+}
+
+void Supervisor::OnDisconnected(Generation generation) {
+  WorkerProcess* worker = Find(generation);
+  if (worker == nullptr || worker->disconnected) return;
+  worker->disconnected = true;
+  if (worker->retired) return;  // it may need its time to exit
+  NoteDeath(worker, "its connection ended");
+  KillWorker(generation);
+  Dispatch({.type = EventType::kDied, .generation = generation, .reason = "its connection ended"});
+}
+
+void Supervisor::OnExit(Generation generation) {
+  WorkerProcess* worker = Find(generation);
+  if (worker == nullptr) return;
+  std::string reason = ReapReason(worker->pidfd.get());
+  NoteDeath(worker, reason);
+  LOG(INFO) << "event=exited generation=" << generation << " pid=" << worker->pid << " reason=" << LogValue(reason)
+            << " retired=" << worker->retired << " killed=" << worker->killed;
+  ledgers_.OwnerExited(generation);
+  // Not in this callback: it belongs to what is destroyed.
+  tasks_.add(kj::evalLater([this, generation] { Forget(generation); }));
+  Dispatch({.type = EventType::kExited, .generation = generation, .reason = reason});
+}
+
+void Supervisor::Forget(Generation generation) { workers_.erase(generation); }
+
+WorkerProcess* Supervisor::Find(Generation generation) {
+  auto it = workers_.find(generation);
+  return it == workers_.end() ? nullptr : it->second.get();
+}
+
+void Supervisor::FinishSwap(const std::string& result) {
+  if (swap_.kind == "none" || swap_.result != "running") return;
+  swap_.result = result;
+  swap_.finished_wall_nanos = clock_->WallNanos();
+  if (WorkerProcess* owner = Find(state_.owner)) swap_.to_build = owner->build;
+  if (result == "done") ++swaps_;
+  LOG(INFO) << "event=swap kind=" << swap_.kind << " result=" << LogValue(result) << " owner=" << state_.owner
+            << " pause_ns=" << swap_.pause_nanos << " requests_carried_over=" << swap_.carried_over;
+}
+
+void Supervisor::Register(Generation generation, schema::Hello::Reader hello, schema::Worker::Client worker_client,
+                          capnp::Capability::Client admin, schema::Welcome::Builder welcome) {
+  WorkerProcess* worker = Find(generation);
+  KJ_REQUIRE(worker != nullptr, "this worker is not known any more");
+  KJ_REQUIRE(worker->client == nullptr, "registered already");
+  auto token = hello.getToken().asChars();
+  KJ_REQUIRE(std::string(token.begin(), token.size()) == worker->token, "wrong token");
+  constexpr uint64_t kOurs = schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER;
+  uint64_t common = hello.getCapabilities() & kOurs;
+  KJ_REQUIRE(common == kOurs, "this supervisor needs the capabilities serveReads and metadataHandover");
+  Ledger* ledger = ledgers_.Find(generation);
+  KJ_REQUIRE(ledger != nullptr, "no ledger");
+  worker->client = kj::mv(worker_client);
+  worker->admin = kj::mv(admin);
+  worker->build = hello.getBuild().cStr();
+  welcome.setCapabilities(common);
+  welcome.setGeneration(generation);
+  welcome.setVaultId(kj::arrayPtr(reinterpret_cast<const kj::byte*>(vault_id_.data()), vault_id_.size()));
+  welcome.setLedger(MakeDescriptor(ledger->memory()));
+  FillPipes(*ledger, welcome.initRequestPipes(static_cast<unsigned>(ledger->pipes().size())));
+  welcome.setSnapshotListener(MakeDescriptor(snapshot_listener_));
+  welcome.setStateDir(options_.state_dir.c_str());
+  welcome.setRuntimeDir(options_.runtime_dir.c_str());
+  LOG(INFO) << "event=registered generation=" << generation << " pid=" << worker->pid
+            << " build=" << LogValue(worker->build);
+  // After the welcome is on its way.
+  tasks_.add(kj::evalLater([this, generation] {
+    Dispatch({.type = EventType::kRegistered, .generation = generation});
+  }));
+}
+
+void Supervisor::Progress(Generation generation, const std::string& step) {
+  if (WorkerProcess* worker = Find(generation)) worker->step = step;
+  LOG(INFO) << "event=progress generation=" << generation << " step=" << LogValue(step);
+}
+
+kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force) {
+  KJ_REQUIRE(!upgrade_busy_, "an upgrade is under way already");
+  KJ_REQUIRE(!stopping_, "the supervisor is shutting down");
+  upgrade_busy_ = true;
+  if (path.empty()) path = options_.worker;
+  using Copy = absl::StatusOr<std::shared_ptr<const Executable>>;
+  std::vector<std::string> keep = {running_->sha256};
+  if (previous_ != nullptr) keep.push_back(previous_->sha256);
+  auto copied = offload_.Run<Copy>([path, keep, state_dir = options_.state_dir] {
+    RemoveOtherExecutables(state_dir, keep);
+    return CopyExecutable(path, state_dir);
+  });
+  auto swapped = copied.then([this, force](kj::Own<Copy>&& result) -> kj::Promise<bool> {
+    const Copy& copy = *result;
+    if (!copy.ok()) kj::throwFatalException(KJ_EXCEPTION(FAILED, std::string(FromAbsl(copy.status().message()))));
+    if ((*copy)->sha256 == running_->sha256 && !force) return false;
+    candidate_ = *copy;
+    auto pair = kj::newPromiseAndFulfiller<void>();
+    upgrade_waiter_ = kj::mv(pair.fulfiller);
+    Dispatch({.type = EventType::kUpgrade});
+    return pair.promise.then([] { return true; });
+  });
+  // The swap goes on and the flag is cleared even when the caller hangs up.
+  auto forked = swapped.then(
+                           [this](bool changed) {
+                             upgrade_busy_ = false;
+                             return changed;
+                           },
+                           [this](kj::Exception&& exception) -> bool {
+                             upgrade_busy_ = false;
+                             kj::throwFatalException(kj::mv(exception));
+                           })
+                    .fork();
+  tasks_.add(forked.addBranch().ignoreResult().catch_([](kj::Exception&& exception) {
+    LOG(WARNING) << "event=upgrade_failed error=" << LogValue(Describe(exception));
+  }));
+  return forked.addBranch();
+}
+
+void Supervisor::Stop(const std::string& reason) {
+  if (stopping_) return;
+  stopping_ = true;
+  LOG(INFO) << "event=stopping reason=" << LogValue(reason);
+  auto limit = timer_.afterDelay(kStopUnmountSeconds * kj::SECONDS).then([] {
+    LOG(WARNING) << "event=unmount_too_slow";
+  });
+  tasks_.add(UnmountAll().exclusiveJoin(kj::mv(limit)).then([this] { Dispatch({.type = EventType::kStop}); }));
+}
+
+void Supervisor::KillRemaining() {
+  for (auto& [generation, worker] : workers_) KillWorker(generation);
+  for (auto& [generation, worker] : workers_) {
+    pollfd exit{.fd = worker->pidfd.get(), .events = POLLIN, .revents = 0};
+    if (poll(&exit, 1, 1'000) == 1) ReapReason(worker->pidfd.get());
+  }
+}
+
+}  // namespace holdfast::supervisor

@@ -1,0 +1,178 @@
+// The supervisor proper: carries out what the swap machine decides, and holds what it is about (vault, ledgers, worker
+// processes). One thread, the KJ event loop; only Offload's jobs run elsewhere. Nothing here blocks.
+#pragma once
+
+#include <capnp/rpc-twoparty.h>
+#include <kj/async-io.h>
+#include <kj/async-unix.h>
+
+#include <deque>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/clock.h"
+#include "common/io.h"
+#include "schema/control.capnp.h"
+#include "schema/handover.capnp.h"
+#include "supervisor/fuse_mount.h"
+#include "supervisor/handover_machine.h"
+#include "supervisor/ledger_store.h"
+#include "supervisor/offload.h"
+#include "supervisor/options.h"
+#include "supervisor/spawner.h"
+#include "supervisor/vault.h"
+
+namespace holdfast::supervisor {
+
+inline constexpr char kBuild[] = "holdfast-supervisor 0.1.0";
+inline constexpr uint64_t kRetireLimitSeconds = 600;    // a retired worker's old calls are cut off then
+inline constexpr uint64_t kStopUnmountSeconds = 10;     // what is not unmounted by then is left to the kernel
+inline constexpr uint64_t kMountSettleMillis = 2'000;   // a successor waits so long for mounts that a dead worker began
+inline constexpr uint64_t kUnkillableSeconds = 5;       // a killed worker that still exists then is reported
+
+struct WorkerProcess {
+  Generation generation = 0;
+  std::shared_ptr<const Executable> executable;
+  std::string token;  // hexadecimal
+  pid_t pid = 0;
+  UniqueFd pidfd;
+  kj::Own<kj::UnixEventPort::FdObserver> exit_observer;
+  kj::Own<kj::AsyncCapabilityStream> stream;
+  kj::Own<capnp::TwoPartyClient> connection;
+  kj::Maybe<schema::Worker::Client> client;  // once registered
+  kj::Maybe<capnp::Capability::Client> admin;
+  std::string build;
+  std::string step;  // last progress()
+  int64_t started_wall_nanos = 0;
+  uint64_t dead_since_boot_nanos = 0;  // first sign of death, or our SIGKILL; 0: alive
+  bool killed = false;
+  bool retired = false;
+  bool disconnected = false;
+};
+
+struct Swap {
+  std::string kind = "none";
+  std::string result;
+  int64_t finished_wall_nanos = 0;
+  uint64_t pause_nanos = 0;
+  uint64_t carried_over = 0;
+  std::string from_build;
+  std::string to_build;
+};
+
+// What main has prepared.
+struct Resources {
+  UniqueFd state_dir;
+  UniqueFd snapshot_listener;
+  IdFile mount_ids;
+  IdFile generations;
+  std::shared_ptr<const Executable> executable;
+  std::vector<std::string> warnings;
+};
+
+class Supervisor final : private kj::TaskSet::ErrorHandler {
+ public:
+  Supervisor(const Options& options, Resources resources, kj::AsyncIoContext* io);
+
+  void Start();
+  // Unmounts what is not in use, ends the workers. WhenStopped() then resolves.
+  void Stop(const std::string& reason);
+  kj::Promise<void> WhenStopped() { return stopped_.addBranch(); }
+  // Last: kills what is left.
+  void KillRemaining();
+
+  // For the RPC servers. They throw kj::Exception on bad requests.
+  void Register(Generation generation, schema::Hello::Reader hello, schema::Worker::Client worker,
+                capnp::Capability::Client admin, schema::Welcome::Builder welcome);
+  kj::Promise<const Mount*> MountLayer(Generation caller, std::string path, InitOptions options, std::string blob);
+  kj::Promise<MountState> UnmountLayer(Generation caller, uint64_t mount_id);
+  // Resolves when a page of mounts may be given to `caller`: at the commit, mounts that a dead worker began have settled.
+  kj::Promise<void> MountsSettled(Generation caller);
+  void Progress(Generation generation, const std::string& step);
+  // True: swapped; false: the same build runs already.
+  kj::Promise<bool> Upgrade(std::string path, bool force);
+  // Why an orderly shutdown would hurt; empty if it would not.
+  std::string WhyInUse() const;
+
+  void FillStatus(schema::Status::Builder status) const;
+  void FillSwap(schema::SwapStatus::Builder out) const;
+  kj::Maybe<capnp::Capability::Client> RunningAdmin();
+  Vault& vault() { return vault_; }
+  LedgerStore& ledgers() { return ledgers_; }
+
+ private:
+  void taskFailed(kj::Exception&& exception) override;
+
+  // supervisor.cc: the machine's events and actions.
+  void Dispatch(Event event);
+  void Apply(const Event& event);
+  void Do(const Action& action);
+  void SpawnWorker(Generation generation, Binary binary);
+  void Connect(WorkerProcess* worker, UniqueFd socket);
+  void CallWorker(Generation generation, Call call);
+  kj::Promise<void> SendCall(schema::Worker::Client& client, Call call);
+  void OnCallDone(Generation generation, Call call);
+  void TellExited(Generation generation, Generation exited);
+  void KillWorker(Generation generation);
+  void ArmTimer(uint64_t milliseconds);
+  void OnDisconnected(Generation generation);
+  void OnExit(Generation generation);
+  void NoteDeath(WorkerProcess* worker, const std::string& reason);
+  void Forget(Generation generation);
+  void FinishSwap(const std::string& result);
+  void AdoptRunningBinary();
+  void LimitRetirement(Generation generation);
+  WorkerProcess* Find(Generation generation);
+  const char* Role(const WorkerProcess& worker) const;
+
+  // supervisor_mounts.cc
+  void FinishMount(uint64_t id, absl::StatusOr<FuseMount> result);
+  MountState FinishUnmount(uint64_t id, const absl::StatusOr<bool>& gone);
+  void RequireOwner(Generation caller) const;
+  kj::Promise<void> WatchMounts();
+  void NotifyGone(const std::vector<uint64_t>& ids);
+  kj::Promise<void> UnmountAll();
+  kj::Promise<void> WaitSettled(Generation caller, uint64_t deadline_boot_nanos);
+
+  const Options options_;
+  kj::AsyncIoContext* const io_;
+  kj::Timer& timer_;
+  const Clock* const clock_ = Clock::Real();
+  const UniqueFd state_dir_;
+  const SharedFd snapshot_listener_;
+  const std::vector<std::string> warnings_;
+  const std::string vault_id_;
+  const int64_t started_wall_nanos_;
+
+  Vault vault_;
+  LedgerStore ledgers_;
+  IdFile generations_;
+  Offload offload_;
+
+  State state_;
+  std::deque<Event> events_;
+  bool dispatching_ = false;
+  uint64_t timer_token_ = 0;
+  std::map<Generation, std::unique_ptr<WorkerProcess>> workers_;
+  std::shared_ptr<const Executable> running_;
+  std::shared_ptr<const Executable> previous_;
+  std::string running_build_;
+  std::shared_ptr<const Executable> candidate_;
+
+  Swap swap_;
+  uint64_t reads_stopped_boot_nanos_ = 0;  // 0: somebody reads
+  uint64_t crashes_ = 0;
+  uint64_t swaps_ = 0;
+  uint64_t carried_over_total_ = 0;
+  bool upgrade_busy_ = false;
+  kj::Maybe<kj::Own<kj::PromiseFulfiller<void>>> upgrade_waiter_;
+
+  bool stopping_ = false;
+  kj::Own<kj::PromiseFulfiller<void>> stopped_fulfiller_;
+  kj::ForkedPromise<void> stopped_;
+  kj::TaskSet tasks_;  // last: cancelled first
+};
+
+}  // namespace holdfast::supervisor

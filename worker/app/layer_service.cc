@@ -1,0 +1,298 @@
+#include "worker/app/layer_service.h"
+
+#include <utility>
+
+#include "glog/logging.h"
+#include "worker/layer/digest.h"
+#include "worker/layer/layer_index.h"
+
+namespace holdfast::app {
+namespace {
+
+// FUSE_INIT flags (include/uapi/linux/fuse.h); the newest are not in Debian 12's header.
+constexpr uint64_t kAsyncRead = 1ull << 0;
+constexpr uint64_t kIoctlDir = 1ull << 11;  // for a later live probe on the root; INIT is fixed for the mount's life
+constexpr uint64_t kDoReaddirplus = 1ull << 13;
+constexpr uint64_t kNoOpenSupport = 1ull << 17;
+constexpr uint64_t kParallelDirops = 1ull << 18;
+constexpr uint64_t kMaxPages = 1ull << 22;
+constexpr uint64_t kCacheSymlinks = 1ull << 23;
+constexpr uint64_t kNoOpendirSupport = 1ull << 24;
+constexpr uint64_t kInitExt = 1ull << 30;
+constexpr uint64_t kHasResend = 1ull << 39;
+constexpr uint64_t kAllowIdmap = 1ull << 40;
+
+handover::InitOptions LayerInitOptions() {
+  handover::InitOptions options;
+  options.flags = kAsyncRead | kIoctlDir | kDoReaddirplus | kNoOpenSupport | kParallelDirops | kMaxPages |
+                  kCacheSymlinks | kNoOpendirSupport | kInitExt | kHasResend | kAllowIdmap;
+  return options;
+}
+
+fuse::MountFlags FlagsOf(const handover::MountBlob& blob) {
+  fuse::MountFlags flags;
+  flags.no_xattrs = blob.no_xattrs;
+  flags.zero_open = blob.zero_open;
+  flags.opaque_user = blob.overlay_opaque_user;
+  return flags;
+}
+
+}  // namespace
+
+absl::StatusOr<LayerService::IndexPtr> LayerService::OpenIndex(const std::string& layer_digest,
+                                                               const std::string& sha256, bool verify) {
+  return layer::LayerIndex::Open(parts_.files->IndexPath(layer_digest, sha256), verify ? sha256 : std::string());
+}
+
+absl::StatusOr<LayerBelow> LayerService::Below(const snapshot::ParentLayer& parent) {
+  LayerBelow below;
+  below.folder = parent.folder;
+  if (parent.lazy_index.empty()) return below;
+  HF_ASSIGN_OR_RETURN(std::string path, parts_.files->FindIndex(parent.lazy_index));
+  HF_ASSIGN_OR_RETURN(below.index, layer::LayerIndex::Open(path, parent.lazy_index));
+  return below;
+}
+
+absl::StatusOr<LayerService::IndexPtr> LayerService::BindToParents(IndexPtr base,
+                                                                   const std::vector<snapshot::ParentLayer>& parents,
+                                                                   const std::string& layer_digest,
+                                                                   std::string* sha256) {
+  if (!base->has_implied_folders() || parents.empty()) return base;
+  std::vector<LayerBelow> below;
+  for (const snapshot::ParentLayer& parent : parents) {
+    absl::StatusOr<LayerBelow> one = Below(parent);
+    if (!one.ok()) return Annotate(one.status(), "layer below");
+    below.push_back(std::move(*one));
+  }
+  HF_ASSIGN_OR_RETURN(layer::BuiltIndex bound, layer::BindImpliedFolders(*base, AttributesFrom(std::move(below))));
+  HF_RETURN_IF_ERROR(parts_.files->StoreIndex(layer_digest, bound.sha256, bound.bytes));
+  *sha256 = bound.sha256;
+  return OpenIndex(layer_digest, bound.sha256, /*verify=*/true);
+}
+
+absl::StatusOr<snapshot::MountedLayer> LayerService::Mount(const snapshot::LayerRequest& request,
+                                                           uint64_t snapshot_id, const std::string& folder,
+                                                           const std::vector<snapshot::ParentLayer>& parents,
+                                                           uint64_t deadline_boot_nanos) {
+  for (const std::string& neighbour : request.neighbours) {
+    if (neighbour == request.layer_digest) continue;
+    parts_.resolver->ResolveAhead({request.image_ref, neighbour, "", request.tenant, deadline_boot_nanos});
+  }
+  HF_ASSIGN_OR_RETURN(LayerRecord record,
+                      parts_.resolver->Resolve({request.image_ref, request.layer_digest, request.toc_digest,
+                                                request.tenant, deadline_boot_nanos}));
+  handover::MountBlob blob;
+  blob.layer_digest = record.layer_digest;
+  blob.index_digest = record.index_sha256;
+  HF_ASSIGN_OR_RETURN(IndexPtr index, OpenIndex(record.layer_digest, record.index_sha256, /*verify=*/true));
+  HF_ASSIGN_OR_RETURN(index, BindToParents(index, parents, record.layer_digest, &blob.index_digest));
+  blob.numbering_version = index->numbering_version();
+  blob.image_ref = request.image_ref;
+  blob.snapshot_id = snapshot_id;
+  blob.blob_size = record.blob_size;
+  blob.no_xattrs = !index->has_xattrs();
+  blob.zero_open = true;
+  HF_RETURN_IF_ERROR(MountIndex(blob, folder));
+  if (index->info().prefetch_end > 0) {
+    absl::StatusOr<std::shared_ptr<layer::Layer>> layer = OpenLayer(blob, /*verify_index=*/false);
+    if (layer.ok()) (*layer)->StartPrefetch();
+  }
+  return snapshot::MountedLayer{blob.index_digest, blob.blob_size};
+}
+
+absl::Status LayerService::Remount(const std::string& layer_digest, const std::string& index_sha256,
+                                   const std::string& image_ref, uint64_t blob_size, const std::string& /*tenant*/,
+                                   uint64_t snapshot_id, const std::string& folder) {
+  if (IsMounted(snapshot_id)) return absl::OkStatus();
+  if (!layer::IsSha256Digest(layer_digest)) return InvalidArgument("not a layer digest: " + layer_digest);
+  HF_ASSIGN_OR_RETURN(IndexPtr index, OpenIndex(layer_digest, index_sha256, /*verify=*/true));
+  handover::MountBlob blob;
+  blob.layer_digest = layer_digest;
+  blob.index_digest = index_sha256;
+  blob.numbering_version = index->numbering_version();
+  blob.image_ref = image_ref;
+  blob.snapshot_id = snapshot_id;
+  blob.blob_size = blob_size;
+  blob.no_xattrs = !index->has_xattrs();
+  blob.zero_open = true;
+  return MountIndex(blob, folder);
+}
+
+absl::Status LayerService::MountIndex(const handover::MountBlob& blob, const std::string& folder) {
+  TraceSpan span(parts_.trace, "layer.mount",
+                 "layer=" + blob.layer_digest + " snapshot=" + std::to_string(blob.snapshot_id));
+  HF_RETURN_IF_ERROR(PassFault(parts_.faults, "layer.before_mount"));
+  HF_ASSIGN_OR_RETURN(handover::MountEntry entry,
+                      parts_.vault->Mount(folder, LayerInitOptions(), handover::EncodeMountBlob(blob)));
+  HF_RETURN_IF_ERROR(PassFault(parts_.faults, "layer.after_mount"));
+  const uint64_t mount_id = entry.mount_id;
+  absl::Status served = Serve(std::move(entry), blob);
+  if (served.ok()) {
+    LOG(INFO) << "layer.mounted layer=" << blob.layer_digest << " mount=" << mount_id << " snapshot="
+              << blob.snapshot_id << " index=" << blob.index_digest;
+    return served;
+  }
+  absl::Status undone = parts_.vault->Unmount(mount_id).status();
+  LOG_IF(ERROR, !undone.ok()) << "layer.unmount_failed mount=" << mount_id << " error=" << undone;
+  ForgetMounts({mount_id});
+  return served;
+}
+
+absl::Status LayerService::Serve(handover::MountEntry entry, const handover::MountBlob& blob) {
+  {
+    MutexLock lock(&mutex_);
+    mounts_[entry.mount_id] = {blob, entry.state == handover::MountState::kDetached};
+  }
+  fuse::MountSpec spec;
+  spec.mount_id = entry.mount_id;
+  spec.device = std::move(entry.device);
+  spec.init_request = std::move(entry.init_request);
+  spec.flags = FlagsOf(blob);
+  spec.description = blob.layer_digest;
+  // The index was verified when the layer was mounted, under this same vault: on the first request its bytes need not be
+  // hashed again.
+  spec.open_layer = [this, blob] { return OpenLayer(blob, /*verify_index=*/false); };
+  return parts_.server->AddMount(std::move(spec));
+}
+
+absl::Status LayerService::AdoptMount(handover::MountEntry entry) {
+  absl::StatusOr<handover::MountBlob> blob = handover::DecodeMountBlob(entry.blob);
+  if (!blob.ok()) return Annotate(blob.status(), "mount " + std::to_string(entry.mount_id) + " at " + entry.path);
+  return Serve(std::move(entry), *blob);
+}
+
+absl::StatusOr<std::shared_ptr<layer::Layer>> LayerService::OpenLayer(const handover::MountBlob& blob,
+                                                                      bool verify_index) {
+  {
+    MutexLock lock(&mutex_);
+    auto it = layers_.find(blob.index_digest);
+    if (it != layers_.end()) {
+      if (std::shared_ptr<layer::Layer> open = it->second.lock()) return open;
+    }
+  }
+  HF_ASSIGN_OR_RETURN(IndexPtr index, OpenIndex(blob.layer_digest, blob.index_digest, verify_index));
+  if (index->numbering_version() != blob.numbering_version || index->info().layer_digest != blob.layer_digest) {
+    return DataLoss("index " + blob.index_digest + " is not the one this mount was made with");
+  }
+  HF_ASSIGN_OR_RETURN(std::shared_ptr<cache::LayerContent> content,
+                      parts_.store->OpenLayer(blob.layer_digest, index->chunk_count(), index->content_bytes()));
+  fetch::BlobRef ref;
+  HF_ASSIGN_OR_RETURN(ref.image, fetch::ParseImageReference(blob.image_ref));
+  ref.digest = blob.layer_digest;
+  std::shared_ptr<layer::Layer> layer = parts_.reader->Open(index, content, parts_.client->Source(ref));
+  MutexLock lock(&mutex_);
+  std::weak_ptr<layer::Layer>& slot = layers_[blob.index_digest];
+  if (std::shared_ptr<layer::Layer> other = slot.lock()) return other;  // opened meanwhile by another mount
+  slot = layer;
+  return layer;
+}
+
+bool LayerService::IsMounted(uint64_t snapshot_id) const {
+  MutexLock lock(&mutex_);
+  for (const auto& [id, row] : mounts_) {
+    if (row.blob.snapshot_id == snapshot_id && !row.detached) return true;
+  }
+  return false;
+}
+
+absl::Status LayerService::Unmount(uint64_t snapshot_id, bool* still_used) {
+  *still_used = false;
+  std::vector<uint64_t> ids;
+  {
+    MutexLock lock(&mutex_);
+    for (const auto& [id, row] : mounts_) {
+      if (row.blob.snapshot_id != snapshot_id) continue;
+      if (row.detached) {
+        *still_used = true;
+      } else {
+        ids.push_back(id);
+      }
+    }
+  }
+  for (uint64_t id : ids) {
+    TraceSpan span(parts_.trace, "layer.unmount",
+                   "mount=" + std::to_string(id) + " snapshot=" + std::to_string(snapshot_id));
+    HF_ASSIGN_OR_RETURN(handover::MountState state, parts_.vault->Unmount(id));
+    if (state == handover::MountState::kGone) {
+      ForgetMounts({id});
+      continue;
+    }
+    *still_used = true;
+    MutexLock lock(&mutex_);
+    if (auto it = mounts_.find(id); it != mounts_.end()) it->second.detached = true;
+  }
+  return absl::OkStatus();
+}
+
+void LayerService::ForgetMounts(const std::vector<uint64_t>& mount_ids) {
+  for (uint64_t id : mount_ids) {
+    {
+      MutexLock lock(&mutex_);
+      mounts_.erase(id);
+    }
+    parts_.server->RemoveMount(id);
+  }
+  // Nobody holds the layers of the mounts that ended; drop their rows.
+  MutexLock lock(&mutex_);
+  for (auto it = layers_.begin(); it != layers_.end();) {
+    it = it->second.expired() ? layers_.erase(it) : std::next(it);
+  }
+}
+
+void LayerService::Usage(const std::string& layer_digest, uint64_t* bytes, uint64_t* inodes) {
+  *bytes = 0;
+  *inodes = 0;
+  absl::StatusOr<LayerRecord> record = parts_.files->Load(layer_digest);
+  if (!record.ok()) return;
+  absl::StatusOr<IndexPtr> index = OpenIndex(layer_digest, record->index_sha256, /*verify=*/false);
+  if (!index.ok()) return;
+  *inodes = (*index)->node_count();
+  auto content = parts_.store->OpenLayer(layer_digest, (*index)->chunk_count(), (*index)->content_bytes());
+  if (content.ok()) *bytes = (*content)->bytes();
+}
+
+size_t LayerService::mount_count() const {
+  MutexLock lock(&mutex_);
+  return mounts_.size();
+}
+
+std::vector<handover::LayerInfo> LayerService::Layers() const {
+  std::map<std::string, handover::LayerInfo> by_digest;
+  std::vector<std::shared_ptr<layer::Layer>> open;
+  {
+    MutexLock lock(&mutex_);
+    for (const auto& [id, row] : mounts_) {
+      handover::LayerInfo& info = by_digest[row.blob.layer_digest];
+      info.digest = row.blob.layer_digest;
+      if (info.image.empty()) info.image = row.blob.image_ref;
+      info.compressed_bytes = row.blob.blob_size;
+      info.index_digest = row.blob.index_digest;
+      info.mounts++;
+    }
+    for (const auto& [sha, weak] : layers_) {
+      if (std::shared_ptr<layer::Layer> layer = weak.lock()) open.push_back(std::move(layer));
+    }
+  }
+  for (const std::shared_ptr<layer::Layer>& layer : open) {
+    auto it = by_digest.find(layer->index().info().layer_digest);
+    if (it != by_digest.end()) it->second.fetched_bytes += layer->stats().fetched_bytes;
+  }
+  std::vector<handover::LayerInfo> layers;
+  for (auto& [digest, info] : by_digest) {
+    absl::StatusOr<IndexPtr> index =
+        layer::LayerIndex::Open(parts_.files->IndexPath(digest, info.index_digest), std::string());
+    if (index.ok()) {
+      info.content_bytes = (*index)->content_bytes();
+      info.files = (*index)->regular_files();
+      auto content = parts_.store->OpenLayer(digest, (*index)->chunk_count(), (*index)->content_bytes());
+      if (content.ok()) {
+        info.cached_bytes = (*content)->bytes();
+        info.last_access_wall_nanos = (*content)->last_access_wall_nanos();
+      }
+    }
+    layers.push_back(std::move(info));
+  }
+  return layers;
+}
+
+}  // namespace holdfast::app

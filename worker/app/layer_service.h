@@ -1,0 +1,92 @@
+// Lazily served layers as the snapshotter sees them (snapshot::LayerMounter), made of fetch, toc, layer, cache, fuse and the
+// supervisor's vault. Also the table of mounts: which snapshot is which mount, and how a mount's layer is opened.
+//
+// Serving a mount needs its blob and files only: AdoptMount parses nothing and opens nothing; the layer is opened on the
+// mount's first request.
+//
+// Thread safety: all methods. The lock guards the tables and is held over no call into another module.
+// Errors: LayerMounter's. Without a supervisor mounting and unmounting are Unavailable; reading goes on.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/clock.h"
+#include "common/fault.h"
+#include "common/mutex.h"
+#include "common/status.h"
+#include "common/trace.h"
+#include "worker/app/layer_files.h"
+#include "worker/app/layer_resolver.h"
+#include "worker/app/parent_attributes.h"
+#include "worker/cache/content_store.h"
+#include "worker/fetch/registry_client.h"
+#include "worker/fuse/fuse_server.h"
+#include "worker/handover/mount_blob.h"
+#include "worker/handover/supervisor_link.h"
+#include "worker/layer/layer.h"
+#include "worker/snapshot/layer_mounter.h"
+
+namespace holdfast::app {
+
+struct LayerServiceParts {
+  LayerFiles* files = nullptr;
+  LayerResolver* resolver = nullptr;
+  handover::MountVault* vault = nullptr;
+  fetch::RegistryClient* client = nullptr;
+  cache::ContentStore* store = nullptr;
+  layer::LayerReader* reader = nullptr;
+  fuse::FuseServer* server = nullptr;
+  TraceRing* trace = nullptr;
+  FaultPoints* faults = nullptr;  // layer.before_mount, layer.after_mount
+};
+
+class LayerService final : public snapshot::LayerMounter {
+ public:
+  explicit LayerService(const LayerServiceParts& parts) : parts_(parts) {}
+
+  absl::StatusOr<snapshot::MountedLayer> Mount(const snapshot::LayerRequest& request, uint64_t snapshot_id,
+                                               const std::string& folder,
+                                               const std::vector<snapshot::ParentLayer>& parents,
+                                               uint64_t deadline_boot_nanos) override;
+  absl::Status Remount(const std::string& layer_digest, const std::string& index_sha256, const std::string& image_ref,
+                       uint64_t blob_size, const std::string& tenant, uint64_t snapshot_id,
+                       const std::string& folder) override;
+  bool IsMounted(uint64_t snapshot_id) const override;
+  absl::Status Unmount(uint64_t snapshot_id, bool* still_used) override;
+  void Usage(const std::string& layer_digest, uint64_t* bytes, uint64_t* inodes) override;
+
+  // Serves a mount that the vault holds already. Fast. An entry whose blob cannot be read is an error and not served:
+  // guessing would mean wrong bytes.
+  absl::Status AdoptMount(handover::MountEntry entry);
+  // The vault says these are gone.
+  void ForgetMounts(const std::vector<uint64_t>& mount_ids);
+
+  std::vector<handover::LayerInfo> Layers() const;
+  // Any layer that is open now (its index and content), for stats.
+  size_t mount_count() const;
+
+ private:
+  struct MountRow {
+    handover::MountBlob blob;
+    bool detached = false;
+  };
+  using IndexPtr = std::shared_ptr<const layer::LayerIndex>;
+
+  absl::StatusOr<IndexPtr> OpenIndex(const std::string& layer_digest, const std::string& sha256, bool verify);
+  absl::StatusOr<IndexPtr> BindToParents(IndexPtr base, const std::vector<snapshot::ParentLayer>& parents,
+                                         const std::string& layer_digest, std::string* sha256);
+  absl::StatusOr<LayerBelow> Below(const snapshot::ParentLayer& parent);
+  absl::StatusOr<std::shared_ptr<layer::Layer>> OpenLayer(const handover::MountBlob& blob, bool verify_index);
+  absl::Status MountIndex(const handover::MountBlob& blob, const std::string& folder);
+  absl::Status Serve(handover::MountEntry entry, const handover::MountBlob& blob);
+
+  const LayerServiceParts parts_;
+  mutable Mutex mutex_;
+  std::map<uint64_t, MountRow> mounts_ ABSL_GUARDED_BY(mutex_);                        // by mount_id
+  std::map<std::string, std::weak_ptr<layer::Layer>> layers_ ABSL_GUARDED_BY(mutex_);  // by index SHA-256
+};
+
+}  // namespace holdfast::app

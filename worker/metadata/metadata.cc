@@ -118,6 +118,11 @@ class LevelStore final : public MetadataStore {
     return result;
   }
 
+  bool HasId(uint64_t id) const override {
+    MutexLock lock(&mutex_);
+    return ids_.count(id) != 0;
+  }
+
   absl::StatusOr<uint64_t> NextId() override {
     MutexLock lock(&id_mutex_);
     if (next_id_ == reserved_end_) {
@@ -204,6 +209,7 @@ class LevelStore final : public MetadataStore {
   void InsertRow(const SnapshotRow& row) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     EraseRow(row.key);
     by_parent_.insert({row.parent, row.key});
+    ids_.insert(row.id);
     rows_[row.key] = std::make_shared<const SnapshotRow>(row);
   }
 
@@ -211,6 +217,7 @@ class LevelStore final : public MetadataStore {
     auto it = rows_.find(key);
     if (it == rows_.end()) return;
     by_parent_.erase({it->second->parent, key});
+    ids_.erase(ids_.find(it->second->id));
     rows_.erase(it);
   }
 
@@ -310,6 +317,7 @@ class LevelStore final : public MetadataStore {
   std::deque<Pending*> queue_ ABSL_GUARDED_BY(mutex_);
   std::map<std::string, std::shared_ptr<const SnapshotRow>> rows_ ABSL_GUARDED_BY(mutex_);
   std::set<std::pair<std::string, std::string>> by_parent_ ABSL_GUARDED_BY(mutex_);  // (parent, key)
+  std::multiset<uint64_t> ids_ ABSL_GUARDED_BY(mutex_);  // multi: callers may give ids as they like
   std::set<std::string> uncertain_ ABSL_GUARDED_BY(mutex_);
 
   Mutex id_mutex_ ABSL_ACQUIRED_BEFORE(mutex_);

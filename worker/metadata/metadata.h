@@ -59,6 +59,7 @@ class MetadataStore {
   virtual std::vector<std::shared_ptr<const SnapshotRow>> Rows() const = 0;
   // Rows whose parent is `parent` (""; the rows without one), by key.
   virtual std::vector<std::shared_ptr<const SnapshotRow>> ChildrenOf(const std::string& parent) const = 0;
+  virtual bool HasId(uint64_t id) const = 0;             // a row has it
   virtual absl::StatusOr<uint64_t> NextId() = 0;         // durable before it returns
   virtual absl::Status Apply(const Batch& batch) = 0;    // atomic, synced
 };

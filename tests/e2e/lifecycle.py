@@ -24,7 +24,7 @@ def _expect_all_freed(here: Node) -> None:
     wait_for("unmounting of the layers", lambda: lazy_mounts(here) == 0, 30)
     wait_for("deletion of the folders", lambda: not _snapshot_folders(here), 30)
     expect(not here.holdfast.ctl_json("snapshots")["snapshots"], "holdfastctl still lists snapshots")
-    expect(int(here.holdfast.status()["mountsLive"]) == 0, "the supervisor still holds mounts")
+    expect(int(here.holdfast.status()["mounts_live"]) == 0, "the supervisor still holds mounts")
 
 
 def _say_hello(here: Node, namespace: str | None = None, snapshotter: str = "holdfast") -> None:
@@ -41,7 +41,7 @@ def two_namespaces_pull_and_run_the_same_image() -> None:
         found = {layer["digest"] for layer in layers}
         expect(found == set(here.image.esgz.layers), f"layers listed: {found}")
         expect(all(layer["image"] == here.lazy for layer in layers), "a layer does not name its image")
-        fetched = sum(int(layer["fetchedBytes"]) for layer in layers)
+        fetched = sum(int(layer["fetched_bytes"]) for layer in layers)
         expect(0 < fetched < here.image.esgz.bytes // 2, f"fetched {fetched} of {here.image.esgz.bytes} bytes")
 
         here.containerd.remove_image(here.lazy, namespace="hf-one")
@@ -57,8 +57,7 @@ def a_snapshot_committed_on_top_is_a_parent_like_any_other() -> None:
         words = ("snapshots", "--snapshotter", "holdfast")
         target = here.box.root / "mnt"
         target.mkdir()
-        here.containerd.ctr(*words, "prepare", "--target", target, "work", top)
-        # ctr 1.6 prints the mount for --target; the same command is what runs it.
+        here.containerd.ctr(*words, "prepare", "work", top)
         line = here.containerd.ctr(*words, "mounts", target, "work").stdout
         run(line.split())
         try:
@@ -96,6 +95,24 @@ def a_running_container_reads_on_after_its_image_was_removed() -> None:
         _expect_all_freed(here)
 
 
+def a_container_whose_snapshots_were_deleted_under_it_reads_on() -> None:
+    with node("life", images.ensure("demo")) as here:
+        here.containerd.rpull(here.lazy)
+        here.containerd.run(here.lazy, ["sleep", "1000"], options=("--detach",), name="sleeper")
+        here.containerd.ctr("snapshots", "--snapshotter", "holdfast", "rm", "sleeper")
+        here.containerd.remove_image(here.lazy)
+        wait_for("unmounting of the layers", lambda: lazy_mounts(here) == 0, 30)
+        # The container's overlay still holds the file systems: they are served on, detached.
+        expect(int(here.holdfast.status()["mounts_detached"]) == len(here.image.esgz.layers), "mounts are not detached")
+        before = here.proxy.counters()["requests"]
+        out = here.containerd.exec("sleeper", ["sha256sum", "/srv/app/data/library.zip", "/usr/bin/perl"])
+        expect(len(out.splitlines()) == 2, f"reading failed: {out}")
+        expect(here.proxy.counters()["requests"] > before, "nothing was fetched: the data had been read before")
+        here.containerd.delete_container("sleeper")
+        wait_for("the end of the detached mounts", lambda: int(here.holdfast.status()["mounts_detached"]) == 0, 30)
+        _expect_all_freed(here)
+
+
 def an_image_without_toc_becomes_an_ordinary_one() -> None:
     with node("life", images.ensure("demo")) as here:
         here.containerd.rpull(here.plain)
@@ -123,6 +140,7 @@ if __name__ == "__main__":
             two_namespaces_pull_and_run_the_same_image,
             a_snapshot_committed_on_top_is_a_parent_like_any_other,
             a_running_container_reads_on_after_its_image_was_removed,
+            a_container_whose_snapshots_were_deleted_under_it_reads_on,
             an_image_without_toc_becomes_an_ordinary_one,
             an_ordinary_pull_through_holdfast_unpacks_normally,
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from holdfast_harness import Containerd, HarnessError, Holdfast, Instance, SlowProxy, images, mounts, teardown
 from holdfast_harness.holdfast import binary
+from holdfast_harness.instance import base_folder
 from holdfast_harness.process import run
 
 _FIRST_WORD = ["python3", "-c", 'import json,ssl,sqlite3; print("ok", flush=True)']
@@ -24,6 +25,7 @@ _TOOLS = ("containerd", "ctr", "ctr-remote", "runc", "docker-registry", "skopeo"
 # What runc mounts over in every container.
 _NOT_THE_IMAGES = ("dev/", "proc/", "run/", "sys/", "etc/hosts", "etc/resolv.conf", "etc/hostname")
 _READ_LIMIT_S = 300
+_DISK_NEEDED = 2 << 30
 
 
 @dataclasses.dataclass
@@ -157,13 +159,12 @@ def _disturb(stage: Stage, steps: Steps, figures: Figures) -> None:
     after_kill = stage.holdfast.carried_over()
     steps.say(f"SIGKILL to the worker (pid {killed}); pid {successor} took over {after_kill} requests")
     _wait_for_traffic(stage, reader, 100)
-    stage.holdfast.upgrade()
+    swap = stage.holdfast.upgrade()
     if reader.poll() is not None:
         raise HarnessError("the reader ended before the upgrade was over: it proves nothing")
-    status = stage.holdfast.status()
-    figures.requests_carried_over = int(status["requestsCarriedOverTotal"])
-    figures.swap_pause_ms = round(status["lastSwap"]["pauseNanos"] / 1e6, 2)
-    upgraded = figures.requests_carried_over - after_kill
+    figures.requests_carried_over = stage.holdfast.carried_over()
+    figures.swap_pause_ms = round(swap["pause_ns"] / 1e6, 2)
+    upgraded = swap["requests_carried_over"]
     steps.say(f"upgrade: pause {figures.swap_pause_ms} ms, {upgraded} requests carried over")
     _judge_reader(reader, steps, figures)
 
@@ -245,7 +246,7 @@ def _demonstrate(keep: bool, figures: Figures) -> None:
 
 
 def _end(folders: list[str]) -> int:
-    kept = [Path(folder) for folder in folders] or sorted(Path("/var/tmp").glob("hf-quickstart-*"))
+    kept = [Path(folder) for folder in folders] or sorted(base_folder().glob("hf-quickstart-*"))
     for folder in kept:
         if not folder.name.startswith("hf-quickstart-") or not folder.is_dir():
             print(f"quickstart: {folder} is not the folder of a kept quickstart", file=sys.stderr)
@@ -259,10 +260,13 @@ def _end(folders: list[str]) -> int:
     return 0
 
 
-def _check_tools() -> None:
+def _check_machine() -> None:
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
         raise HarnessError(f"not installed: {', '.join(missing)} (sudo scripts/install-deps)")
+    free = shutil.disk_usage(base_folder()).free
+    if free < _DISK_NEEDED:
+        raise HarnessError(f"{base_folder()} has {free >> 20} MiB free, {_DISK_NEEDED >> 20} MiB are needed")
 
 
 def main() -> int:
@@ -277,7 +281,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is ended on the way out
     figures = Figures()
     try:
-        _check_tools()
+        _check_machine()
         _demonstrate(options.keep, figures)
     except HarnessError as error:
         print(f"quickstart: {error}", file=sys.stderr)

@@ -86,7 +86,7 @@ class Holdfast:
         return run(self.ctl_command(*words), timeout=timeout, check=check)
 
     def ctl_json(self, *words: str | Path, timeout: float = 60) -> Any:
-        return json.loads(self.ctl(*words, "--json", timeout=timeout).stdout)
+        return json.loads(self.ctl("--json", *words, timeout=timeout).stdout)
 
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = self.ctl_json("status", timeout=20)
@@ -101,7 +101,7 @@ class Holdfast:
 
     def carried_over(self) -> int:
         """Requests found unanswered in dead or parked workers' ledgers since the supervisor started."""
-        return int(self.status()["requestsCarriedOverTotal"])
+        return int(self.status()["requests_carried_over_total"])
 
     def kill_worker(self) -> int:
         """SIGKILL to the worker. Returns its former pid at once; `wait_worker` waits for the successor."""
@@ -116,6 +116,6 @@ class Holdfast:
         return self.worker_pid()
 
     def upgrade(self, timeout: float = 60) -> dict[str, Any]:
-        """Swaps to the running build again."""
-        answer: dict[str, Any] = self.ctl_json("upgrade", "--force", timeout=timeout)
-        return answer
+        """Swaps to the running build again. The swap: result, pause_ns, requests_carried_over, ..."""
+        swap: dict[str, Any] = self.ctl_json("upgrade", "--force", timeout=timeout)["swap"]
+        return swap

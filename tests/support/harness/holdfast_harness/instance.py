@@ -36,6 +36,12 @@ def require_root() -> None:
         raise HarnessError("there is no /dev/fuse: load the kernel module with `modprobe fuse`")
 
 
+def base_folder() -> Path:
+    """Where instances live. Unix socket paths are limited to 107 bytes and overlayfs needs a real file system: hence
+    not $TMPDIR."""
+    return Path(os.environ.get("HOLDFAST_TEST_DIR", "/var/tmp"))
+
+
 def free_port() -> int:
     """A loopback port that was free just now."""
     with socket.socket() as probe:
@@ -48,10 +54,8 @@ class Instance:
 
     def __init__(self, name: str):
         require_root()
-        # Unix socket paths are limited to 107 bytes and overlayfs needs a real file system: hence not $TMPDIR.
-        folder = os.environ.get("HOLDFAST_TEST_DIR", "/var/tmp")
         # Also a containerd namespace, which must not hold an underscore beside a hyphen, as mkdtemp's names may.
-        self.root = Path(folder) / f"hf-{name}-{secrets.token_hex(4)}"
+        self.root = base_folder() / f"hf-{name}-{secrets.token_hex(4)}"
         self.root.mkdir(mode=0o711)
         self.namespace = self.root.name  # also the name of the containers' cgroup
         self._daemons: list[Daemon] = []

@@ -106,8 +106,12 @@ size_t OnBody(char* data, size_t, size_t size, void* context) {
 }
 
 // Sorts libcurl's errors into what the retry policy knows.
-void Judge(CURLcode code, bool connected, HttpResult* result) {
+void Judge(CURLcode code, bool connected, CURL* easy, HttpResult* result) {
   result->why = curl_easy_strerror(code);
+  // libcurl reports a certificate whose signature is wrong like any broken handshake.
+  long verdict = 0;
+  curl_easy_getinfo(easy, CURLINFO_SSL_VERIFYRESULT, &verdict);
+  if (code == CURLE_SSL_CONNECT_ERROR && verdict != 0) code = CURLE_PEER_FAILED_VERIFICATION;
   switch (code) {
     case CURLE_COULDNT_RESOLVE_HOST:
     case CURLE_COULDNT_RESOLVE_PROXY:
@@ -281,7 +285,9 @@ class CurlTransport final : public HttpTransport {
       if (exchange == nullptr) continue;
       HttpResult& result = exchange->result;
       result.complete = result.answered && (code == CURLE_OK || exchange->stopped_by_plan || exchange->plan.discard);
-      if (!result.complete) Judge(code == CURLE_OK ? CURLE_GOT_NOTHING : code, exchange->connected, &result);
+      if (!result.complete) {
+        Judge(code == CURLE_OK ? CURLE_GOT_NOTHING : code, exchange->connected, exchange->easy.get(), &result);
+      }
       if (result.complete && !exchange->plan.discard && result.body.size() < exchange->plan.take) {
         result.complete = false;
         result.failure = Failure::kShortBody;

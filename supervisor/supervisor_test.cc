@@ -1,0 +1,414 @@
+// The supervisor as a process, with real mounts and the fake worker.
+#include <fcntl.h>
+#include <linux/fuse.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <fstream>
+#include <set>
+
+#include "gtest/gtest.h"
+#include "supervisor/fuse_mount.h"
+#include "supervisor/testing/harness.h"
+
+namespace holdfast::supervisor {
+namespace {
+
+using schema::MountState;
+using testing::Eventually;
+using testing::Harness;
+using testing::Info;
+using testing::MountView;
+using testing::Stat;
+using testing::StatusView;
+
+constexpr uint64_t kAsyncRead = 1;
+constexpr uint64_t kParallelDirops = 1u << 18;
+constexpr uint64_t kMaxPages = 1u << 22;
+constexpr uint64_t kAllowIdmap = uint64_t{1} << 40;
+constexpr uint64_t kNeverOffered = uint64_t{1} << 63;
+
+bool IsMounted(const std::string& path) {
+  auto mounts = ReadMountInfo();
+  return mounts.ok() && std::any_of(mounts->begin(), mounts->end(), [&](const MountInfo& m) { return m.path == path; });
+}
+
+// An overlay over a lower layer, like a container's root.
+class Overlay {
+ public:
+  Overlay(const std::string& lower, const std::string& folder) : merged_(folder + "/merged") {
+    for (const char* name : {"/upper", "/work", "/merged"}) MakeDirs(folder + name).IgnoreError();
+    std::string data = "lowerdir=" + lower + ",upperdir=" + folder + "/upper,workdir=" + folder + "/work";
+    mounted_ = mount("overlay", merged_.c_str(), "overlay", 0, data.c_str()) == 0;
+  }
+  ~Overlay() { Unmount(); }
+  bool mounted() const { return mounted_; }
+  const std::string& path() const { return merged_; }
+  void Unmount() {
+    if (mounted_) umount2(merged_.c_str(), MNT_DETACH);
+    mounted_ = false;
+  }
+
+ private:
+  std::string merged_;
+  bool mounted_;
+};
+
+TEST(SupervisorTest, TheWorkerGetsItsSocketAndTheListenerAndNoOtherDescriptor) {
+  Harness harness;
+  harness.Start();
+  Info info = harness.WorkerInfo();
+  EXPECT_TRUE(info.listener_works);
+  std::set<std::string> fds(info.inherited_fds.begin(), info.inherited_fds.end());
+  EXPECT_EQ(fds, (std::set<std::string>{"0", "1", "2", "3"}));
+  struct stat socket_info;
+  ASSERT_EQ(stat(harness.control_socket().c_str(), &socket_info), 0);
+  EXPECT_EQ(socket_info.st_mode & 0777, 0600u);
+}
+
+TEST(SupervisorTest, InitIsAnsweredWithTheRequestedFlagsThatTheKernelOffers) {
+  Harness harness;
+  harness.Start();
+  MountView mount = harness.Mount("a", kAsyncRead | kParallelDirops | kMaxPages | kAllowIdmap | kNeverOffered, "blob a");
+  EXPECT_EQ(mount.state, MountState::LIVE);
+  EXPECT_EQ(mount.blob, "blob a");
+  fuse_in_header request;
+  ASSERT_GE(mount.init_request.size(), sizeof(request));
+  memcpy(&request, mount.init_request.data(), sizeof(request));
+  EXPECT_EQ(request.opcode, uint32_t{FUSE_INIT});
+  ASSERT_EQ(mount.init_reply.size(), sizeof(fuse_out_header) + 64);
+  fuse_init_out reply;
+  memcpy(&reply, mount.init_reply.data() + sizeof(fuse_out_header), sizeof(reply));
+  EXPECT_EQ(reply.flags & (kAsyncRead | kParallelDirops | kMaxPages), kAsyncRead | kParallelDirops | kMaxPages);
+  EXPECT_EQ(reply.max_pages, 256);
+  fuse_init_in offered;
+  memcpy(&offered, mount.init_request.data() + sizeof(request), sizeof(offered));
+  EXPECT_EQ(uint64_t{reply.flags2} << 32, kAllowIdmap & (uint64_t{offered.flags2} << 32));
+  EXPECT_EQ(Stat(mount.path).Result(), static_cast<int64_t>(harness.WorkerInfo().generation));
+  auto mounts = ReadMountInfo();
+  ASSERT_TRUE(mounts.ok());
+  auto it = std::find_if(mounts->begin(), mounts->end(), [&](const MountInfo& m) { return m.path == mount.path; });
+  ASSERT_NE(it, mounts->end());
+  EXPECT_EQ(it->type, "fuse.holdfast");
+}
+
+TEST(SupervisorTest, MountPointsOutsideTheStateFolderOrBehindLinksAreRefused) {
+  Harness harness;
+  harness.Start();
+  TempDir elsewhere;
+  ASSERT_EQ(symlink(elsewhere.path().c_str(), (harness.state_dir() + "/mounts/link").c_str()), 0);
+  EXPECT_ANY_THROW(harness.Mount(elsewhere.path()));
+  EXPECT_ANY_THROW(harness.Mount(harness.state_dir() + "/mounts/link"));
+  EXPECT_ANY_THROW(harness.Mount(harness.state_dir() + "/../run"));
+  EXPECT_ANY_THROW(harness.Mount(harness.state_dir() + "/mounts/missing"));
+  EXPECT_ANY_THROW(harness.Mount(harness.state_dir()));
+  harness.Mount("a");
+  EXPECT_ANY_THROW(harness.Mount(harness.state_dir() + "/mounts/a")) << "mounted already";
+  EXPECT_EQ(harness.Status().live, 1u);
+}
+
+TEST(SupervisorTest, ASuccessorAnswersTheRequestThatTheDeadWorkerHadTaken) {
+  for (const char* hold : {"/hold", "/hold-pipe"}) {
+    Harness harness;
+    harness.Start();
+    MountView mount = harness.Mount("a", 0, "first");
+    harness.SetBlob(mount.id, "second");
+    StatusView before = harness.Status();
+    std::ofstream(harness.state_dir() + hold) << "1";
+    uint64_t received = before.Worker("owner").received;
+    Stat stat(mount.path);
+    ASSERT_TRUE(Eventually([&] { return harness.Status().Worker("owner").received > received; }));
+    ASSERT_EQ(unlink((harness.state_dir() + hold).c_str()), 0);
+    EXPECT_FALSE(stat.Done(0)) << "the request was held";
+    pid_t dead = before.Worker("owner").pid;
+    ASSERT_EQ(kill(dead, SIGKILL), 0);
+    EXPECT_GT(stat.Result(), 0);
+    ASSERT_TRUE(Eventually([&] { return harness.Status().swap_result == "done"; }));
+    StatusView after = harness.WaitPhase("running");
+    EXPECT_NE(after.Worker("owner").pid, dead);
+    EXPECT_EQ(after.swap_kind, "crash");
+    EXPECT_EQ(after.carried, 1u);
+    EXPECT_GT(after.pause_nanos, 0u);
+    EXPECT_EQ(after.crashes, 1u);
+    Info info = harness.WorkerInfo();
+    EXPECT_EQ(info.adopted, 1u);
+    EXPECT_EQ(info.mount_ids, std::vector<uint64_t>{mount.id});
+    EXPECT_EQ(info.blobs, std::vector<std::string>{"second"});
+    EXPECT_EQ(info.exited, std::vector<uint64_t>{before.Worker("owner").generation});
+    EXPECT_EQ(harness.LedgerGenerations(), std::vector<uint64_t>{info.generation}) << "the drained ledger is dropped";
+  }
+}
+
+TEST(SupervisorTest, UpgradeSwapsToTheNewBuildAndCarriesRequestsOver) {
+  Harness harness;
+  harness.Start();
+  MountView mount = harness.Mount("a");
+  uint64_t old_generation = harness.WorkerInfo().generation;
+  std::ofstream(harness.state_dir() + "/hold") << "1";
+  uint64_t received = harness.Status().Worker("owner").received;
+  Stat stat(mount.path);
+  ASSERT_TRUE(Eventually([&] { return harness.Status().Worker("owner").received > received; }));
+  ASSERT_EQ(unlink((harness.state_dir() + "/hold").c_str()), 0);
+  bool changed = false;
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
+  EXPECT_TRUE(changed);
+  EXPECT_GT(stat.Result(), static_cast<int64_t>(old_generation));
+  StatusView status = harness.WaitPhase("running");
+  EXPECT_EQ(status.swap_kind, "upgrade");
+  EXPECT_EQ(status.swap_result, "done");
+  EXPECT_EQ(status.carried, 1u);
+  EXPECT_GT(status.pause_nanos, 0u);
+  EXPECT_EQ(status.swaps, 1u);
+  EXPECT_EQ(status.crashes, 0u) << "retiring is no crash";
+  ASSERT_TRUE(Eventually([&] { return harness.Status().workers.size() == 1; })) << "the old one exits";
+  EXPECT_EQ(harness.Status().crashes, 0u);
+}
+
+TEST(SupervisorTest, UpgradeToTheRunningBuildChangesNothingUnlessForced) {
+  Harness harness;
+  std::string worker = harness.MakeWorker("good");
+  harness.Start({"--worker", worker});
+  uint64_t generation = harness.WorkerInfo().generation;
+  bool changed = true;
+  ASSERT_EQ(harness.Upgrade("", false, &changed), "");
+  EXPECT_FALSE(changed);
+  EXPECT_EQ(harness.WorkerInfo().generation, generation);
+  ASSERT_EQ(harness.Upgrade("", true, &changed), "");
+  EXPECT_TRUE(changed);
+  EXPECT_GT(harness.WorkerInfo().generation, generation);
+}
+
+TEST(SupervisorTest, AfterAnUpgradeToABadBuildTheOldWorkerStillServes) {
+  Harness harness;
+  harness.Start({"--register-limit-ms", "500"});
+  MountView mount = harness.Mount("a");
+  auto generation = static_cast<int64_t>(harness.WorkerInfo().generation);
+  for (const char* mode : {"exit", "silent", "wrong-token", "fail-serve", "die-serve", "fail-take", "die-take"}) {
+    SCOPED_TRACE(mode);
+    bool changed = false;
+    EXPECT_NE(harness.Upgrade(harness.MakeWorker(mode), false, &changed), "");
+    StatusView status = harness.WaitPhase("running");
+    EXPECT_EQ(status.swap_kind, "upgrade");
+    EXPECT_EQ(status.swap_result.substr(0, 7), "failed:") << status.swap_result;
+    EXPECT_EQ(Stat(mount.path).Result(), generation);
+    ASSERT_TRUE(Eventually([&] { return harness.Status().workers.size() == 1; })) << "the bad one is gone";
+  }
+  bool changed = false;
+  EXPECT_NE(harness.Upgrade("/no/such/worker", false, &changed).find("/no/such/worker"), std::string::npos);
+  EXPECT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "") << "and a good one can still come";
+}
+
+TEST(SupervisorTest, WhenTheOldWorkerFailsDuringAnUpgradeReadsGoOn) {
+  for (const char* mode : {"fail-park", "die-park", "die-yield"}) {
+    SCOPED_TRACE(mode);
+    Harness harness;
+    harness.Start({}, mode);
+    harness.WaitPhase("running");
+    MountView mount = harness.Mount("a");
+    bool changed = false;
+    std::string error = harness.Upgrade(harness.MakeWorker("good"), false, &changed);
+    EXPECT_EQ(error.empty(), std::string(mode) != "fail-park") << error;
+    StatusView status = harness.WaitPhase("running");
+    EXPECT_EQ(Stat(mount.path).Result(), static_cast<int64_t>(status.Worker("owner").generation));
+  }
+}
+
+TEST(SupervisorTest, ALayerThatAnOverlayUsesIsDetachedAndGoneOnlyAfterTheOverlay) {
+  Harness harness;
+  harness.Start();
+  MountView mount = harness.Mount("a");
+  Overlay overlay(mount.path, harness.state_dir());
+  ASSERT_TRUE(overlay.mounted()) << strerror(errno);
+  EXPECT_NE(harness.Shutdown().find("used by a container"), std::string::npos);
+  EXPECT_EQ(harness.Unmount(mount.id), MountState::DETACHED);
+  EXPECT_FALSE(IsMounted(mount.path));
+  EXPECT_EQ(harness.Status().detached, 1u);
+  ASSERT_EQ(kill(harness.Status().Worker("owner").pid, SIGKILL), 0);
+  EXPECT_GT(Stat(overlay.path()).Result(), 0) << "served through the overlay, by the successor";
+  harness.WaitPhase("running");
+  EXPECT_NE(harness.Shutdown().find("still uses it"), std::string::npos);
+  overlay.Unmount();
+  ASSERT_TRUE(Eventually([&] { return harness.Status().detached == 0; }));
+  ASSERT_TRUE(Eventually([&] { return harness.WorkerInfo().gone == std::vector<uint64_t>{mount.id}; }));
+}
+
+TEST(SupervisorTest, AnUnusedLayerIsGoneAtOnceAndItsIdIsNeverUsedAgain) {
+  Harness harness;
+  harness.Start();
+  MountView first = harness.Mount("a");
+  EXPECT_EQ(harness.Unmount(first.id), MountState::GONE);
+  MountView second = harness.Mount("a");
+  EXPECT_GT(second.id, first.id);
+  harness.Unmount(second.id);
+  EXPECT_EQ(harness.Stop(SIGTERM), 0);
+  harness.Start();
+  EXPECT_GT(harness.Mount("a").id, second.id);
+}
+
+TEST(SupervisorTest, MountsAreHandedOverInPages) {
+  constexpr size_t kMounts = 310;
+  Harness harness;
+  harness.Start();
+  for (size_t i = 0; i < kMounts; ++i) harness.Mount(std::to_string(i), 0, std::to_string(i));
+  bool more = false;
+  EXPECT_EQ(harness.Mounts(0, 500, &more).size(), 200u);
+  EXPECT_TRUE(more);
+  ASSERT_EQ(kill(harness.Status().Worker("owner").pid, SIGKILL), 0);
+  ASSERT_TRUE(Eventually([&] { return harness.Status().swap_result == "done"; }));
+  harness.WaitPhase("running");
+  Info info = harness.WorkerInfo();
+  EXPECT_EQ(info.mount_ids.size(), kMounts);
+  EXPECT_EQ(info.pages, 4u) << "two when it served, two when it committed";
+  EXPECT_EQ(Stat(harness.state_dir() + "/mounts/309").Result(), static_cast<int64_t>(info.generation));
+}
+
+TEST(SupervisorTest, TwentyDeathsLeakNoDescriptorAndNoLedger) {
+  Harness harness;
+  harness.Start();
+  MountView mount = harness.Mount("a");
+  auto kill_once = [&] {
+    StatusView before = harness.WaitPhase("running", 30);
+    ASSERT_EQ(kill(before.Worker("owner").pid, SIGKILL), 0);
+    ASSERT_TRUE(Eventually([&] {
+      StatusView now = harness.Status();
+      return now.phase == "running" && now.workers.size() == 1 && now.crashes > before.crashes;
+    }, 30));
+    // A death within a second of the last is answered by a longer and longer wait: let it run a second.
+    usleep(1'050'000);
+  };
+  kill_once();
+  size_t fds = harness.OpenFds();
+  for (int i = 0; i < 20; ++i) kill_once();
+  EXPECT_EQ(harness.Status().crashes, 21u);
+  EXPECT_EQ(harness.OpenFds(), fds);
+  EXPECT_EQ(harness.LedgerGenerations().size(), 1u);
+  EXPECT_GT(Stat(mount.path).Result(), 0);
+}
+
+TEST(SupervisorTest, AWorkerThatKeepsDyingIsStartedAgainEverMoreSlowly) {
+  Harness harness;
+  harness.Start({}, "exit");
+  ASSERT_TRUE(Eventually([&] { return harness.Status().crashes >= 4; }));
+  harness.WaitPhase("backoff");
+  EXPECT_LE(harness.Status().crashes, 6u);
+}
+
+TEST(SupervisorTest, ADeadWorkersBinaryIsStartedFromThePrivateCopyWhenTheOriginalIsGone) {
+  Harness harness;
+  std::string worker = harness.MakeWorker("good");
+  harness.Start({"--worker", worker});
+  ASSERT_EQ(unlink(worker.c_str()), 0);
+  StatusView before = harness.Status();
+  ASSERT_EQ(kill(before.Worker("owner").pid, SIGKILL), 0);
+  ASSERT_TRUE(Eventually([&] { return harness.Status().swap_result == "done"; }));
+  EXPECT_EQ(harness.WaitPhase("running").Worker("owner").executable, before.Worker("owner").executable);
+}
+
+TEST(SupervisorTest, WithoutMetadataReadsGoOnAndItIsTriedAgain) {
+  Harness harness;
+  harness.Start({}, "fail-take");
+  StatusView status = harness.WaitPhase("no-metadata");
+  EXPECT_EQ(status.warnings.size(), 1u);
+  EXPECT_EQ(status.Worker("owner").build, "fake fail-take");
+  bool changed = false;
+  EXPECT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "") << "an upgrade is the way out";
+  harness.WaitPhase("running");
+}
+
+TEST(SupervisorTest, ASecondSupervisorOnTheSameStateIsRefused) {
+  Harness harness;
+  std::string worker = harness.MakeWorker("good");
+  harness.Start({"--worker", worker});
+  std::string output;
+  EXPECT_EQ(harness.RunToEnd({"--worker", worker}, &output), 1);
+  EXPECT_NE(output.find("another holdfast-supervisor runs on the state folder"), std::string::npos) << output;
+  Harness other;
+  EXPECT_EQ(other.RunToEnd({"--worker", worker, "--snapshotter-socket", harness.snapshotter_socket()}, &output), 1);
+  EXPECT_NE(output.find("is in use by a running process"), std::string::npos) << output;
+  harness.WaitPhase("running");
+}
+
+TEST(SupervisorTest, BadArgumentsAndWorkersGiveOneClearLine) {
+  Harness harness;
+  std::string output;
+  EXPECT_EQ(harness.RunToEnd({"--wroker", "x"}, &output), 2);
+  EXPECT_NE(output.find("unknown argument '--wroker'"), std::string::npos) << output;
+  EXPECT_EQ(harness.RunToEnd({"--help"}, &output), 0);
+  EXPECT_NE(output.find("--snapshotter-socket"), std::string::npos);
+  EXPECT_EQ(harness.RunToEnd({"--worker", "/no/such/worker"}, &output), 1);
+  EXPECT_NE(output.find("worker /no/such/worker"), std::string::npos) << output;
+  std::string plain = harness.state_dir() + "/plain";
+  std::ofstream(plain) << "x";
+  EXPECT_EQ(harness.RunToEnd({"--worker", plain}, &output), 1);
+  EXPECT_NE(output.find("is not executable"), std::string::npos) << output;
+  EXPECT_EQ(std::count(output.begin(), output.end(), '\n'), 1) << output;
+}
+
+TEST(SupervisorTest, MountsOfADeadPredecessorAreRemovedAtTheStart) {
+  Harness harness;
+  harness.Start();
+  MountView mount = harness.Mount("a");
+  harness.Stop(SIGKILL);
+  EXPECT_TRUE(IsMounted(mount.path));
+  harness.Start();
+  EXPECT_FALSE(IsMounted(mount.path));
+  EXPECT_EQ(harness.Mount("a").path, mount.path);
+}
+
+TEST(SupervisorTest, SigtermUnmountsEndsTheWorkerAndRemovesTheSockets) {
+  Harness harness;
+  harness.Start();
+  MountView mount = harness.Mount("a");
+  pid_t worker = harness.Status().Worker("owner").pid;
+  EXPECT_EQ(harness.Stop(SIGTERM), 0);
+  EXPECT_FALSE(IsMounted(mount.path));
+  EXPECT_FALSE(PathExists(harness.control_socket()));
+  EXPECT_FALSE(PathExists(harness.snapshotter_socket()));
+  EXPECT_NE(kill(worker, 0), 0) << "reaped";
+}
+
+TEST(SupervisorTest, ShutdownByControlEndsInGoodOrderWhenNothingIsInUse) {
+  Harness harness;
+  harness.Start();
+  MountView mount = harness.Mount("a");
+  EXPECT_EQ(harness.Shutdown(), "");
+  ASSERT_TRUE(Eventually([&] { return !PathExists(harness.control_socket()); }));
+  EXPECT_FALSE(IsMounted(mount.path));
+}
+
+TEST(SupervisorTest, ControlTurnsAwayWhoIsNotRoot) {
+  Harness harness;
+  harness.Start();
+  ASSERT_EQ(chmod(harness.control_socket().c_str(), 0666), 0);
+  // The folders above are private; a descriptor to the socket's folder gets around them as a misconfiguration would.
+  std::string folder = harness.control_socket().substr(0, harness.control_socket().rfind('/'));
+  UniqueFd at(open(folder.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
+  ASSERT_TRUE(at.valid());
+  pid_t child = fork();
+  if (child == 0) {
+    if (fchdir(at.get()) != 0 || setresuid(65534, 65534, 65534) != 0) _exit(1);
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    strncpy(address.sun_path, "supervisor.sock", sizeof(address.sun_path) - 1);
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    if (connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) _exit(2);
+    alarm(10);
+    char byte;
+    _exit(read(fd, &byte, 1) == 0 ? 0 : 3);  // hung up
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+  harness.WaitPhase("running");
+}
+
+}  // namespace
+}  // namespace holdfast::supervisor

@@ -1,0 +1,516 @@
+// A stand-in for the worker in the supervisor's tests: speaks the whole protocol and serves GETATTR of mount roots, through the
+// ledger, and nothing else. How it misbehaves is read from the tail of its own executable ("HFMODE:<mode>\n"), so that a test
+// makes differently behaving builds by appending to a copy. Files in the state folder steer a running one: while "hold" exists
+// a request taken is left in its slot, with "hold-pipe" in its pipe.
+#include <capnp/rpc-twoparty.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <kj/async-io.h>
+#include <linux/fuse.h>
+#include <poll.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "common/io.h"
+#include "schema/handover.capnp.h"
+#include "schema/ledger.h"
+#include "supervisor/testing/fake_worker.capnp.h"
+
+#pragma GCC diagnostic ignored "-Wnon-virtual-dtor"  // generated server bases
+
+namespace holdfast::supervisor::testing {
+namespace {
+
+std::string OwnMode() {
+  auto exe = ReadFile("/proc/self/exe");
+  if (!exe.ok()) return "";
+  std::string tail = exe->substr(exe->size() - std::min<size_t>(exe->size(), 64));
+  size_t at = tail.find("HFMODE:");
+  if (at == std::string::npos) return "good";
+  at += 7;
+  return tail.substr(at, tail.find('\n', at) - at);
+}
+
+UniqueFd Dup(int fd) { return UniqueFd(fcntl(fd, F_DUPFD_CLOEXEC, 3)); }
+
+std::atomic_ref<uint32_t> Word(void* address) { return std::atomic_ref<uint32_t>(*static_cast<uint32_t*>(address)); }
+
+struct LedgerMap {
+  char* base = nullptr;
+  std::vector<std::pair<UniqueFd, UniqueFd>> pipes;
+  hf_ledger_header* header() { return reinterpret_cast<hf_ledger_header*>(base); }
+  hf_slot* slot(uint32_t i) {
+    return reinterpret_cast<hf_slot*>(base + header()->slot_offset + uint64_t{i} * header()->slot_stride);
+  }
+  hf_record* record(uint32_t i) {
+    return reinterpret_cast<hf_record*>(base + header()->record_offset + uint64_t{i} * header()->record_stride);
+  }
+};
+
+LedgerMap MapLedger(int memory) {
+  LedgerMap map;
+  void* base = mmap(nullptr, HF_LEDGER_TOTAL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
+  if (base == MAP_FAILED) _exit(97);
+  map.base = static_cast<char*>(base);
+  return map;
+}
+
+// Reads requests of all mounts on one thread, through slot 0 and its pipe.
+class Server {
+ public:
+  Server(LedgerMap own, uint64_t generation, std::string state_dir)
+      : own_(std::move(own)), generation_(generation), state_dir_(std::move(state_dir)) {
+    thread_ = std::thread([this] { Loop(); });
+    thread_.detach();
+  }
+
+  void Add(uint64_t id, UniqueFd device, std::string blob) {
+    std::lock_guard lock(mutex_);
+    blobs_[id] = std::move(blob);
+    if (devices_.count(id) == 0) devices_[id] = std::make_shared<UniqueFd>(std::move(device));
+  }
+  void Remove(uint64_t id) {
+    std::lock_guard lock(mutex_);
+    devices_.erase(id);
+    blobs_.erase(id);
+  }
+  void SetReading(bool reading) {
+    reading_ = reading;
+    if (!reading) std::lock_guard lock(turn_);  // the turn under way ends
+  }
+  bool holding() const { return holding_; }
+  std::map<uint64_t, std::string> blobs() {
+    std::lock_guard lock(mutex_);
+    return blobs_;
+  }
+  uint64_t adopted() const { return adopted_; }
+
+  // Answers what is left in a ledger.
+  void Adopt(LedgerMap& ledger) {
+    for (uint32_t i = 0; i < ledger.header()->slot_count; ++i) {
+      hf_slot* slot = ledger.slot(i);
+      if (Word(&slot->state) == HF_SLOT_FREE) continue;
+      if (Word(&slot->state) == HF_SLOT_RECEIVING) {
+        ssize_t got = read(ledger.pipes[i].first.get(), slot->request, sizeof(slot->request));
+        if (got <= 0 && Word(slot->request) == 0) {
+          Word(&slot->state) = HF_SLOT_FREE;
+          continue;
+        }
+      }
+      if (Answer(slot->mount_id, slot->request)) ++adopted_;
+      Word(&slot->state) = HF_SLOT_FREE;
+    }
+    for (uint32_t i = 0; i < ledger.header()->record_high_water; ++i) Word(&ledger.record(i)->state) = HF_RECORD_FREE;
+  }
+  void AdoptOwn() {
+    holding_ = false;
+    Adopt(own_);
+  }
+
+ private:
+  void Loop() {
+    for (;;) {
+      std::vector<pollfd> polls;
+      std::vector<uint64_t> ids;
+      {
+        std::lock_guard turn(turn_);
+        if (reading_ && !holding_) {
+          {
+            std::lock_guard lock(mutex_);
+            for (auto& [id, fd] : devices_) {
+              polls.push_back({.fd = fd->get(), .events = POLLIN, .revents = 0});
+              ids.push_back(id);
+            }
+          }
+          if (poll(polls.data(), polls.size(), 2) > 0) {
+            for (size_t i = 0; i < polls.size() && !holding_; ++i) {
+              if ((polls[i].revents & POLLIN) != 0) TakeOne(ids[i], polls[i].fd);
+            }
+          }
+          continue;
+        }
+      }
+      usleep(1000);
+    }
+  }
+
+  void TakeOne(uint64_t id, int device) {
+    hf_slot* slot = own_.slot(0);
+    Word(slot->request) = 0;
+    slot->mount_id = id;
+    slot->owner_generation = static_cast<uint32_t>(generation_);
+    Word(&slot->state) = HF_SLOT_RECEIVING;
+    ssize_t got = splice(device, nullptr, own_.pipes[0].second.get(), nullptr, HF_LEDGER_REQUEST_BYTES, SPLICE_F_NONBLOCK);
+    if (got <= 0) {
+      Word(&slot->state) = HF_SLOT_FREE;
+      return;
+    }
+    if (PathExists(state_dir_ + "/hold-pipe")) {
+      holding_ = true;
+      ++own_.header()->requests_received;
+      return;
+    }
+    if (read(own_.pipes[0].first.get(), slot->request, HF_LEDGER_REQUEST_BYTES) != got) _exit(96);
+    slot->length = static_cast<uint32_t>(got);
+    Word(&slot->state) = HF_SLOT_EXECUTING;
+    if (PathExists(state_dir_ + "/hold")) {
+      holding_ = true;
+      ++own_.header()->requests_received;
+      return;
+    }
+    ++own_.header()->requests_received;
+    Answer(id, slot->request);
+    ++own_.header()->requests_answered;
+    Word(&slot->state) = HF_SLOT_FREE;
+  }
+
+  bool Answer(uint64_t id, const uint8_t* request) {
+    std::shared_ptr<UniqueFd> device;
+    {
+      std::lock_guard lock(mutex_);
+      auto it = devices_.find(id);
+      if (it == devices_.end()) return false;
+      device = it->second;
+    }
+    fuse_in_header in;
+    memcpy(&in, request, sizeof(in));
+    if (in.opcode == FUSE_FORGET || in.opcode == FUSE_BATCH_FORGET || in.opcode == FUSE_INTERRUPT) return false;
+    struct {
+      fuse_out_header header;
+      union {
+        fuse_attr_out attr;
+        fuse_statfs_out statfs;
+      };
+    } out{};
+    out.header.len = sizeof(out.header);
+    out.header.unique = in.unique;
+    out.header.error = -ENOSYS;
+    if (in.opcode == FUSE_GETATTR) {
+      out.header.error = 0;
+      out.header.len += static_cast<uint32_t>(sizeof(out.attr));
+      out.attr = {};
+      out.attr.attr.ino = 1;
+      out.attr.attr.mode = S_IFDIR | 0755;
+      out.attr.attr.nlink = 2;
+      out.attr.attr.mtime = generation_;  // tells a test who answered
+    } else if (in.opcode == FUSE_STATFS) {
+      out.header.error = 0;
+      out.header.len += static_cast<uint32_t>(sizeof(out.statfs));
+      out.statfs = {};
+      out.statfs.st.namelen = 255;
+    } else if (in.opcode == FUSE_LOOKUP) {
+      out.header.error = -ENOENT;
+    } else if (in.opcode == FUSE_GETXATTR) {
+      out.header.error = -ENODATA;
+    }
+    return write(device->get(), &out, out.header.len) == static_cast<ssize_t>(out.header.len);
+  }
+
+  LedgerMap own_;
+  const uint64_t generation_;
+  const std::string state_dir_;
+  std::atomic<bool> reading_{false};
+  std::atomic<bool> holding_{false};
+  std::atomic<uint64_t> adopted_{0};
+  std::mutex turn_;
+  std::mutex mutex_;
+  std::map<uint64_t, std::shared_ptr<UniqueFd>> devices_;
+  std::map<uint64_t, std::string> blobs_;
+  std::thread thread_;
+};
+
+std::string Text(capnp::Data::Reader data) {
+  return std::string(reinterpret_cast<const char*>(data.begin()), data.size());
+}
+
+// What the RPC objects share; main thread only.
+struct Context {
+  std::string mode = OwnMode();
+  kj::Maybe<schema::Supervisor::Client> supervisor;
+  kj::Timer* timer = nullptr;
+  std::unique_ptr<Server> server;
+  uint64_t generation = 0;
+  std::string state_dir;
+  UniqueFd listener;
+  UniqueFd metadata;
+  std::map<uint64_t, LedgerMap> old_ledgers;
+  std::vector<uint64_t> exited;
+  std::vector<uint64_t> gone;
+  std::vector<uint64_t> ledgers_seen;
+  uint32_t pages = 0;
+
+  schema::Supervisor::Client& link() { return KJ_ASSERT_NONNULL(supervisor); }
+};
+
+kj::Promise<UniqueFd> TakeFd(schema::Descriptor::Client descriptor) {
+  auto promise = descriptor.getFd();
+  return promise.then([keep = kj::mv(descriptor)](kj::Maybe<int> fd) mutable { return Dup(KJ_REQUIRE_NONNULL(fd)); });
+}
+
+kj::Promise<void> TakePipes(capnp::List<schema::PipePair>::Reader list, LedgerMap* ledger) {
+  auto promises = kj::heapArrayBuilder<kj::Promise<void>>(list.size() * 2);
+  ledger->pipes.resize(list.size());
+  for (unsigned i = 0; i < list.size(); ++i) {
+    promises.add(TakeFd(list[i].getReadEnd()).then([ledger, i](UniqueFd fd) { ledger->pipes[i].first = std::move(fd); }));
+    promises.add(TakeFd(list[i].getWriteEnd()).then([ledger, i](UniqueFd fd) { ledger->pipes[i].second = std::move(fd); }));
+  }
+  return kj::joinPromises(promises.finish());
+}
+
+kj::Promise<void> WalkMounts(Context& c, uint64_t after) {
+  auto request = c.link().mountsRequest();
+  request.setAfter(after);
+  request.setLimit(1'000);  // the supervisor gives at most 200
+  return request.send().then([&c](capnp::Response<schema::Supervisor::MountsResults>&& page) -> kj::Promise<void> {
+    ++c.pages;
+    auto entries = page.getEntries();
+    if (entries.size() > 200) _exit(95);
+    auto promises = kj::heapArrayBuilder<kj::Promise<void>>(entries.size());
+    for (auto entry : entries) {
+      promises.add(TakeFd(entry.getDevice()).then([&c, id = entry.getMountId(), blob = Text(entry.getBlob())](UniqueFd fd) {
+        c.server->Add(id, std::move(fd), blob);
+      }));
+    }
+    uint64_t last = entries.size() == 0 ? 0 : entries[entries.size() - 1].getMountId();
+    bool more = page.getMore();
+    return kj::joinPromises(promises.finish()).attach(kj::mv(page)).then([&c, more, last]() -> kj::Promise<void> {
+      if (!more) return kj::READY_NOW;
+      return WalkMounts(c, last);
+    });
+  });
+}
+
+kj::Promise<void> WalkLedgers(Context& c, uint64_t after) {
+  auto request = c.link().oldLedgersRequest();
+  request.setAfter(after);
+  return request.send().then([&c](capnp::Response<schema::Supervisor::OldLedgersResults>&& page) -> kj::Promise<void> {
+    auto list = page.getLedgers();
+    auto promises = kj::heapArrayBuilder<kj::Promise<void>>(list.size());
+    uint64_t last = 0;
+    for (auto entry : list) {
+      last = entry.getGeneration();
+      c.ledgers_seen.push_back(last);
+      LedgerMap* ledger = &c.old_ledgers[last];
+      promises.add(TakeFd(entry.getLedger())
+                       .then([ledger](UniqueFd memory) { *ledger = MapLedger(memory.get()); })
+                       .then([entry, ledger]() { return TakePipes(entry.getRequestPipes(), ledger); })
+                       .then([&c, ledger, last] {
+                         c.server->Adopt(*ledger);
+                         auto drained = c.link().drainedRequest();
+                         drained.setGeneration(last);
+                         return drained.send().ignoreResult();
+                       }));
+    }
+    bool more = page.getMore();
+    return kj::joinPromises(promises.finish()).attach(kj::mv(page)).then([&c, more, last]() -> kj::Promise<void> {
+      if (!more) return kj::READY_NOW;
+      return WalkLedgers(c, last);
+    });
+  });
+}
+
+class WorkerServer final : public schema::Worker::Server {
+ public:
+  explicit WorkerServer(Context* context) : c_(*context) {}
+
+  kj::Promise<void> serve(ServeContext) override {
+    if (c_.mode == "fail-serve") KJ_FAIL_REQUIRE("this build cannot serve");
+    if (c_.mode == "die-serve") _exit(3);
+    if (c_.mode == "hang-serve") return kj::NEVER_DONE;
+    return WhenReady()
+        .then([this] { return WalkMounts(c_, 0); })
+        .then([this] { return WalkLedgers(c_, 0); })
+        .then([this] { c_.server->SetReading(true); });
+  }
+  kj::Promise<void> ownerExited(OwnerExitedContext context) override {
+    uint64_t generation = context.getParams().getGeneration();
+    c_.exited.push_back(generation);
+    auto it = c_.old_ledgers.find(generation);
+    if (it != c_.old_ledgers.end() && it->second.base != nullptr) c_.server->Adopt(it->second);
+    auto drained = c_.link().drainedRequest();
+    drained.setGeneration(generation);
+    return drained.send().ignoreResult();
+  }
+  kj::Promise<void> takeMetadata(TakeMetadataContext) override {
+    if (c_.mode == "fail-take") KJ_FAIL_REQUIRE("this build cannot read the metadata");
+    if (c_.mode == "die-take") _exit(3);
+    c_.metadata = UniqueFd(open((c_.state_dir + "/fake-metadata").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
+    // Exclusive for real: two owners would show as an error.
+    KJ_REQUIRE(flock(c_.metadata.get(), LOCK_EX | LOCK_NB) == 0, "another worker holds the metadata");
+    return WalkMounts(c_, 0);
+  }
+  kj::Promise<void> park(ParkContext) override {
+    if (c_.mode == "fail-park") KJ_FAIL_REQUIRE("this build does not park");
+    if (c_.mode == "die-park") _exit(3);
+    c_.server->SetReading(false);
+    return kj::READY_NOW;
+  }
+  kj::Promise<void> resume(ResumeContext) override {
+    c_.server->AdoptOwn();
+    return WalkLedgers(c_, 0).then([this] { c_.server->SetReading(true); });
+  }
+  kj::Promise<void> yieldMetadata(YieldMetadataContext) override {
+    if (c_.mode == "die-yield") _exit(3);
+    c_.metadata.Reset();
+    return kj::READY_NOW;
+  }
+  kj::Promise<void> retire(RetireContext) override {
+    std::thread([] {
+      usleep(20'000);
+      _exit(0);
+    }).detach();
+    return kj::READY_NOW;
+  }
+  kj::Promise<void> mountsGone(MountsGoneContext context) override {
+    for (uint64_t id : context.getParams().getMountIds()) {
+      c_.gone.push_back(id);
+      if (c_.server != nullptr) c_.server->Remove(id);
+    }
+    return kj::READY_NOW;
+  }
+
+ private:
+  // serve() may come before the welcome's descriptors are taken.
+  kj::Promise<void> WhenReady() {
+    if (c_.server != nullptr) return kj::READY_NOW;
+    return c_.timer->afterDelay(1 * kj::MILLISECONDS).then([this] { return WhenReady(); });
+  }
+
+  Context& c_;
+};
+
+class AdminServer final : public FakeAdmin::Server {
+ public:
+  explicit AdminServer(Context* context) : c_(*context) {}
+
+  kj::Promise<void> mount(MountContext context) override {
+    auto params = context.getParams();
+    auto request = c_.link().mountRequest();
+    request.setPath(params.getPath());
+    request.setOptions(params.getOptions());
+    request.setBlob(params.getBlob());
+    return request.send().then([this, context](capnp::Response<schema::Supervisor::MountResults>&& result) mutable {
+      auto entry = result.getEntry();
+      context.getResults().setEntry(entry);
+      return TakeFd(entry.getDevice()).then([this, id = entry.getMountId(), blob = Text(entry.getBlob())](UniqueFd fd) {
+        c_.server->Add(id, std::move(fd), blob);
+      });
+    });
+  }
+  kj::Promise<void> unmount(UnmountContext context) override {
+    auto request = c_.link().unmountRequest();
+    request.setMountId(context.getParams().getMountId());
+    return request.send().then([context](capnp::Response<schema::Supervisor::UnmountResults>&& result) mutable {
+      context.getResults().setState(result.getState());
+    });
+  }
+  kj::Promise<void> setBlob(SetBlobContext context) override {
+    auto request = c_.link().setBlobRequest();
+    request.setMountId(context.getParams().getMountId());
+    request.setBlob(context.getParams().getBlob());
+    return request.send().ignoreResult();
+  }
+  kj::Promise<void> info(InfoContext context) override {
+    auto out = context.getResults();
+    out.setGeneration(c_.generation);
+    out.setAdopted(c_.server->adopted());
+    out.setPagesSeen(c_.pages);
+    auto blobs = c_.server->blobs();
+    auto ids = out.initMountIds(static_cast<unsigned>(blobs.size()));
+    auto data = out.initBlobs(static_cast<unsigned>(blobs.size()));
+    unsigned i = 0;
+    for (auto& [id, blob] : blobs) {
+      ids.set(i, id);
+      data.set(i++, kj::arrayPtr(reinterpret_cast<const kj::byte*>(blob.data()), blob.size()));
+    }
+    Copy(c_.exited, out.initExited(static_cast<unsigned>(c_.exited.size())));
+    Copy(c_.gone, out.initGone(static_cast<unsigned>(c_.gone.size())));
+    Copy(c_.ledgers_seen, out.initLedgersSeen(static_cast<unsigned>(c_.ledgers_seen.size())));
+    int listening = 0;
+    socklen_t size = sizeof(listening);
+    out.setListenerWorks(getsockopt(c_.listener.get(), SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) == 0 && listening == 1);
+    auto fds = out.initOpenFds(static_cast<unsigned>(inherited.size()));
+    for (unsigned f = 0; f < inherited.size(); ++f) fds.set(f, inherited[f].c_str());
+    return kj::READY_NOW;
+  }
+
+  // Descriptors open when main began.
+  static inline std::vector<std::string> inherited;
+
+ private:
+  static void Copy(const std::vector<uint64_t>& from, capnp::List<uint64_t>::Builder to) {
+    for (unsigned i = 0; i < from.size(); ++i) to.set(i, from[i]);
+  }
+  Context& c_;
+};
+
+void NoteInherited() {
+  DIR* folder = opendir("/proc/self/fd");
+  while (dirent* entry = readdir(folder)) {
+    if (entry->d_name[0] != '.' && atoi(entry->d_name) != dirfd(folder)) AdminServer::inherited.emplace_back(entry->d_name);
+  }
+  closedir(folder);
+}
+
+int Run() {
+  Context c;
+  if (c.mode == "exit") return 3;
+  auto io = kj::setupAsyncIo();
+  c.timer = &io.provider->getTimer();
+  auto stream = io.lowLevelProvider->wrapUnixSocketFd(3, kj::LowLevelAsyncIoProvider::TAKE_OWNERSHIP);
+  capnp::TwoPartyClient client(*stream, 253);
+  auto lost = client.onDisconnect().then([] { _exit(5); }).eagerlyEvaluate(nullptr);
+  if (c.mode == "silent") kj::Promise<void>(kj::NEVER_DONE).wait(io.waitScope);
+  c.supervisor = client.bootstrap().castAs<schema::Supervisor>();
+  auto request = c.link().registerRequest();
+  const char* token = getenv("HOLDFAST_TOKEN");
+  if (token == nullptr) return 98;
+  std::string secret = c.mode == "wrong-token" ? "guess" : token;
+  auto hello = request.initHello();
+  hello.setCapabilities(schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER);
+  hello.setBuild("fake " + c.mode);
+  hello.setToken(kj::arrayPtr(reinterpret_cast<const kj::byte*>(secret.data()), secret.size()));
+  hello.setPid(static_cast<uint32_t>(getpid()));
+  request.setWorker(kj::heap<WorkerServer>(&c));
+  request.setAdmin(kj::heap<AdminServer>(&c));
+  auto result = request.send().wait(io.waitScope);
+  auto welcome = result.getWelcome();
+  c.generation = welcome.getGeneration();
+  c.state_dir = welcome.getStateDir().cStr();
+  LedgerMap own = MapLedger(TakeFd(welcome.getLedger()).wait(io.waitScope).get());
+  TakePipes(welcome.getRequestPipes(), &own).wait(io.waitScope);
+  c.listener = TakeFd(welcome.getSnapshotListener()).wait(io.waitScope);
+  c.server = std::make_unique<Server>(std::move(own), c.generation, c.state_dir);
+  kj::Promise<void>(kj::NEVER_DONE).wait(io.waitScope);
+  return 0;
+}
+
+}  // namespace
+}  // namespace holdfast::supervisor::testing
+
+int main() {
+  signal(SIGPIPE, SIG_IGN);
+  holdfast::supervisor::testing::NoteInherited();
+  try {
+    return holdfast::supervisor::testing::Run();
+  } catch (const kj::Exception& exception) {
+    fprintf(stderr, "fake worker: %s\n", exception.getDescription().cStr());
+    return 4;
+  }
+}

@@ -1,0 +1,340 @@
+#include "supervisor/testing/harness.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <fstream>
+#include <functional>
+#include <sstream>
+#include <thread>
+#include <utility>
+
+#include "gtest/gtest.h"
+#include "supervisor/fuse_mount.h"
+
+namespace holdfast::supervisor::testing {
+namespace {
+
+std::string Bin(const std::string& name) {
+  const char* bin = getenv("HOLDFAST_BIN");
+  return std::string(bin == nullptr ? "." : bin) + "/" + name;
+}
+
+std::vector<pid_t> Children() {
+  std::ifstream file("/proc/self/task/" + std::to_string(getpid()) + "/children");
+  std::vector<pid_t> pids;
+  for (pid_t pid = 0; file >> pid;) pids.push_back(pid);
+  return pids;
+}
+
+int Reap(pid_t pid, int seconds) {
+  int status = 0;
+  bool ended = Eventually([&] { return waitpid(pid, &status, WNOHANG) == pid; }, seconds);
+  EXPECT_TRUE(ended) << "process " << pid << " did not end";
+  if (!ended) return -1000;
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+}
+
+std::string Text(capnp::Data::Reader data) {
+  return std::string(reinterpret_cast<const char*>(data.begin()), data.size());
+}
+
+std::vector<uint64_t> Numbers(capnp::List<uint64_t>::Reader list) {
+  std::vector<uint64_t> numbers;
+  for (uint64_t number : list) numbers.push_back(number);
+  return numbers;
+}
+
+MountView View(schema::MountEntry::Reader entry) {
+  return {entry.getMountId(),           entry.getPath().cStr(), Text(entry.getInitRequest()),
+          Text(entry.getInitReply()), Text(entry.getBlob()),  entry.getState()};
+}
+
+}  // namespace
+
+bool Eventually(const std::function<bool()>& condition, int seconds) {
+  auto end = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
+  while (!condition()) {
+    if (std::chrono::steady_clock::now() > end) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+  return true;
+}
+
+WorkerView StatusView::Worker(const std::string& role) const {
+  for (const WorkerView& worker : workers) {
+    if (worker.role == role) return worker;
+  }
+  ADD_FAILURE() << "no worker is " << role << " in phase " << phase;
+  return {};
+}
+
+Harness::Harness() : io_(kj::setupAsyncIo()) {
+  prctl(PR_SET_CHILD_SUBREAPER, 1);  // workers of a dead supervisor become ours to end
+  MakeDirs(dir_.path() + "/run").IgnoreError();
+  MakeDirs(state_dir() + "/mounts").IgnoreError();
+}
+
+Harness::~Harness() {
+  control_ = nullptr;
+  client_ = nullptr;
+  stream_ = nullptr;
+  if (pid_ != 0) Stop(SIGTERM);
+  for (pid_t child : Children()) {
+    kill(child, SIGKILL);
+    Reap(child, 10);
+  }
+  auto mounts = ReadMountInfo();
+  for (const MountInfo& mount : mounts.ok() ? *mounts : std::vector<MountInfo>()) {
+    if (IsUnder(mount.path, dir_.path())) umount2(mount.path.c_str(), MNT_DETACH);
+  }
+}
+
+std::string Harness::MakeWorker(const std::string& mode) {
+  std::string path = dir_.path() + "/worker-" + std::to_string(++made_);
+  auto program = ReadFile(Bin("holdfast-fake-worker"));
+  EXPECT_TRUE(program.ok()) << program.status();
+  std::ofstream(path, std::ios::binary) << *program << "\n#" << made_ << " HFMODE:" << mode << "\n";
+  chmod(path.c_str(), 0755);
+  return path;
+}
+
+pid_t Harness::Launch(const std::vector<std::string>& args, int output) {
+  std::vector<std::string> all = {Bin("holdfast-supervisor"), "--state", state_dir(), "--runtime", dir_.path() + "/run"};
+  all.insert(all.end(), args.begin(), args.end());
+  std::vector<char*> argv;
+  for (std::string& arg : all) argv.push_back(arg.data());
+  argv.push_back(nullptr);
+  pid_t pid = fork();
+  if (pid == 0) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    sigset_t none;
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, nullptr);
+    if (output >= 0) {
+      dup2(output, 1);
+      dup2(output, 2);
+    }
+    execv(argv[0], argv.data());
+    _exit(127);
+  }
+  return pid;
+}
+
+void Harness::Start(const std::vector<std::string>& extra, const std::string& mode) {
+  std::vector<std::string> args = {"--worker", MakeWorker(mode)};
+  args.insert(args.end(), extra.begin(), extra.end());
+  std::string log = dir_.path() + "/supervisor.log";
+  UniqueFd file(open(log.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
+  pid_ = Launch(args, getenv("HOLDFAST_TEST_VERBOSE") != nullptr ? -1 : file.get());
+  Connect();
+  if (mode == "good") WaitPhase("running");
+}
+
+int Harness::RunToEnd(const std::vector<std::string>& extra, std::string* output) {
+  int ends[2];
+  if (pipe2(ends, O_CLOEXEC) != 0) return -1;
+  UniqueFd read_end(ends[0]);
+  UniqueFd write_end(ends[1]);
+  pid_t pid = Launch(extra, write_end.get());
+  write_end.Reset();
+  pollfd ready{.fd = read_end.get(), .events = POLLIN, .revents = 0};
+  char buffer[4096];
+  output->clear();
+  while (poll(&ready, 1, 10'000) == 1) {
+    ssize_t got = read(read_end.get(), buffer, sizeof(buffer));
+    if (got <= 0) break;
+    output->append(buffer, static_cast<size_t>(got));
+  }
+  kill(pid, SIGKILL);  // ended already, unless the test fails
+  return Reap(pid, 10);
+}
+
+int Harness::Stop(int signal) {
+  pid_t pid = std::exchange(pid_, 0);
+  kill(pid, signal);
+  return Reap(pid, 40);
+}
+
+void Harness::Connect() {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  strncpy(address.sun_path, control_socket().c_str(), sizeof(address.sun_path) - 1);
+  UniqueFd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  ASSERT_TRUE(Eventually([&] {
+    return connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0;
+  })) << "no supervisor listens";
+  control_ = nullptr;
+  client_ = nullptr;
+  stream_ = io_.lowLevelProvider->wrapUnixSocketFd(fd.Release(), kj::LowLevelAsyncIoProvider::TAKE_OWNERSHIP);
+  client_ = kj::heap<capnp::TwoPartyClient>(*stream_, 253);
+  control_ = client_->bootstrap().castAs<schema::Control>();
+}
+
+StatusView Harness::Status() {
+  auto response = Wait(KJ_ASSERT_NONNULL(control_).statusRequest().send().then([](auto&& r) { return kj::mv(r); }));
+  auto status = response.getStatus();
+  StatusView view;
+  view.phase = status.getPhase().cStr();
+  view.swap_kind = status.getLastSwap().getKind().cStr();
+  view.swap_result = status.getLastSwap().getResult().cStr();
+  view.to_build = status.getLastSwap().getToBuild().cStr();
+  view.from_build = status.getLastSwap().getFromBuild().cStr();
+  view.carried = status.getLastSwap().getRequestsCarriedOver();
+  view.pause_nanos = status.getLastSwap().getPauseNanos();
+  view.crashes = status.getCrashes();
+  view.swaps = status.getSwaps();
+  view.live = status.getMountsLive();
+  view.detached = status.getMountsDetached();
+  for (auto worker : status.getWorkers()) {
+    view.workers.push_back({worker.getGeneration(), static_cast<pid_t>(worker.getPid()), worker.getRole().cStr(),
+                            worker.getBuild().cStr(), worker.getExecutable().cStr(), worker.getRequestsReceived()});
+  }
+  for (auto warning : status.getWarnings()) view.warnings.emplace_back(warning.cStr());
+  return view;
+}
+
+StatusView Harness::WaitPhase(const std::string& phase, int seconds) {
+  StatusView view;
+  EXPECT_TRUE(Eventually([&] { return (view = Status()).phase == phase; }, seconds))
+      << "phase is " << view.phase << ", not " << phase;
+  return view;
+}
+
+std::string Harness::Upgrade(const std::string& path, bool force, bool* changed) {
+  auto request = KJ_ASSERT_NONNULL(control_).upgradeRequest();
+  request.setPath(path.c_str());
+  request.setForce(force);
+  try {
+    auto response = Wait(request.send().then([](auto&& r) { return kj::mv(r); }), 30);
+    *changed = response.getChanged();
+    return "";
+  } catch (const kj::Exception& exception) {
+    return exception.getDescription().cStr();
+  }
+}
+
+std::string Harness::Shutdown() {
+  try {
+    Wait(KJ_ASSERT_NONNULL(control_).shutdownRequest().send().ignoreResult());
+    return "";
+  } catch (const kj::Exception& exception) {
+    return exception.getDescription().cStr();
+  }
+}
+
+std::vector<MountView> Harness::Mounts(uint64_t after, uint32_t limit, bool* more) {
+  auto request = KJ_ASSERT_NONNULL(control_).mountsRequest();
+  request.setAfter(after);
+  request.setLimit(limit);
+  auto response = Wait(request.send().then([](auto&& r) { return kj::mv(r); }));
+  *more = response.getMore();
+  std::vector<MountView> views;
+  for (auto entry : response.getEntries()) views.push_back(View(entry));
+  return views;
+}
+
+std::vector<uint64_t> Harness::LedgerGenerations() {
+  auto response = Wait(KJ_ASSERT_NONNULL(control_).ledgersRequest().send().then([](auto&& r) { return kj::mv(r); }));
+  std::vector<uint64_t> generations;
+  for (auto ledger : response.getLedgers()) generations.push_back(ledger.getGeneration());
+  return generations;
+}
+
+FakeAdmin::Client Harness::Admin() {
+  auto response = Wait(KJ_ASSERT_NONNULL(control_).workerAdminRequest().send().then([](auto&& r) { return kj::mv(r); }));
+  return response.getAdmin().castAs<FakeAdmin>();
+}
+
+MountView Harness::Mount(const std::string& name, uint64_t flags, const std::string& blob) {
+  std::string path = name[0] == '/' ? name : state_dir() + "/mounts/" + name;
+  if (name[0] != '/') MakeDirs(path).IgnoreError();
+  auto request = Admin().mountRequest();
+  request.setPath(path.c_str());
+  request.initOptions().setFlags(flags);
+  request.setBlob(kj::arrayPtr(reinterpret_cast<const kj::byte*>(blob.data()), blob.size()));
+  auto response = Wait(request.send().then([](auto&& r) { return kj::mv(r); }));
+  return View(response.getEntry());
+}
+
+schema::MountState Harness::Unmount(uint64_t id) {
+  auto request = Admin().unmountRequest();
+  request.setMountId(id);
+  return Wait(request.send().then([](auto&& r) { return kj::mv(r); })).getState();
+}
+
+void Harness::SetBlob(uint64_t id, const std::string& blob) {
+  auto request = Admin().setBlobRequest();
+  request.setMountId(id);
+  request.setBlob(kj::arrayPtr(reinterpret_cast<const kj::byte*>(blob.data()), blob.size()));
+  Wait(request.send().ignoreResult());
+}
+
+Info Harness::WorkerInfo() {
+  auto response = Wait(Admin().infoRequest().send().then([](auto&& r) { return kj::mv(r); }));
+  Info info;
+  info.generation = response.getGeneration();
+  info.adopted = response.getAdopted();
+  info.pages = response.getPagesSeen();
+  info.listener_works = response.getListenerWorks();
+  info.mount_ids = Numbers(response.getMountIds());
+  info.exited = Numbers(response.getExited());
+  info.gone = Numbers(response.getGone());
+  info.ledgers_seen = Numbers(response.getLedgersSeen());
+  for (auto blob : response.getBlobs()) info.blobs.push_back(Text(blob));
+  for (auto fd : response.getOpenFds()) info.inherited_fds.emplace_back(fd.cStr());
+  return info;
+}
+
+size_t Harness::OpenFds() const {
+  size_t count = 0;
+  DIR* folder = opendir(("/proc/" + std::to_string(pid_) + "/fd").c_str());
+  while (readdir(folder) != nullptr) ++count;
+  closedir(folder);
+  return count;
+}
+
+Stat::Stat(const std::string& path) {
+  int ends[2];
+  if (pipe2(ends, O_CLOEXEC) != 0) abort();
+  pipe_.Reset(ends[0]);
+  UniqueFd write_end(ends[1]);
+  pid_ = fork();
+  if (pid_ == 0) {
+    struct stat info;
+    int64_t result = stat(path.c_str(), &info) == 0 ? static_cast<int64_t>(info.st_mtime) : -errno;
+    if (write(write_end.get(), &result, sizeof(result)) != sizeof(result)) _exit(1);
+    _exit(0);
+  }
+}
+
+Stat::~Stat() {
+  kill(pid_, SIGKILL);
+  Eventually([&] { return waitpid(pid_, nullptr, WNOHANG) != 0; }, 10);
+}
+
+bool Stat::Done(int seconds) {
+  pollfd ready{.fd = pipe_.get(), .events = POLLIN, .revents = 0};
+  return poll(&ready, 1, seconds * 1'000) == 1;
+}
+
+int64_t Stat::Result(int seconds) {
+  int64_t result = -ETIMEDOUT;
+  if (Done(seconds) && read(pipe_.get(), &result, sizeof(result)) != sizeof(result)) result = -EIO;
+  return result;
+}
+
+}  // namespace holdfast::supervisor::testing

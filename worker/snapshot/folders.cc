@@ -170,16 +170,17 @@ absl::Status Folders::Create(const metadata::SnapshotRow& row, const std::string
   absl::Status status = MakeFolder(Fs(row.id), 0755);
   if (status.ok() && row.kind == metadata::Kind::kActive) status = MakeFolder(Work(row.id), 0711);
   if (status.ok() && !owner_from.empty()) status = CopyOwner(owner_from, Fs(row.id));
-  if (status.ok()) status = Describe(row);
-  return AsPlainFailure(status);
+  if (!status.ok()) return AsPlainFailure(status);
+  return Describe(row);
 }
 
 absl::Status Folders::Describe(const metadata::SnapshotRow& row) const {
   HF_ASSIGN_OR_RETURN(std::string bytes, metadata::EncodeRow(row));
   std::string path = Folder(row.id) + "/snapshot.json";
   std::string temporary = path + ".new";
-  HF_ASSIGN_OR_RETURN(UniqueFd fd, OpenFile(temporary, O_WRONLY | O_CREAT | O_TRUNC));
-  absl::Status status = PwriteFull(fd.get(), bytes.data(), bytes.size(), 0);
+  absl::StatusOr<UniqueFd> fd = OpenFile(temporary, O_WRONLY | O_CREAT | O_TRUNC);
+  absl::Status status = fd.status();
+  if (status.ok()) status = PwriteFull(fd->get(), bytes.data(), bytes.size(), 0);
   if (status.ok() && rename(temporary.c_str(), path.c_str()) != 0) status = ErrnoStatus(errno, "rename to " + path);
   return AsPlainFailure(Annotate(status, "describe snapshot " + std::to_string(row.id)));
 }

@@ -2,7 +2,7 @@
 // (worker/metadata/row_codec.h). The row in the metadata store is synced and decides; the copy is for people and for rebuilding
 // a lost store, and is not synced.
 // Thread safety: all methods, for different ids. Errors: those of the file system, never codes that mean something in
-// containerd's contract (NotFound, AlreadyExists, ... become Internal).
+// containerd's contract (NotFound, AlreadyExists, ... become Internal); InvalidArgument for a row that is not UTF-8.
 #pragma once
 
 #include <atomic>

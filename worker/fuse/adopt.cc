@@ -264,7 +264,7 @@ bool ServerCore::AdoptRequest(const RecoveredRequest& request, hf_slot* slot, Re
   Execute(x, request.bytes.data(), request.length);
   mount->EndExecute(in.unique);
   if (x.waits) Fetch(mount, x.layer, *x.waits);
-  return request.NeedsAnswer();
+  return request.NeedsAnswer() && !x.duplicate;
 }
 
 }  // namespace holdfast::fuse

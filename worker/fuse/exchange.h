@@ -24,7 +24,7 @@ struct Exchange {
   hf_slot* slot = nullptr;                // where the request lies; its strikes are counted when this thread crashes
   uint32_t own_slot = 0;                  // index + 1 in the own ledger, 0 for an adopted slot
   bool adopted = false;
-  bool answered = false;
+  bool duplicate = false;                 // another ledger's record of the same request waits already
   std::optional<uint64_t> waits;          // a record was made for it: fetch once the slot is free
 };
 

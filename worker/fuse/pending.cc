@@ -22,7 +22,7 @@ void ServerCore::Read(Exchange& x, uint64_t nodeid, uint64_t offset, uint64_t si
   if (content && content->length == size) {
     if (x.pipe->SendContent(x.mount->device(), x.unique, *content) == SendResult::kSent) {
       if (x.adopted) adopted_++;
-      return CountAnswer(x);
+      return CountAnswer();
     }
     DropDamaged(*x.layer, nodeid, offset, size);
   }
@@ -54,13 +54,11 @@ void ServerCore::MakeRecord(Exchange& x, uint64_t nodeid, uint64_t offset, uint6
     case Mount::Added::kDuplicate:  // an older ledger's record of the same request is being answered
       pending_--;
       FreeRecord(read);
-      x.answered = true;
+      x.duplicate = true;
       return;
     case Mount::Added::kInterrupted:
       Shared(record->marks).fetch_or(HF_MARK_INTERRUPTED, std::memory_order_acq_rel);
-      AnswerInterrupted(*x.mount, x.unique, x.pipe);
-      x.answered = true;
-      return;
+      return AnswerInterrupted(*x.mount, x.unique, x.pipe);
     case Mount::Added::kWaits:
       x.waits = x.unique;
       return Throttle(*x.mount);

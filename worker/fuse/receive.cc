@@ -198,14 +198,14 @@ void ServerCore::Execute(Exchange& x, const uint8_t* request, uint32_t length) {
     case FUSE_BATCH_FORGET:
     case FUSE_NOTIFY_REPLY:
     case FUSE_INIT:  // the supervisor answers it; after that the kernel sends none
-      return CountAnswer(x);
+      return CountAnswer();
     case FUSE_INTERRUPT: {
       if (length >= sizeof(fuse_in_header) + sizeof(fuse_interrupt_in)) {
         fuse_interrupt_in target;
         memcpy(&target, request + sizeof(fuse_in_header), sizeof target);
         HandleInterrupt(x, target.unique);
       }
-      return CountAnswer(x);
+      return CountAnswer();
     }
     case FUSE_DESTROY:  // libfuse would take it as the end of the session, which serves the other mounts too
       return ReplyError(x, 0);
@@ -233,8 +233,7 @@ void ServerCore::HandleInterrupt(Exchange& x, uint64_t target) {
   }
 }
 
-void ServerCore::CountAnswer(Exchange& x) {
-  x.answered = true;
+void ServerCore::CountAnswer() {
   Shared(ledger_->header()->requests_answered).fetch_add(1, std::memory_order_relaxed);
 }
 
@@ -252,7 +251,7 @@ void ServerCore::ReplyParts(Exchange& x, const iovec* parts, int count) {
   if (reinterpret_cast<const fuse_out_header*>(parts[0].iov_base)->error == -EIO) errors_++;
   x.pipe->SendMemory(x.mount->device(), parts, count);
   if (x.adopted) adopted_++;
-  CountAnswer(x);
+  CountAnswer();
 }
 
 }  // namespace holdfast::fuse

@@ -72,7 +72,9 @@ void WriteDirectly(int device, const iovec* parts, int count) {
     n = writev(device, parts, count);
   } while (n < 0 && errno == EINTR);
   int error = n < 0 ? errno : 0;
-  if (error != 0 && !NobodyWaits(error)) LOG_EVERY_T(ERROR, 1) << "fuse.reply_failed errno=" << error;
+  if (error != 0 && !NobodyWaits(error)) {
+    LOG_EVERY_T(ERROR, 1) << "fuse.reply_failed errno=" << error;
+  }
 }
 
 }  // namespace

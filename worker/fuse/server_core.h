@@ -110,7 +110,7 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   void Execute(Exchange& x, const uint8_t* request, uint32_t length);
   void HandleInterrupt(Exchange& x, uint64_t target);
   void MountEnded(Mount& mount);
-  void CountAnswer(Exchange& x);
+  void CountAnswer();
   bool TableFull() const;
 
   // pending.cc

@@ -1,0 +1,379 @@
+// Servers that die, park and succeed one another: every request is answered, with the right bytes, by whoever comes next.
+#include <fcntl.h>
+#include <linux/fuse.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <csignal>
+#include <cstring>
+#include <random>
+#include <set>
+
+#include "gtest/gtest.h"
+#include "worker/fuse/crc32c.h"
+#include "worker/fuse/fuse_bench.h"
+
+namespace holdfast::fuse {
+namespace {
+
+constexpr uint64_t kMiB = 1 << 20;
+enum Node : uint64_t { kMissing = 2, kStored, kFolder };
+
+std::shared_ptr<FakeIndex> MakeIndex(uint64_t) {
+  auto index = std::make_shared<FakeIndex>();
+  index->Add(layer::kRootNode, "missing", S_IFREG | 0644, 16 * kMiB);
+  index->Add(layer::kRootNode, "stored", S_IFREG | 0644, 16 * kMiB);
+  index->Add(layer::kRootNode, "folder", S_IFDIR | 0755);
+  return index;
+}
+
+class FuseHandoverTest : public testing::Test {
+ protected:
+  ServerSetup NewSetup(uint64_t generation) {
+    ServerSetup setup;
+    setup.generation = generation;
+    setup.index = MakeIndex;
+    setup.prepare = [](uint64_t, FakeLayer& layer) { layer.Store(kStored, Stored::kFile); };
+    return setup;
+  }
+  std::unique_ptr<ServerProcess> Start(const ServerSetup& setup, bool hold = false) {
+    auto server = std::make_unique<ServerProcess>(bench_, setup);
+    for (auto& [id, mount] : bench_.mounts) {
+      if (hold) {
+        EXPECT_EQ(server->Call("hold " + std::to_string(id) + " 1"), "ok");
+      }
+    }
+    EXPECT_EQ(server->Call("start"), "ok");
+    return server;
+  }
+  std::unique_ptr<ChildProcess> Reader(const std::function<int()>& body) {
+    return std::make_unique<ChildProcess>([&] {
+      bench_.CloseDevices();
+      return body();
+    });
+  }
+  std::unique_ptr<ChildProcess> MissReader(const std::string& root, uint64_t page) {
+    return Reader([&] { return CheckFile(root + "/missing", kMissing, page * 4096, 4096, true); });
+  }
+  // Puts a request of the mount into slot 0 of a ledger, as a dead worker leaves it. `drained`: it was read from the pipe.
+  void LeaveInSlot(Bench::Ledger& ledger, const Bench::MountPoint& mount, bool drained) {
+    hf_slot* slot = ledger.slot(0);
+    ASSERT_TRUE(bench_.WaitReadable(mount, 5));
+    memset(slot->request, 0, 4);
+    slot->mount_id = mount.id;
+    slot->owner_generation = static_cast<uint32_t>(ledger.generation);
+    slot->received_ns = 1;
+    slot->state = HF_SLOT_RECEIVING;
+    ssize_t n = splice(mount.device.get(), nullptr, ledger.pipes[0].write_end.get(), nullptr, 32768, SPLICE_F_NONBLOCK);
+    ASSERT_GT(n, 0);
+    if (!drained) return;
+    ASSERT_EQ(read(ledger.pipes[0].read_end.get(), slot->request, HF_LEDGER_REQUEST_BYTES), n);
+    slot->length = static_cast<uint32_t>(n);
+    slot->crc = Crc32c(slot->request, slot->length);
+    slot->state = HF_SLOT_EXECUTING;
+  }
+
+  Bench bench_;
+};
+
+TEST_F(FuseHandoverTest, RequestsThatADeadServerExecutedAreAnsweredByItsSuccessor) {
+  std::string root = bench_.Mount().path;
+  ServerSetup setup = NewSetup(1);
+  setup.faults = "fuse.received=block@0";
+  auto first = Start(setup);
+  auto stat_reader = Reader([&] {
+    struct stat st;
+    return stat((root + "/folder").c_str(), &st) == 0 ? 0 : errno;
+  });
+  auto data_reader = Reader([&] { return CheckFile(root + "/stored", kStored, kMiB, kMiB, true); });
+  ASSERT_EQ(first->Call("fired fuse.received 2"), "ok");
+  first->Kill();
+  auto second = Start(NewSetup(2));
+  EXPECT_EQ(stat_reader->Wait(0), -1);
+  EXPECT_EQ(second->Number("adopt 1 1"), 2u);
+  EXPECT_EQ(stat_reader->Wait(10), 0);
+  EXPECT_EQ(data_reader->Wait(10), 0);
+  EXPECT_EQ(second->Stats()["adopted"], 2u);
+  EXPECT_EQ(second->Number("drained 1"), 1u);
+}
+
+TEST_F(FuseHandoverTest, ReadsThatWaitedInADeadServerAreAnsweredByItsSuccessor) {
+  std::string root = bench_.Mount().path;
+  auto first = Start(NewSetup(1), true);
+  std::vector<std::unique_ptr<ChildProcess>> readers;
+  for (uint64_t i = 0; i < 20; i++) readers.push_back(MissReader(root, i));
+  ASSERT_TRUE(Eventually([&] { return first->Number("waiting 100") == 20; }));
+  first->Kill();
+  auto second = Start(NewSetup(2), true);
+  EXPECT_EQ(second->Number("adopt 1 1"), 20u);
+  EXPECT_EQ(second->Number("drained 1"), 0u);
+  // The successor dies too, and the third finds them all in the first one's ledger.
+  second->Kill();
+  auto third = Start(NewSetup(3), true);
+  EXPECT_EQ(third->Number("adopt 1 1") + third->Number("adopt 2 1"), 20u);
+  EXPECT_EQ(third->Stats()["pending"], 20u);
+  ASSERT_EQ(third->Call("release 100"), "ok");
+  for (auto& reader : readers) EXPECT_EQ(reader->Wait(10), 0);
+  EXPECT_TRUE(Eventually([&] { return third->Number("drained 1") == 1 && third->Number("drained 2") == 1; }));
+  EXPECT_EQ(third->Stats()["adopted"], 20u);
+  EXPECT_EQ(third->Stats()["errors"], 0u);
+}
+
+TEST_F(FuseHandoverTest, KilledBetweenRecordAndSlotTheReadIsAnsweredOnce) {
+  std::string root = bench_.Mount().path;
+  ServerSetup setup = NewSetup(1);
+  setup.faults = "fuse.record_filled=kill";
+  auto first = Start(setup);
+  auto reader = MissReader(root, 3);
+  ASSERT_EQ(first->process().Wait(10), 1000 + SIGKILL);
+  EXPECT_EQ(bench_.ledgers[1]->record(0)->state, uint32_t{HF_RECORD_PENDING});
+  auto second = Start(NewSetup(2), true);
+  EXPECT_EQ(second->Number("adopt 1 1"), 1u);  // it is in the record and in the slot
+  EXPECT_EQ(second->Stats()["pending"], 1u);
+  ASSERT_EQ(second->Call("release 100"), "ok");
+  EXPECT_EQ(reader->Wait(10), 0);
+  EXPECT_TRUE(Eventually([&] { return second->Number("drained 1") == 1; }));
+}
+
+TEST_F(FuseHandoverTest, KilledJustBeforeTheReplyLeavesNothingUnanswered) {
+  std::string root = bench_.Mount().path;
+  for (const char* point : {"fuse.before_reply", "fuse.before_splice_out"}) {
+    uint64_t generation = bench_.ledgers.size() + 1;
+    ServerSetup setup = NewSetup(generation);
+    setup.faults = std::string(point) + "=kill@4";
+    auto first = Start(setup);
+    uint64_t offset = generation * kMiB;
+    auto reader = Reader([&] { return CheckFile(root + "/stored", kStored, offset, kMiB, true); });
+    auto missing = MissReader(root, generation);
+    ASSERT_EQ(first->process().Wait(10), 1000 + SIGKILL) << point;
+    auto second = Start(NewSetup(generation + 1));
+    EXPECT_GE(second->Number("adopt " + std::to_string(generation) + " 1"), 1u);
+    EXPECT_EQ(reader->Wait(10), 0) << point;
+    EXPECT_EQ(missing->Wait(10), 0) << point;
+  }
+}
+
+TEST_F(FuseHandoverTest, ARequestLeftInThePipeIsRecovered) {
+  Bench::MountPoint& mount = bench_.Mount();
+  Bench::Ledger& dead = bench_.MakeLedger(1);
+  auto reader = Reader([&] { return CheckFile(mount.path + "/stored", kStored, 0, 4096, true); });
+  LeaveInSlot(dead, mount, false);
+  ASSERT_FALSE(HasFatalFailure());
+  auto second = Start(NewSetup(2));
+  EXPECT_EQ(second->Number("adopt 1 0"), 1u);  // taken at once, though its owner may live
+  EXPECT_EQ(reader->Wait(10), 0);
+  EXPECT_EQ(second->Number("drained 1"), 0u);
+  EXPECT_EQ(second->Number("adopt 1 1"), 0u);
+  EXPECT_EQ(second->Number("drained 1"), 1u);
+}
+
+TEST_F(FuseHandoverTest, ARequestReadFromThePipeButNotYetMarkedIsRecoveredOnceItsOwnerIsDead) {
+  Bench::MountPoint& mount = bench_.Mount();
+  Bench::Ledger& dead = bench_.MakeLedger(1);
+  auto reader = Reader([&] { return CheckFile(mount.path + "/stored", kStored, 0, 4096, true); });
+  LeaveInSlot(dead, mount, true);
+  ASSERT_FALSE(HasFatalFailure());
+  dead.slot(0)->state = HF_SLOT_RECEIVING;
+  dead.slot(0)->crc = 0;
+  auto second = Start(NewSetup(2));
+  EXPECT_EQ(second->Number("adopt 1 0"), 0u);
+  EXPECT_EQ(second->Number("adopt 1 1"), 1u);
+  EXPECT_EQ(reader->Wait(10), 0);
+}
+
+TEST_F(FuseHandoverTest, ARequestWithABadCrcIsDroppedAndNeverAnswered) {
+  Bench::MountPoint& mount = bench_.Mount();
+  Bench::Ledger& dead = bench_.MakeLedger(1);
+  auto reader = Reader([&] { return CheckFile(mount.path + "/stored", kStored, 0, 4096, true); });
+  LeaveInSlot(dead, mount, true);
+  ASSERT_FALSE(HasFatalFailure());
+  dead.slot(0)->request[offsetof(fuse_in_header, nodeid)] ^= 1;
+  hf_record* record = dead.record(0);
+  record->mount_id = mount.id;
+  record->unique = 1000;
+  record->nodeid = kMissing;
+  record->size = 4096;
+  record->crc = 12345;
+  record->owner_generation = 1;
+  record->state = HF_RECORD_PENDING;
+  dead.header->record_high_water = 1;
+  auto second = Start(NewSetup(2));
+  EXPECT_EQ(second->Number("adopt 1 1"), 0u);
+  EXPECT_EQ(second->Stats()["dropped"], 2u);
+  EXPECT_EQ(second->Number("drained 1"), 1u);
+  EXPECT_EQ(reader->Wait(0.1), -1);
+  second->Kill();
+  bench_.CloseDevices();  // lets the reader go
+  EXPECT_NE(reader->Wait(5), 0);
+}
+
+TEST_F(FuseHandoverTest, ARequestOfAnUnknownMountIsDropped) {
+  Bench::MountPoint& mount = bench_.Mount();
+  bench_.Mount();
+  auto first = Start(NewSetup(1), true);
+  auto reader = MissReader(mount.path, 1);
+  ASSERT_TRUE(Eventually([&] { return first->Number("waiting 100") == 1; }));
+  first->Kill();
+  ServerSetup setup = NewSetup(2);
+  setup.leave_out = {mount.id};
+  auto second = Start(setup);
+  EXPECT_EQ(second->Number("adopt 1 1"), 0u);
+  EXPECT_EQ(second->Stats()["dropped"], 1u);
+  EXPECT_EQ(second->Number("drained 1"), 1u);
+  second->Kill();
+  bench_.CloseDevices();
+  EXPECT_NE(reader->Wait(5), 0);
+}
+
+TEST_F(FuseHandoverTest, AParkedServerLeavesItsReadsToItsSuccessorAndAnswersNothing) {
+  std::string root = bench_.Mount().path;
+  auto first = Start(NewSetup(1), true);
+  auto early = MissReader(root, 1);
+  ASSERT_TRUE(Eventually([&] { return first->Number("waiting 100") == 1; }));
+  ASSERT_EQ(first->Call("park"), "ok");
+  ASSERT_EQ(first->Call("release 100"), "ok");  // its fetch ends, which only fills the cache
+  auto late = MissReader(root, 2);
+  ASSERT_TRUE(bench_.WaitReadable(bench_.mounts[100], 5));
+  EXPECT_EQ(early->Wait(0.1), -1);
+  EXPECT_EQ(bench_.ledgers[1]->record(0)->state, uint32_t{HF_RECORD_PENDING});
+  auto second = Start(NewSetup(2));
+  EXPECT_EQ(second->Number("adopt 1 0"), 1u);
+  EXPECT_EQ(second->Number("adopt 1 0"), 0u);  // again: harmless
+  EXPECT_EQ(early->Wait(10), 0);
+  EXPECT_EQ(late->Wait(10), 0);
+  EXPECT_TRUE(Eventually([&] { return second->Number("drained 1") == 1; }));
+  EXPECT_EQ(first->Stats()["errors"], 0u);
+  EXPECT_EQ(first->Call("destroy"), "ok");
+}
+
+TEST_F(FuseHandoverTest, AServerThatResumesTakesUpItsOwnReadsEvenThoseASuccessorHadTaken) {
+  std::string root = bench_.Mount().path;
+  bench_.MakeLedger(2);  // before the first is forked, which adopts from it later
+  auto first = Start(NewSetup(1), true);
+  auto own = MissReader(root, 1);
+  ASSERT_TRUE(Eventually([&] { return first->Number("waiting 100") == 1; }));
+  ASSERT_EQ(first->Call("park"), "ok");
+  auto second = Start(NewSetup(2), true);
+  EXPECT_EQ(second->Number("adopt 1 0"), 1u);
+  auto theirs = MissReader(root, 2);
+  ASSERT_TRUE(Eventually([&] { return second->Number("waiting 100") == 2; }));
+  second->Kill();  // the swap failed
+  ASSERT_EQ(first->Call("resume"), "ok");
+  EXPECT_EQ(first->Number("adopt 2 1"), 1u);
+  EXPECT_EQ(first->Stats()["pending"], 2u);
+  ASSERT_EQ(first->Call("release 100"), "ok");
+  EXPECT_EQ(own->Wait(10), 0);
+  EXPECT_EQ(theirs->Wait(10), 0);
+  ASSERT_EQ(first->Call("hold 100 0"), "ok");
+  EXPECT_EQ(MissReader(root, 3)->Wait(10), 0);
+  EXPECT_EQ(first->Number("drained 2"), 1u);
+}
+
+TEST_F(FuseHandoverTest, AnInterruptedReadStaysInterruptedForTheSuccessor) {
+  std::string root = bench_.Mount().path;
+  auto first = Start(NewSetup(1), true);
+  auto reader = MissReader(root, 1);
+  ASSERT_TRUE(Eventually([&] { return first->Number("waiting 100") == 1; }));
+  first->Kill();
+  bench_.ledgers[1]->record(0)->marks = HF_MARK_INTERRUPTED;
+  reader->Signal(SIGKILL);
+  auto second = Start(NewSetup(2), true);
+  EXPECT_EQ(second->Number("adopt 1 1"), 1u);
+  EXPECT_EQ(reader->Wait(1), 1000 + SIGKILL);
+  EXPECT_EQ(second->Stats()["interrupted"], 1u);
+}
+
+TEST_F(FuseHandoverTest, AnInterruptThatADeadServerHadReadIsHonoured) {
+  Bench::MountPoint& mount = bench_.Mount();
+  auto first = Start(NewSetup(1), true);
+  auto reader = MissReader(mount.path, 1);
+  ASSERT_TRUE(Eventually([&] { return first->Number("waiting 100") == 1; }));
+  first->Kill();
+  reader->Signal(SIGKILL);
+  LeaveInSlot(*bench_.ledgers[1], mount, true);  // the INTERRUPT
+  ASSERT_FALSE(HasFatalFailure());
+  auto second = Start(NewSetup(2), true);
+  EXPECT_EQ(second->Number("adopt 1 1"), 1u);
+  EXPECT_EQ(reader->Wait(1), 1000 + SIGKILL);
+}
+
+TEST_F(FuseHandoverTest, AFatalSignalNamesItsSlotAndARequestThatKillsTwiceIsEio) {
+  std::string root = bench_.Mount().path;
+  ServerSetup setup = NewSetup(1);
+  setup.faults = "fuse.received=block";
+  setup.options.threads = 1;
+  setup.record_crashes = true;
+  auto first = Start(setup);
+  auto reader = Reader([&] { return CheckFile(root + "/stored", kStored, 0, 4096, true); });
+  ASSERT_EQ(first->Call("fired fuse.received 1"), "ok");
+  syscall(SYS_tgkill, first->process().pid(), first->ThreadNamed("fuse-0"), SIGSEGV);
+  EXPECT_EQ(first->process().Wait(10), 1000 + SIGSEGV);
+  hf_ledger_header* header = bench_.ledgers[1]->header;
+  EXPECT_EQ(header->exit_cause, uint32_t{HF_EXIT_FATAL_SIGNAL});
+  EXPECT_EQ(header->exit_signal, uint32_t{SIGSEGV});
+  EXPECT_EQ(header->exit_slot, 1u);
+  EXPECT_EQ(bench_.ledgers[1]->slot(0)->strikes, 1u);
+
+  setup.generation = 2;
+  auto second = std::make_unique<ServerProcess>(bench_, setup);
+  second->Send("adopt 1 1");  // blocks in the request
+  pid_t main_thread = second->process().pid();
+  ASSERT_TRUE(Eventually([&] {
+    auto wchan = ReadFile("/proc/" + std::to_string(main_thread) + "/wchan");
+    return wchan.ok() && wchan->find("futex") != std::string::npos;
+  }));
+  syscall(SYS_tgkill, main_thread, main_thread, SIGABRT);
+  EXPECT_EQ(second->process().Wait(10), 1000 + SIGABRT);
+  EXPECT_EQ(bench_.ledgers[1]->slot(0)->strikes, 2u);
+
+  auto third = Start(NewSetup(3));
+  EXPECT_EQ(third->Number("adopt 1 1"), 1u);
+  EXPECT_EQ(reader->Wait(10), EIO);
+  EXPECT_EQ(third->Number("adopt 2 1"), 0u);
+}
+
+TEST_F(FuseHandoverTest, ReadersSeeNoErrorWhileServersAreKilledAtRandom) {
+  std::string root = bench_.Mount().path;
+  constexpr int kReaders = 3;
+  std::vector<std::unique_ptr<ChildProcess>> readers;
+  int stop[2];
+  ASSERT_EQ(pipe2(stop, O_CLOEXEC | O_NONBLOCK), 0);
+  auto server = Start(NewSetup(1));
+  for (int r = 0; r < kReaders; r++) {
+    readers.push_back(Reader([&] {
+      char byte;
+      for (uint64_t i = 0;; i++) {
+        if (read(stop[0], &byte, 1) == 1) return 0;
+        bool missing = i % 2 == 0;
+        uint64_t offset = (i * 7 + static_cast<uint64_t>(r)) % 240 * 65536;
+        int result = CheckFile(root + (missing ? "/missing" : "/stored"), missing ? kMissing : kStored, offset, 65536, true);
+        if (result != 0) return result;
+      }
+    }));
+  }
+  std::mt19937 random(20240613);
+  std::set<uint64_t> undrained;
+  uint64_t adopted = 0;
+  for (uint64_t generation = 1; generation <= 40; generation++) {
+    usleep(static_cast<useconds_t>(1000 + random() % 20000));  // the moment of the kill, not an ordering
+    server->Kill();
+    undrained.insert(generation);
+    server = Start(NewSetup(generation + 1));
+    for (uint64_t old : undrained) adopted += server->Number("adopt " + std::to_string(old) + " 1");
+    ASSERT_TRUE(Eventually([&] {
+      std::erase_if(undrained, [&](uint64_t old) { return server->Number("drained " + std::to_string(old)) == 1; });
+      return undrained.empty();
+    }));
+    for (auto& reader : readers) ASSERT_EQ(reader->Wait(0), -1) << "generation " << generation;
+  }
+  EXPECT_GT(adopted, 0u);
+  ASSERT_EQ(write(stop[1], "...", kReaders), kReaders);
+  for (auto& reader : readers) EXPECT_EQ(reader->Wait(10), 0);
+  close(stop[0]);
+  close(stop[1]);
+}
+
+}  // namespace
+}  // namespace holdfast::fuse

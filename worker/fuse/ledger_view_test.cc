@@ -1,0 +1,108 @@
+#include "worker/fuse/ledger_view.h"
+
+#include <fcntl.h>
+
+#include "gtest/gtest.h"
+#include "worker/fuse/crc32c.h"
+#include "worker/fuse/fuse_bench.h"
+
+namespace holdfast::fuse {
+namespace {
+
+TEST(Crc32cTest, IsTheCastagnoliChecksum) {
+  EXPECT_EQ(Crc32c("123456789", 9), 0xe3069283u);
+  EXPECT_EQ(Crc32c("", 0), 0u);
+}
+
+TEST(LedgerViewTest, AFreshLedgerIsEmpty) {
+  Bench bench;
+  auto view = LedgerView::Map(DupLedger(bench.MakeLedger(7)), 7);
+  ASSERT_TRUE(view.ok()) << view.status();
+  EXPECT_TRUE((*view)->Empty());
+  EXPECT_EQ((*view)->slot_count(), HF_LEDGER_SLOTS);
+  EXPECT_EQ((*view)->record_count(), HF_LEDGER_RECORDS);
+  EXPECT_NE(fcntl((*view)->pipe_read(0), F_GETFL) & O_NONBLOCK, 0);
+}
+
+TEST(LedgerViewTest, AMemfdThatIsNoLedgerIsRefused) {
+  Bench bench;
+  Bench::Ledger& ledger = bench.MakeLedger(7);
+  EXPECT_EQ(LedgerView::Map(DupLedger(ledger), 8).status().code(), absl::StatusCode::kDataLoss);
+  ledger.header->record_count = HF_LEDGER_RECORDS + 1;
+  EXPECT_EQ(LedgerView::Map(DupLedger(ledger), 7).status().code(), absl::StatusCode::kDataLoss);
+  ledger.header->record_count = HF_LEDGER_RECORDS;
+  ledger.header->slot_offset = HF_LEDGER_TOTAL_SIZE - 8;
+  EXPECT_EQ(LedgerView::Map(DupLedger(ledger), 7).status().code(), absl::StatusCode::kDataLoss);
+  ledger.header->slot_offset = ~uint64_t{7};
+  EXPECT_EQ(LedgerView::Map(DupLedger(ledger), 7).status().code(), absl::StatusCode::kDataLoss);
+  ledger.header->slot_offset = HF_LEDGER_SLOT_OFFSET;
+  ledger.header->magic++;
+  EXPECT_EQ(LedgerView::Map(DupLedger(ledger), 7).status().code(), absl::StatusCode::kDataLoss);
+}
+
+TEST(LedgerViewTest, TheCrcOfARecordCoversWhatIdentifiesTheRead) {
+  hf_record record{};
+  uint32_t crc = RecordCrc(record);
+  for (uint64_t* field : {&record.mount_id, &record.unique, &record.nodeid, &record.offset}) {
+    *field ^= 1;
+    EXPECT_NE(RecordCrc(record), crc);
+    *field ^= 1;
+  }
+  record.size ^= 1;
+  EXPECT_NE(RecordCrc(record), crc);
+  record.size ^= 1;
+  record.marks = HF_MARK_INTERRUPTED;
+  record.deadline_ns = 5;
+  EXPECT_EQ(RecordCrc(record), crc);
+}
+
+class RecordAllocatorTest : public testing::Test {
+ protected:
+  Bench bench_;
+  Bench::Ledger& ledger_ = bench_.MakeLedger(1);
+  std::shared_ptr<LedgerView> view_ = *LedgerView::Map(DupLedger(ledger_), 1);
+  RecordAllocator records_{view_};
+};
+
+TEST_F(RecordAllocatorTest, TheLowestFreeRecordIsTakenFirst) {
+  EXPECT_EQ(records_.Take(), 0u);
+  EXPECT_EQ(records_.Take(), 1u);
+  EXPECT_EQ(records_.Take(), 2u);
+  EXPECT_EQ(ledger_.header->record_high_water, 3u);
+  StoreState(view_->record(2), {});
+  records_.Put(2);
+  StoreState(view_->record(0), {});
+  records_.Put(0);
+  EXPECT_EQ(records_.Take(), 0u);
+  EXPECT_EQ(records_.Take(), 2u);
+  EXPECT_EQ(records_.Take(), 3u);
+  EXPECT_EQ(records_.used(), 4u);
+}
+
+TEST_F(RecordAllocatorTest, AFullTableGivesNothing) {
+  for (uint32_t i = 0; i < HF_LEDGER_RECORDS; i++) ASSERT_TRUE(records_.Take());
+  EXPECT_FALSE(records_.Take());
+}
+
+TEST_F(RecordAllocatorTest, RebuildKeepsWhatWaitsAndFreesWhatWasBeingFilled) {
+  for (int i = 0; i < 3; i++) ASSERT_TRUE(records_.Take());
+  StoreState(view_->record(1), {HF_RECORD_PENDING, 9});
+  StoreState(view_->record(2), {});
+  records_.Rebuild();
+  EXPECT_EQ(records_.used(), 1u);
+  EXPECT_EQ(records_.Take(), 0u);
+  EXPECT_EQ(records_.Take(), 2u);
+  EXPECT_EQ(LoadState(view_->record(1)).owner, 9u);
+}
+
+TEST_F(RecordAllocatorTest, AStateChangesOnlyFromWhatWasExpected) {
+  StoreState(view_->record(0), {HF_RECORD_PENDING, 4});
+  RecordState expected{HF_RECORD_PENDING, 3};
+  EXPECT_FALSE(ChangeState(view_->record(0), &expected, {HF_RECORD_FREE, 0}));
+  EXPECT_EQ(expected.owner, 4u);
+  EXPECT_TRUE(ChangeState(view_->record(0), &expected, {HF_RECORD_FREE, 0}));
+  EXPECT_EQ(ledger_.record(0)->state, uint32_t{HF_RECORD_FREE});
+}
+
+}  // namespace
+}  // namespace holdfast::fuse

@@ -139,12 +139,13 @@ absl::Status LayerService::MountIndex(const handover::MountBlob& blob, const std
 }
 
 absl::Status LayerService::Serve(handover::MountEntry entry, const handover::MountBlob& blob) {
+  const uint64_t mount_id = entry.mount_id;
   {
     MutexLock lock(&mutex_);
-    mounts_[entry.mount_id] = {blob, entry.state == handover::MountState::kDetached};
+    mounts_[mount_id] = {blob, entry.state == handover::MountState::kDetached};
   }
   fuse::MountSpec spec;
-  spec.mount_id = entry.mount_id;
+  spec.mount_id = mount_id;
   spec.device = std::move(entry.device);
   spec.init_request = std::move(entry.init_request);
   spec.flags = FlagsOf(blob);
@@ -152,7 +153,12 @@ absl::Status LayerService::Serve(handover::MountEntry entry, const handover::Mou
   // The index was verified when the layer was mounted, under this same vault: on the first request its bytes need not be
   // hashed again.
   spec.open_layer = [this, blob] { return OpenLayer(blob, /*verify_index=*/false); };
-  return parts_.server->AddMount(std::move(spec));
+  absl::Status added = parts_.server->AddMount(std::move(spec));
+  if (!added.ok()) {
+    MutexLock lock(&mutex_);
+    mounts_.erase(mount_id);
+  }
+  return added;
 }
 
 absl::Status LayerService::AdoptMount(handover::MountEntry entry) {
@@ -249,6 +255,18 @@ void LayerService::Usage(const std::string& layer_digest, uint64_t* bytes, uint6
   *inodes = (*index)->node_count();
   auto content = parts_.store->OpenLayer(layer_digest, (*index)->chunk_count(), (*index)->content_bytes());
   if (content.ok()) *bytes = (*content)->bytes();
+}
+
+bool LayerService::Serves(uint64_t mount_id) const {
+  MutexLock lock(&mutex_);
+  return mounts_.count(mount_id) != 0;
+}
+
+std::vector<uint64_t> LayerService::ServedMounts() const {
+  MutexLock lock(&mutex_);
+  std::vector<uint64_t> ids;
+  for (const auto& [id, row] : mounts_) ids.push_back(id);
+  return ids;
 }
 
 size_t LayerService::mount_count() const {

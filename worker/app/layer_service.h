@@ -65,7 +65,8 @@ class LayerService final : public snapshot::LayerMounter {
   void ForgetMounts(const std::vector<uint64_t>& mount_ids);
 
   std::vector<handover::LayerInfo> Layers() const;
-  // Any layer that is open now (its index and content), for stats.
+  bool Serves(uint64_t mount_id) const;
+  std::vector<uint64_t> ServedMounts() const;
   size_t mount_count() const;
 
  private:

@@ -122,6 +122,9 @@ class LinkImpl final : public SupervisorLink {
   kj::Promise<void> SendHello(const std::string& token, const std::string& build);
   kj::Promise<void> TakeWelcome(schema::Welcome::Reader welcome);
   kj::Promise<std::vector<MountEntry>> FetchPage(uint64_t after, bool* more);
+  kj::Promise<std::vector<OldLedger>> FetchLedgers(uint64_t after, bool* more);
+  template <typename T, typename Fetch, typename Number>
+  absl::StatusOr<std::vector<T>> AllPages(Fetch fetch, Number number);
 
   // Runs `function`, which returns a kj::Promise, on the loop and waits for its result.
   template <typename Function>
@@ -296,37 +299,50 @@ kj::Promise<std::vector<MountEntry>> LinkImpl::FetchPage(uint64_t after, bool* m
   });
 }
 
-absl::StatusOr<std::vector<MountEntry>> LinkImpl::ListMounts() {
-  std::vector<MountEntry> all;
+kj::Promise<std::vector<OldLedger>> LinkImpl::FetchLedgers(uint64_t after, bool* more) {
+  auto request = loop_->supervisor.oldLedgersRequest();
+  request.setAfter(after);
+  return request.send().then([more](auto&& response) {
+    *more = response.getMore();
+    auto list = response.getLedgers();
+    auto ledgers = kj::heap<std::vector<OldLedger>>();
+    ledgers->resize(list.size());
+    kj::Vector<kj::Promise<void>> promises;
+    for (uint32_t i = 0; i < list.size(); ++i) {
+      OldLedger& ledger = (*ledgers)[i];
+      ledger.generation = list[i].getGeneration();
+      ledger.owner_exited = list[i].getOwnerExited();
+      promises.add(TakeFd(list[i].getLedger(), &ledger.memory));
+      TakePipes(list[i].getRequestPipes(), &ledger.pipes, &promises);
+    }
+    return kj::joinPromises(promises.releaseAsArray())
+        .then([ledgers = kj::mv(ledgers)]() mutable { return std::move(*ledgers); })
+        .attach(kj::mv(response));
+  });
+}
+
+// All pages of a list whose elements are numbered by `number`.
+template <typename T, typename Fetch, typename Number>
+absl::StatusOr<std::vector<T>> LinkImpl::AllPages(Fetch fetch, Number number) {
+  std::vector<T> all;
   bool more = true;
   while (more) {
-    uint64_t after = all.empty() ? 0 : all.back().mount_id;
-    HF_ASSIGN_OR_RETURN(std::vector<MountEntry> page, OnLoop([&] { return FetchPage(after, &more); }));
+    uint64_t after = all.empty() ? 0 : number(all.back());
+    HF_ASSIGN_OR_RETURN(std::vector<T> page, OnLoop([&] { return fetch(after, &more); }));
     if (page.empty()) break;
-    for (MountEntry& entry : page) all.push_back(std::move(entry));
+    for (T& element : page) all.push_back(std::move(element));
   }
   return all;
 }
 
+absl::StatusOr<std::vector<MountEntry>> LinkImpl::ListMounts() {
+  return AllPages<MountEntry>([this](uint64_t after, bool* more) { return FetchPage(after, more); },
+                              [](const MountEntry& entry) { return entry.mount_id; });
+}
+
 absl::StatusOr<std::vector<OldLedger>> LinkImpl::OldLedgers() {
-  return OnLoop([&] {
-    return loop_->supervisor.oldLedgersRequest().send().then([](auto&& response) {
-      auto list = response.getLedgers();
-      auto ledgers = kj::heap<std::vector<OldLedger>>();
-      ledgers->resize(list.size());
-      kj::Vector<kj::Promise<void>> promises;
-      for (uint32_t i = 0; i < list.size(); ++i) {
-        OldLedger& ledger = (*ledgers)[i];
-        ledger.generation = list[i].getGeneration();
-        ledger.owner_exited = list[i].getOwnerExited();
-        promises.add(TakeFd(list[i].getLedger(), &ledger.memory));
-        TakePipes(list[i].getRequestPipes(), &ledger.pipes, &promises);
-      }
-      return kj::joinPromises(promises.releaseAsArray())
-          .then([ledgers = kj::mv(ledgers)]() mutable { return std::move(*ledgers); })
-          .attach(kj::mv(response));
-    });
-  });
+  return AllPages<OldLedger>([this](uint64_t after, bool* more) { return FetchLedgers(after, more); },
+                             [](const OldLedger& ledger) { return ledger.generation; });
 }
 
 absl::Status LinkImpl::Drained(uint64_t generation) {

@@ -1,0 +1,124 @@
+// The composition root: owns every object of a worker, starts them in order, and does what the supervisor asks.
+//
+// What is exclusive comes and goes: reads between Serve/Resume and Park, metadata between TakeMetadata and YieldMetadata.
+// Everything else lives as long as the process.
+//
+// Threads: calls of the supervisor arrive one at a time (SupervisorLink's action thread); one housekeeping thread; the
+// threads of the parts. How it fails: without a supervisor it serves reads on; it ends on SIGTERM then, or by itself when it
+// serves no mount.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "common/clock.h"
+#include "common/fault.h"
+#include "common/mutex.h"
+#include "common/status.h"
+#include "common/trace.h"
+#include "worker/api/snapshot_service.h"
+#include "worker/app/config.h"
+#include "worker/app/layer_files.h"
+#include "worker/app/layer_resolver.h"
+#include "worker/app/layer_service.h"
+#include "worker/cache/content_store.h"
+#include "worker/fetch/registry_client.h"
+#include "worker/fuse/fuse_server.h"
+#include "worker/handover/supervisor_link.h"
+#include "worker/layer/layer.h"
+#include "worker/metadata/metadata.h"
+#include "worker/snapshot/snapshotter.h"
+
+namespace holdfast::app {
+
+class Worker final : public handover::WorkerActions, public handover::AdminActions {
+ public:
+  struct Options {
+    Config config;
+    std::string fault_spec;  // HOLDFAST_FAULTS; empty: no faults
+    // Ends the process: the worker has retired (0) or has nothing left to do. Called once, on any thread.
+    std::function<void(int exit_code)> exit;
+  };
+
+  // `link` is connected and not started. Nothing is served yet.
+  static absl::StatusOr<std::unique_ptr<Worker>> Create(const Options& options,
+                                                        std::unique_ptr<handover::SupervisorLink> link);
+  ~Worker() override;
+
+  // Opens the link's gate: from now on the supervisor's calls are carried out.
+  void Start();
+  bool supervisor_lost() const { return link_->lost(); }
+
+  absl::Status Serve() override;
+  absl::Status OwnerExited(uint64_t generation) override;
+  absl::Status TakeMetadata() override;
+  absl::Status Park() override;
+  absl::Status Resume() override;
+  absl::Status YieldMetadata() override;
+  absl::Status Retire() override;
+  void MountsGone(const std::vector<uint64_t>& mount_ids) override;
+  void SupervisorLost() override;
+  uint64_t PingLoopAgeNanos() override;
+
+  std::vector<handover::LayerInfo> Layers() override;
+  std::vector<handover::SnapshotInfo> Snapshots() override;
+  handover::WorkerStats Stats() override;
+  std::vector<TraceEvent> Trace(uint32_t limit) override;
+
+ private:
+  explicit Worker(const Options& options) : options_(options) {}
+  absl::Status Build(std::unique_ptr<handover::SupervisorLink> link);
+  absl::Status BuildFuse(handover::Welcome* welcome);
+  absl::Status BuildLayers(const std::string& state_dir, const std::string& vault_id);
+
+  // Serves every mount of the vault that is not served yet, and forgets those it no longer holds.
+  absl::Status SyncMounts();
+  absl::Status AdoptLedgers();
+  absl::Status OpenMetadata();
+  void CloseMetadata();
+  void Housekeeping();
+  void ReportDrained();
+
+  const Options options_;
+  const Clock* const clock_ = Clock::Real();
+  FaultPoints fault_points_;
+  FaultPoints* faults_ = nullptr;
+  TraceRing trace_;
+
+  // Destroyed last to first: whoever uses another stands below it.
+  std::unique_ptr<handover::SupervisorLink> link_;
+  std::string state_dir_, forward_path_;
+  uint64_t generation_ = 0;
+  const void* ledger_header_ = nullptr;  // a read-only mapping of the own ledger's header page, never unmapped
+  std::unique_ptr<fetch::RegistryClient> client_;
+  std::unique_ptr<cache::ContentStore> content_;
+  std::unique_ptr<layer::LayerReader> reader_;
+  std::unique_ptr<fuse::FuseServer> server_;
+  std::unique_ptr<LayerFiles> files_;
+  std::unique_ptr<LayerResolver> resolver_;
+  std::unique_ptr<LayerService> layers_;
+  std::unique_ptr<api::SnapshotService> service_;
+
+  // Action thread only.
+  bool parked_ = false;
+  std::vector<std::unique_ptr<snapshot::Snapshotter>> former_;  // aborted; may wait for an overdue mount when destroyed
+  std::unique_ptr<snapshot::Snapshotter> snapshotter_;
+  std::thread restore_thread_;
+  std::thread retire_thread_;
+
+  Mutex mutex_;
+  CondVar changed_;
+  std::unique_ptr<metadata::MetadataStore> store_ ABSL_GUARDED_BY(mutex_);  // set while this worker is the owner
+  std::map<uint64_t, bool> old_ledgers_ ABSL_GUARDED_BY(mutex_);            // generation -> its owner's exit is proven
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  std::thread housekeeping_thread_;
+};
+
+}  // namespace holdfast::app

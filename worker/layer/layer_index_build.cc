@@ -62,6 +62,11 @@ class IndexBuilder {
 
   void MakeNodes() {
     nodeids_.assign(dentries_.size(), 0);
+    const auto count = static_cast<size_t>(
+        std::count_if(dentries_.begin(), dentries_.end(), [this](const Dentry& dentry) { return HasNode(dentry); }));
+    tables_.nodes.reserve(count);
+    tables_.links.reserve(count);
+    entry_of_.reserve(count);
     for (uint32_t i = 0; i < dentries_.size(); i++) {
       if (!HasNode(dentries_[i])) continue;
       tables_.nodes.push_back(MakeNode(dentries_[i]));
@@ -74,11 +79,11 @@ class IndexBuilder {
     }
   }
 
-  // Also appends the node's row of `links` and `xattrs`.
+  // Also appends to `links`, `xattrs` and `entry_of_`.
   NodeRecord MakeNode(const Dentry& dentry) {
     NodeRecord node{};
     std::string_view link;
-    IndexTables::Xattrs xattrs;
+    node.first_xattr = tables_.xattrs.size();
     if (dentry.kind == Dentry::Kind::kWhiteout) {
       node.mode = S_IFCHR;
     } else if (dentry.entry == kNone) {
@@ -97,12 +102,12 @@ class IndexBuilder {
         link = entry.link_target;
         node.size = link.size();
       }
-      for (const auto& [name, value] : entry.xattrs) xattrs.emplace_back(name, value);
+      for (const auto& [name, value] : entry.xattrs) tables_.xattrs.emplace_back(name, value);
     }
+    node.xattr_count = static_cast<uint32_t>(tables_.xattrs.size() - node.first_xattr);
     if (dentry.opaque) node.flags |= kNodeOpaque;
     node.nlink = S_ISDIR(node.mode) ? 2 : 0;  // names are counted as they become rows
     tables_.links.push_back(link);
-    tables_.xattrs.push_back(std::move(xattrs));
     entry_of_.push_back(dentry.entry);
     return node;
   }
@@ -142,9 +147,12 @@ class IndexBuilder {
     for (uint32_t i = 0; i < tables_.nodes.size(); i++) {
       if (S_ISREG(tables_.nodes[i].mode) && tables_.nodes[i].size > 0) files.push_back(i);
     }
+    size_t count = 0;
     for (uint32_t file : files) {
       if (toc_.entries[entry_of_[file]].chunks.empty()) return InvalidArgument("layer: a file with content has no chunks");
+      count += toc_.entries[entry_of_[file]].chunks.size();
     }
+    tables_.chunks.reserve(count);
     auto place = [&](uint32_t file) {
       const toc::Chunk& first = toc_.entries[entry_of_[file]].chunks.front();
       return std::make_tuple(first.blob_offset, first.inner_offset, file);
@@ -181,11 +189,20 @@ class IndexBuilder {
 class FolderBinder {
  public:
   void Bind(const ParentAttributes& below, IndexTables* tables) {
-    std::vector<std::string> paths = ImpliedPaths(*tables);
+    std::vector<std::string_view> names(below ? tables->nodes.size() : 0);
+    for (const auto& child : tables->children) {
+      if (below) names[child.nodeid - 1] = child.name;
+    }
+    std::vector<IndexTables::Xattr> all;
     for (size_t i = 0; i < tables->nodes.size(); i++) {
       NodeRecord& node = tables->nodes[i];
-      if ((node.flags & kNodeImplied) == 0) continue;
-      std::optional<Attributes> found = below ? below(paths[i]) : std::nullopt;
+      const auto own = tables->xattrs.begin() + static_cast<ptrdiff_t>(node.first_xattr);
+      node.first_xattr = all.size();
+      if ((node.flags & kNodeImplied) == 0) {
+        all.insert(all.end(), own, own + node.xattr_count);
+        continue;
+      }
+      std::optional<Attributes> found = below ? Ask(below, names, *tables, i) : std::nullopt;
       Attributes& kept = kept_.emplace_back(std::move(found).value_or(Attributes{}));
       node.mode = S_IFDIR | (kept.mode & 07777);
       node.uid = kept.uid;
@@ -195,38 +212,40 @@ class FolderBinder {
       node.mtime_nanos = before_epoch ? 0 : kept.mtime_nanos;
       std::map<std::string_view, std::string_view> xattrs(kept.xattrs.begin(), kept.xattrs.end());
       std::erase_if(xattrs, [](const auto& xattr) { return xattr.first.starts_with("trusted."); });
-      tables->xattrs[i].assign(xattrs.begin(), xattrs.end());
+      all.insert(all.end(), xattrs.begin(), xattrs.end());
+      node.xattr_count = static_cast<uint32_t>(xattrs.size());
     }
+    tables->xattrs = std::move(all);
   }
 
  private:
-  // Paths of the implied folders, by node (others: empty or unused). A folder's parent has a smaller nodeid.
-  static std::vector<std::string> ImpliedPaths(const IndexTables& tables) {
-    std::vector<std::string_view> names(tables.nodes.size());
-    for (const auto& child : tables.children) names[child.nodeid - 1] = child.name;
-    std::vector<std::string> paths(tables.nodes.size());
-    for (size_t i = 1; i < tables.nodes.size(); i++) {
-      if ((tables.nodes[i].flags & kNodeImplied) == 0) continue;
-      std::vector<std::string_view> parts;
-      for (size_t at = i; at != 0; at = tables.nodes[at].parent - 1) parts.push_back(names[at]);
-      for (auto part = parts.rbegin(); part != parts.rend(); ++part) {
-        if (!paths[i].empty()) paths[i] += '/';
-        paths[i] += *part;
-      }
+  // Asks for the folder at position `i` by its path.
+  static std::optional<Attributes> Ask(const ParentAttributes& below, const std::vector<std::string_view>& names,
+                                       const IndexTables& tables, size_t i) {
+    std::vector<std::string_view> parts;
+    for (size_t at = i; at != 0; at = tables.nodes[at].parent - 1) parts.push_back(names[at]);
+    std::string path;
+    for (auto part = parts.rbegin(); part != parts.rend(); ++part) {
+      if (!path.empty()) path += '/';
+      path += *part;
     }
-    return paths;
+    return below(path);
   }
 
   std::deque<Attributes> kept_;
 };
 
+absl::StatusOr<IndexTables> TablesOf(const toc::Toc& toc) {
+  LayerTree tree(toc);  // as large as the tables, and not needed any more when they are written
+  HF_RETURN_IF_ERROR(tree.Build());
+  return IndexBuilder(toc, tree.dentries()).Run();
+}
+
 }  // namespace
 
 absl::StatusOr<BuiltIndex> BuildLayerIndex(const toc::Toc& toc, const IndexInfo& info,
                                            const ParentAttributes& parent_attributes) {
-  LayerTree tree(toc);
-  HF_RETURN_IF_ERROR(tree.Build());
-  HF_ASSIGN_OR_RETURN(IndexTables tables, IndexBuilder(toc, tree.dentries()).Run());
+  HF_ASSIGN_OR_RETURN(IndexTables tables, TablesOf(toc));
   tables.info = info;
   FolderBinder binder;
   binder.Bind(parent_attributes, &tables);
@@ -242,7 +261,7 @@ absl::StatusOr<BuiltIndex> BindImpliedFolders(const LayerIndex& base, const Pare
     const NodeRecord& node = *base.node(id);
     tables.nodes.push_back(node);
     tables.links.push_back(base.link_target(node));
-    tables.xattrs.push_back(base.xattrs(node));
+    for (const auto& xattr : base.xattrs(node)) tables.xattrs.push_back(xattr);
     for (const ChildRecord& child : base.children(id)) tables.children.push_back({base.name(child), child.nodeid});
   }
   FolderBinder binder;

@@ -113,6 +113,7 @@ TEST(LayerIndexDamageTest, ForgeriesWithARightChecksumAreRefused) {
       {"link none", [](Editor& e) { e.node(4).link_length = 0; }},
       {"link far away", [](Editor& e) { e.node(4).link_offset = UINT64_MAX - 2; }},
       {"link of a file", [](Editor& e) { e.node(3).link_length = 1; }},
+      {"link offset of a file", [](Editor& e) { e.node(3).link_offset = UINT64_MAX; }},
       {"first xattr", [](Editor& e) { e.node(5).first_xattr = 1; }},
       {"xattrs too many", [](Editor& e) { e.node(5).xattr_count = 3; }},
       {"child 0", [](Editor& e) { e.child(0).nodeid = 0; }},

@@ -14,50 +14,29 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "the tables are used as they lie in the file");
 
-// Names, link targets, xattrs and digests, one after the other in the order in which the tables mention them: the same
-// tables always give the same bytes.
-class Strings {
+// The offsets of the string section. Strings lie there in the order in which the tables mention them (names of
+// children, link targets, xattrs, digests): the same tables always give the same bytes.
+class StringPlaces {
  public:
-  uint64_t Add(std::string_view text) {
-    uint64_t offset = bytes_.size();
-    bytes_ += text;
+  uint64_t Take(std::string_view text) {
+    uint64_t offset = next_;
+    next_ += text.size();
     return offset;
   }
-  // The section ends aligned, so that file sizes are.
-  void Pad() { bytes_.resize((bytes_.size() + 7) / 8 * 8); }
-  const std::string& bytes() const { return bytes_; }
+  uint64_t end() const { return next_; }
 
  private:
-  std::string bytes_;
+  uint64_t next_ = 0;
 };
 
-std::vector<ChildRecord> ChildRows(const IndexTables& tables, Strings* strings) {
-  std::vector<ChildRecord> rows;
-  rows.reserve(tables.children.size());
-  for (const auto& child : tables.children) {
-    rows.push_back({strings->Add(child.name), static_cast<uint32_t>(child.name.size()), 0, child.nodeid});
-  }
-  return rows;
-}
-
-std::vector<XattrRecord> XattrRows(const IndexTables& tables, Strings* strings, std::vector<NodeRecord>* nodes) {
-  std::vector<XattrRecord> rows;
-  for (size_t i = 0; i < nodes->size(); i++) {
-    (*nodes)[i].first_xattr = rows.size();
-    (*nodes)[i].xattr_count = static_cast<uint32_t>(tables.xattrs[i].size());
-    for (const auto& [name, value] : tables.xattrs[i]) {
-      uint64_t name_at = strings->Add(name), value_at = strings->Add(value);
-      rows.push_back({name_at, value_at, static_cast<uint32_t>(name.size()), static_cast<uint32_t>(value.size())});
-    }
-  }
-  return rows;
-}
-
 template <typename Record>
-IndexSection Append(const std::vector<Record>& rows, std::string* bytes) {
-  IndexSection section{bytes->size(), rows.size()};
-  bytes->append(reinterpret_cast<const char*>(rows.data()), rows.size() * sizeof(Record));
-  return section;
+void Append(const Record& record, std::string* bytes) {
+  bytes->append(reinterpret_cast<const char*>(&record), sizeof(record));
+}
+
+// The section of `count` records that follows `before`.
+IndexSection After(const IndexSection& before, uint64_t record_size, uint64_t count) {
+  return {before.offset + before.count * record_size, count};
 }
 
 IndexHeader MakeHeader(const IndexTables& tables) {
@@ -69,13 +48,52 @@ IndexHeader MakeHeader(const IndexTables& tables) {
   header.content_bytes = tables.content_bytes;
   header.blob_size = tables.info.blob_size;
   header.prefetch_end = tables.info.prefetch_end;
-  for (size_t i = 0; i < tables.nodes.size(); i++) {
-    const NodeRecord& node = tables.nodes[i];
+  for (const NodeRecord& node : tables.nodes) {
     if (S_ISREG(node.mode)) header.regular_files++;
     if ((node.flags & kNodeImplied) != 0) header.flags |= kIndexHasImpliedFolders;
-    if ((node.flags & kNodeOpaque) != 0 || !tables.xattrs[i].empty()) header.flags |= kIndexHasXattrs;
+    if ((node.flags & kNodeOpaque) != 0 || node.xattr_count > 0) header.flags |= kIndexHasXattrs;
   }
+  header.nodes = {sizeof(IndexHeader), tables.nodes.size()};
+  header.children = After(header.nodes, sizeof(NodeRecord), tables.children.size());
+  header.chunks = After(header.children, sizeof(ChildRecord), tables.chunks.size());
+  header.xattrs = After(header.chunks, sizeof(ChunkRecord), tables.xattrs.size());
+  header.strings = After(header.xattrs, sizeof(XattrRecord), 0);
   return header;
+}
+
+// All tables and strings in file order. Large tables are freed as soon as they are written: an index of millions of nodes
+// would otherwise be in memory twice.
+void AppendTables(IndexTables* tables, std::string* bytes) {
+  StringPlaces names, rest;
+  for (const auto& child : tables->children) rest.Take(child.name);
+  for (size_t i = 0; i < tables->nodes.size(); i++) {
+    NodeRecord& node = tables->nodes[i];
+    node.link_length = static_cast<uint32_t>(tables->links[i].size());
+    node.link_offset = node.link_length == 0 ? 0 : rest.Take(tables->links[i]);
+    Append(node, bytes);
+  }
+  tables->nodes = {};
+  for (const auto& child : tables->children) {
+    Append(ChildRecord{names.Take(child.name), static_cast<uint32_t>(child.name.size()), 0, child.nodeid}, bytes);
+  }
+  for (const ChunkRecord& chunk : tables->chunks) Append(chunk, bytes);
+  tables->chunks = {};
+  for (const auto& [name, value] : tables->xattrs) {
+    XattrRecord row{rest.Take(name), 0, static_cast<uint32_t>(name.size()), static_cast<uint32_t>(value.size())};
+    row.value_offset = rest.Take(value);
+    Append(row, bytes);
+  }
+  for (const auto& child : tables->children) *bytes += child.name;
+  for (std::string_view link : tables->links) *bytes += link;
+  for (const auto& [name, value] : tables->xattrs) (*bytes += name) += value;
+}
+
+uint64_t StringBytes(const IndexTables& tables) {
+  StringPlaces places;
+  for (const auto& child : tables.children) places.Take(child.name);
+  for (std::string_view link : tables.links) places.Take(link);
+  for (const auto& [name, value] : tables.xattrs) places.Take(name), places.Take(value);
+  return places.end();
 }
 
 }  // namespace
@@ -88,31 +106,21 @@ void SealIndex(std::string* bytes) {
 }
 
 absl::StatusOr<BuiltIndex> SerializeIndex(IndexTables tables) {
-  Strings strings;
   IndexHeader header = MakeHeader(tables);
-  std::vector<ChildRecord> children = ChildRows(tables, &strings);
-  for (size_t i = 0; i < tables.nodes.size(); i++) {
-    tables.nodes[i].link_offset = tables.links[i].empty() ? 0 : strings.Add(tables.links[i]);
-    tables.nodes[i].link_length = static_cast<uint32_t>(tables.links[i].size());
-  }
-  std::vector<XattrRecord> xattrs = XattrRows(tables, &strings, &tables.nodes);
-  header.layer_digest = {strings.Add(tables.info.layer_digest), tables.info.layer_digest.size()};
-  header.toc_digest = {strings.Add(tables.info.toc_digest), tables.info.toc_digest.size()};
-  strings.Pad();
+  const IndexInfo info = tables.info;
+  header.layer_digest = {StringBytes(tables), info.layer_digest.size()};
+  header.toc_digest = {header.layer_digest.offset + header.layer_digest.length, info.toc_digest.size()};
+  // The section ends aligned, so that file sizes are.
+  header.strings.count = (header.toc_digest.offset + header.toc_digest.length + 7) / 8 * 8;
+  header.file_size = header.strings.offset + header.strings.count;
 
   BuiltIndex built;
-  built.bytes.reserve(sizeof(header) + tables.nodes.size() * sizeof(NodeRecord) +
-                      children.size() * sizeof(ChildRecord) + tables.chunks.size() * sizeof(ChunkRecord) +
-                      xattrs.size() * sizeof(XattrRecord) + strings.bytes().size());
-  built.bytes.resize(sizeof(header));
-  header.nodes = Append(tables.nodes, &built.bytes);
-  header.children = Append(children, &built.bytes);
-  header.chunks = Append(tables.chunks, &built.bytes);
-  header.xattrs = Append(xattrs, &built.bytes);
-  header.strings = {built.bytes.size(), strings.bytes().size()};
-  built.bytes += strings.bytes();
-  header.file_size = built.bytes.size();
-  std::memcpy(built.bytes.data(), &header, sizeof(header));
+  built.bytes.reserve(header.file_size);
+  Append(header, &built.bytes);
+  AppendTables(&tables, &built.bytes);
+  built.bytes += info.layer_digest;
+  built.bytes += info.toc_digest;
+  built.bytes.resize(header.file_size);
   SealIndex(&built.bytes);
   absl::StatusOr<IndexView> valid = ValidateIndex(built.bytes);
   if (!valid.ok()) return Internal("built index is not valid: " + std::string(FromAbsl(valid.status().message())));

@@ -67,12 +67,11 @@ struct IndexTables {
     std::string_view name;
     uint64_t nodeid;
   };
-  using Xattrs = std::vector<std::pair<std::string_view, std::string_view>>;  // sorted by name
+  using Xattr = std::pair<std::string_view, std::string_view>;
 
-  // `first`, `count` are set; link_* and xattr members are filled in by SerializeIndex.
-  std::vector<NodeRecord> nodes;
+  std::vector<NodeRecord> nodes;          // complete but for link_offset and link_length
   std::vector<std::string_view> links;    // by node; empty: not a symlink
-  std::vector<Xattrs> xattrs;             // by node
+  std::vector<Xattr> xattrs;              // node after node, sorted by name within each
   std::vector<Child> children;            // folder after folder in nodeid order, sorted within each
   std::vector<ChunkRecord> chunks;
   uint64_t content_bytes = 0;

@@ -137,7 +137,7 @@ class Validator {
     if ((node.flags & ~(kNodeImplied | kNodeOpaque)) != 0) return BadNode(i, "its flags");
     if (link ? node.link_length == 0 || node.link_length > kMaxLinkBytes || node.size != node.link_length ||
                    !Text(node.link_offset, node.link_length)
-             : node.link_length != 0) {
+             : node.link_length != 0 || node.link_offset != 0) {
       return BadNode(i, "its link target");
     }
     return absl::OkStatus();

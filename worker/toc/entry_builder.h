@@ -61,8 +61,6 @@ class EntryBuilder {
   bool has_pending_ = false;
   bool pending_landmark_ = false;  // landmarks are checked like other files, then dropped
   uint64_t pending_covered_ = 0;   // bytes of the pending file that its chunks cover so far
-  Digest pending_digest_{};        // of the whole file
-  bool pending_has_digest_ = false;
   uint64_t landmark_offset_ = 0;
 };
 

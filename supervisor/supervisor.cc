@@ -72,8 +72,9 @@ void Supervisor::Dispatch(Event event) {
 void Supervisor::Apply(const Event& event) {
   if (state_.next_generation == 0) {
     auto next = generations_.Next();
-    if (!next.ok()) LOG(FATAL) << "event=generation_file error=" << LogValue(next.status().ToString());
-    state_.next_generation = *next;
+    // A full disk must not stop a worker from being replaced; the number is new at least in this process's life.
+    if (!next.ok()) LOG(ERROR) << "event=generation_file error=" << LogValue(next.status().ToString());
+    state_.next_generation = last_generation_ = next.ok() ? *next : last_generation_ + 1;
   }
   StepResult result = Step(state_, event, options_.limits);
   if (result.state.phase != state_.phase) {
@@ -256,7 +257,7 @@ void Supervisor::LimitRetirement(Generation generation) {
 
 void Supervisor::KillWorker(Generation generation) {
   WorkerProcess* worker = Find(generation);
-  if (worker == nullptr || worker->killed) return;
+  if (worker == nullptr || worker->killed || worker->exited) return;
   worker->killed = true;
   if (worker->dead_since_boot_nanos == 0) worker->dead_since_boot_nanos = clock_->BootNanos();
   syscall(SYS_pidfd_send_signal, worker->pidfd.get(), SIGKILL, nullptr, 0);
@@ -298,6 +299,7 @@ void Supervisor::OnExit(Generation generation) {
   WorkerProcess* worker = Find(generation);
   if (worker == nullptr) return;
   std::string reason = ReapReason(worker->pidfd.get());
+  worker->exited = true;
   NoteDeath(worker, reason);
   LOG(INFO) << "event=exited generation=" << generation << " pid=" << worker->pid << " reason=" << LogValue(reason)
             << " retired=" << worker->retired << " killed=" << worker->killed;
@@ -350,7 +352,7 @@ void Supervisor::Register(Generation generation, schema::Hello::Reader hello, sc
   LOG(INFO) << "event=registered generation=" << generation << " pid=" << worker->pid
             << " build=" << LogValue(worker->build);
   // After the welcome is on its way.
-  tasks_.add(kj::evalLater([this, generation] {
+  tasks_.add(kj::evalLast([this, generation] {
     Dispatch({.type = EventType::kRegistered, .generation = generation});
   }));
 }
@@ -412,6 +414,7 @@ void Supervisor::Stop(const std::string& reason) {
 void Supervisor::KillRemaining() {
   for (auto& [generation, worker] : workers_) KillWorker(generation);
   for (auto& [generation, worker] : workers_) {
+    if (worker->exited) continue;
     pollfd exit{.fd = worker->pidfd.get(), .events = POLLIN, .revents = 0};
     if (poll(&exit, 1, 1'000) == 1) ReapReason(worker->pidfd.get());
   }

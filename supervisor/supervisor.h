@@ -50,6 +50,7 @@ struct WorkerProcess {
   bool killed = false;
   bool retired = false;
   bool disconnected = false;
+  bool exited = false;
 };
 
 struct Swap {
@@ -152,6 +153,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   Offload offload_;
 
   State state_;
+  Generation last_generation_ = 0;
   std::deque<Event> events_;
   bool dispatching_ = false;
   uint64_t timer_token_ = 0;

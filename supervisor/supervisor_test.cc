@@ -142,7 +142,6 @@ TEST(SupervisorTest, ASuccessorAnswersTheRequestThatTheDeadWorkerHadTaken) {
     EXPECT_EQ(info.adopted, 1u);
     EXPECT_EQ(info.mount_ids, std::vector<uint64_t>{mount.id});
     EXPECT_EQ(info.blobs, std::vector<std::string>{"second"});
-    EXPECT_EQ(info.exited, std::vector<uint64_t>{before.Worker("owner").generation});
     EXPECT_EQ(harness.LedgerGenerations(), std::vector<uint64_t>{info.generation}) << "the drained ledger is dropped";
   }
 }
@@ -170,6 +169,8 @@ TEST(SupervisorTest, UpgradeSwapsToTheNewBuildAndCarriesRequestsOver) {
   EXPECT_EQ(status.crashes, 0u) << "retiring is no crash";
   ASSERT_TRUE(Eventually([&] { return harness.Status().workers.size() == 1; })) << "the old one exits";
   EXPECT_EQ(harness.Status().crashes, 0u);
+  ASSERT_TRUE(Eventually([&] { return harness.WorkerInfo().exited == std::vector<uint64_t>{old_generation}; }));
+  ASSERT_TRUE(Eventually([&] { return harness.LedgerGenerations().size() == 1; })) << "and its ledger is dropped";
 }
 
 TEST(SupervisorTest, UpgradeToTheRunningBuildChangesNothingUnlessForced) {
@@ -188,7 +189,7 @@ TEST(SupervisorTest, UpgradeToTheRunningBuildChangesNothingUnlessForced) {
 
 TEST(SupervisorTest, AfterAnUpgradeToABadBuildTheOldWorkerStillServes) {
   Harness harness;
-  harness.Start({"--register-limit-ms", "500"});
+  harness.Start({"--register-limit-ms", "3000"});
   MountView mount = harness.Mount("a");
   auto generation = static_cast<int64_t>(harness.WorkerInfo().generation);
   for (const char* mode : {"exit", "silent", "wrong-token", "fail-serve", "die-serve", "fail-take", "die-take"}) {
@@ -330,8 +331,7 @@ TEST(SupervisorTest, ASecondSupervisorOnTheSameStateIsRefused) {
   std::string output;
   EXPECT_EQ(harness.RunToEnd({"--worker", worker}, &output), 1);
   EXPECT_NE(output.find("another holdfast-supervisor runs on the state folder"), std::string::npos) << output;
-  Harness other;
-  EXPECT_EQ(other.RunToEnd({"--worker", worker, "--snapshotter-socket", harness.snapshotter_socket()}, &output), 1);
+  EXPECT_EQ(harness.RunToEnd({"--worker", worker, "--state", harness.state_dir() + "-2"}, &output), 1);
   EXPECT_NE(output.find("is in use by a running process"), std::string::npos) << output;
   harness.WaitPhase("running");
 }
@@ -388,10 +388,11 @@ TEST(SupervisorTest, ControlTurnsAwayWhoIsNotRoot) {
   Harness harness;
   harness.Start();
   ASSERT_EQ(chmod(harness.control_socket().c_str(), 0666), 0);
-  // The folders above are private; a descriptor to the socket's folder gets around them as a misconfiguration would.
+  // The folders above are private; a descriptor to the socket's folder gets around that.
   std::string folder = harness.control_socket().substr(0, harness.control_socket().rfind('/'));
   UniqueFd at(open(folder.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
   ASSERT_TRUE(at.valid());
+  ASSERT_EQ(chmod(folder.c_str(), 0711), 0);
   pid_t child = fork();
   if (child == 0) {
     if (fchdir(at.get()) != 0 || setresuid(65534, 65534, 65534) != 0) _exit(1);

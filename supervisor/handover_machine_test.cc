@@ -1,0 +1,430 @@
+#include "supervisor/handover_machine.h"
+
+#include <algorithm>
+#include <functional>
+#include <map>
+#include <set>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "gtest/gtest.h"
+
+namespace holdfast::supervisor {
+namespace {
+
+constexpr Generation kOld = 7;
+constexpr Generation kNew = 8;
+constexpr Generation kDead = 5;  // dead, exit not proven, may hold the metadata
+constexpr Generation kStranger = 3;
+
+// A run of the machine with the actions of the last step in words.
+class Machine {
+ public:
+  explicit Machine(State state = {}) : state_(std::move(state)) {}
+
+  Machine& On(EventType type, Generation generation = 0, Call call = Call::kServe) {
+    StepResult result = Step(state_, {.type = type, .generation = generation, .call = call, .reason = "why"}, Limits());
+    state_ = std::move(result.state);
+    actions_.clear();
+    for (const Action& action : result.actions) actions_.push_back(Words(action));
+    return *this;
+  }
+  bool Did(const std::string& action) const {
+    return std::find(actions_.begin(), actions_.end(), action) != actions_.end();
+  }
+  const std::vector<std::string>& actions() const { return actions_; }
+  const State& state() const { return state_; }
+  Phase phase() const { return state_.phase; }
+
+ private:
+  static std::string Words(const Action& action) {
+    std::string who = " " + std::to_string(action.generation);
+    switch (action.type) {
+      case ActionType::kSpawn:
+        return (action.binary == Binary::kCandidate ? "spawn candidate" : "spawn") + who;
+      case ActionType::kCall:
+        return std::string(CallName(action.call)) + who;
+      case ActionType::kTellExited:
+        return "exited " + std::to_string(action.subject) + " to" + who;
+      case ActionType::kKill:
+        return "kill" + who;
+      case ActionType::kTimer:
+        return "timer " + std::to_string(action.milliseconds);
+      case ActionType::kStopTimer:
+        return "no timer";
+      case ActionType::kSwapDone:
+        return "done" + who;
+      case ActionType::kSwapFailed:
+        return "failed";
+      case ActionType::kRefused:
+        return "refused";
+      case ActionType::kExit:
+        return "exit";
+    }
+    return "";
+  }
+
+  State state_;
+  std::vector<std::string> actions_;
+};
+
+// A plausible state in each phase; in an upgrade where the phase can be one.
+State In(Phase phase) {
+  State s;
+  s.phase = phase;
+  s.next_generation = 9;
+  auto swap = [&](std::set<Generation> holders) {
+    s.owner = kOld;
+    s.successor = kNew;
+    s.upgrade = true;
+    s.holders = std::move(holders);
+  };
+  auto alone = [&](std::set<Generation> holders) {
+    s.owner = kOld;
+    s.holders = std::move(holders);
+  };
+  switch (phase) {
+    case Phase::kIdle:
+    case Phase::kBackoff:
+    case Phase::kStopped:
+      break;
+    case Phase::kStarting:
+    case Phase::kParking:
+    case Phase::kServing:
+    case Phase::kYielding:
+      swap({kOld});
+      break;
+    case Phase::kAwaitingExit:
+      swap({kDead});
+      break;
+    case Phase::kCommitting:
+      swap({kNew});
+      break;
+    case Phase::kRunning:
+    case Phase::kResuming:
+    case Phase::kReclaiming:
+    case Phase::kStopYielding:
+      alone({kOld});
+      break;
+    case Phase::kReclaimWait:
+      alone({kDead});
+      break;
+    case Phase::kNoMetadata:
+    case Phase::kStopRetiring:
+    case Phase::kStopKilling:
+      alone({});
+      break;
+  }
+  return s;
+}
+
+std::vector<Event> AllEvents() {
+  std::vector<Event> events;
+  for (EventType type : {EventType::kStart, EventType::kTimer, EventType::kUpgrade, EventType::kStop}) {
+    events.push_back({.type = type});
+  }
+  for (Generation who : {Generation{0}, kOld, kNew, kDead, kStranger}) {
+    for (EventType type : {EventType::kRegistered, EventType::kDied, EventType::kExited}) {
+      events.push_back({.type = type, .generation = who});
+    }
+    for (Call call : {Call::kServe, Call::kPark, Call::kResume, Call::kYield, Call::kTake, Call::kRetire}) {
+      events.push_back({.type = EventType::kReplied, .generation = who, .call = call});
+      events.push_back({.type = EventType::kFailed, .generation = who, .call = call});
+    }
+  }
+  return events;
+}
+
+bool HasTimer(const std::vector<Action>& actions) {
+  return std::any_of(actions.begin(), actions.end(), [](const Action& a) { return a.type == ActionType::kTimer; });
+}
+
+// What must hold after every step, whatever the state and the event.
+void CheckInvariants(const State& before, const Event& event, const StepResult& result) {
+  const State& after = result.state;
+  for (const Action& action : result.actions) {
+    if (action.type == ActionType::kCall && action.call == Call::kTake) {
+      // The rule that protects the metadata.
+      EXPECT_EQ(after.holders, std::set<Generation>{action.generation}) << "granted while another may hold it";
+    }
+    if (action.type == ActionType::kTellExited) {
+      EXPECT_NE(action.generation, action.subject);
+    }
+    if (action.type == ActionType::kExit) {
+      EXPECT_EQ(after.phase, Phase::kStopped);
+    }
+    if (action.type == ActionType::kCall || action.type == ActionType::kKill || action.type == ActionType::kSpawn) {
+      EXPECT_NE(action.generation, 0u);
+    }
+  }
+  for (Generation holder : before.holders) {
+    bool proven = event.type == EventType::kExited && event.generation == holder;
+    bool yielded = event.type == EventType::kReplied && event.call == Call::kYield && event.generation == holder;
+    bool refused = event.type == EventType::kFailed && event.call == Call::kTake && event.generation == holder;
+    if (after.holders.count(holder) == 0) {
+      EXPECT_TRUE(proven || yielded || refused) << "dropped without proof";
+    }
+  }
+  if (before.phase >= Phase::kStopYielding) {
+    EXPECT_GE(after.phase, before.phase) << "a stop is never undone";
+  }
+  // Every phase that waits for a worker's answer has a limit.
+  static const std::set<Phase> kUnlimited = {Phase::kIdle, Phase::kAwaitingExit, Phase::kReclaimWait, Phase::kStopped};
+  if (after.phase != before.phase && kUnlimited.count(after.phase) == 0) {
+    EXPECT_TRUE(HasTimer(result.actions));
+  }
+  // Somebody serves, or is on the way, unless we stop.
+  if (after.phase < Phase::kStopYielding && after.phase != Phase::kIdle && after.phase != Phase::kBackoff) {
+    EXPECT_TRUE(after.owner != 0 || after.successor != 0);
+  }
+  EXPECT_TRUE(after.owner == 0 || after.owner != after.successor);
+}
+
+TEST(HandoverMachineTest, EveryEventInEveryPhaseKeepsTheInvariants) {
+  for (int p = 0; p < kPhaseCount; ++p) {
+    auto phase = static_cast<Phase>(p);
+    // Also without an owner: the same phases after a crash.
+    for (bool crash : {false, true}) {
+      State before = In(phase);
+      bool swapping = before.successor != 0;
+      if (crash && (!swapping || phase == Phase::kParking || phase == Phase::kYielding)) continue;
+      if (crash) {
+        before.owner = 0;
+        before.upgrade = false;
+      }
+      for (const Event& event : AllEvents()) {
+        SCOPED_TRACE(std::string(PhaseName(phase)) + " event " + std::to_string(static_cast<int>(event.type)) + " of " +
+                     std::to_string(event.generation) + " call " + CallName(event.call) + (crash ? " crash" : ""));
+        CheckInvariants(before, event, Step(before, event, Limits()));
+      }
+    }
+  }
+}
+
+TEST(HandoverMachineTest, EventsOfWorkersThatPlayNoPartChangeNothing) {
+  for (int p = 0; p < kPhaseCount; ++p) {
+    State before = In(static_cast<Phase>(p));
+    for (const Event& event : AllEvents()) {
+      if (event.generation != kStranger) continue;
+      StepResult result = Step(before, event, Limits());
+      EXPECT_EQ(result.state.phase, before.phase);
+      EXPECT_EQ(result.state.owner, before.owner);
+      EXPECT_EQ(result.state.successor, before.successor);
+    }
+  }
+}
+
+// The table of README.md.
+TEST(HandoverMachineTest, TheTable) {
+  struct Row {
+    Phase phase;
+    EventType event;
+    Generation who;
+    Call call;
+    Phase next;
+    std::vector<std::string> must;
+  };
+  using E = EventType;
+  using P = Phase;
+  const std::vector<Row> rows = {
+      {P::kIdle, E::kStart, 0, {}, P::kStarting, {"spawn 9"}},
+      {P::kBackoff, E::kTimer, 0, {}, P::kStarting, {"spawn 9"}},
+      {P::kRunning, E::kUpgrade, 0, {}, P::kStarting, {"spawn candidate 9"}},
+      {P::kNoMetadata, E::kUpgrade, 0, {}, P::kStarting, {"spawn candidate 9"}},
+      {P::kStarting, E::kUpgrade, 0, {}, P::kStarting, {"refused"}},
+      {P::kCommitting, E::kUpgrade, 0, {}, P::kCommitting, {"refused"}},
+      // A planned swap, step by step.
+      {P::kStarting, E::kRegistered, kNew, {}, P::kParking, {"park 7"}},
+      {P::kParking, E::kReplied, kOld, Call::kPark, P::kServing, {"serve 8"}},
+      {P::kServing, E::kReplied, kNew, Call::kServe, P::kYielding, {"yieldMetadata 7"}},
+      {P::kYielding, E::kReplied, kOld, Call::kYield, P::kCommitting, {"takeMetadata 8"}},
+      {P::kCommitting, E::kReplied, kNew, Call::kTake, P::kRunning, {"retire 7", "done 8"}},
+      // The new worker dies, fails or hangs.
+      {P::kStarting, E::kDied, kNew, {}, P::kRunning, {"failed"}},
+      {P::kStarting, E::kTimer, 0, {}, P::kRunning, {"kill 8", "failed"}},
+      {P::kParking, E::kDied, kNew, {}, P::kResuming, {"failed", "resume 7"}},
+      {P::kServing, E::kDied, kNew, {}, P::kResuming, {"failed", "resume 7"}},
+      {P::kServing, E::kFailed, kNew, Call::kServe, P::kResuming, {"kill 8", "failed", "resume 7"}},
+      {P::kServing, E::kTimer, 0, {}, P::kResuming, {"kill 8", "failed", "resume 7"}},
+      {P::kYielding, E::kDied, kNew, {}, P::kResuming, {"failed", "resume 7"}},
+      {P::kAwaitingExit, E::kDied, kNew, {}, P::kResuming, {"failed", "resume 7"}},
+      {P::kCommitting, E::kDied, kNew, {}, P::kResuming, {"failed", "resume 7"}},
+      {P::kCommitting, E::kFailed, kNew, Call::kTake, P::kResuming, {"kill 8", "failed", "resume 7"}},
+      {P::kCommitting, E::kTimer, 0, {}, P::kResuming, {"kill 8", "failed", "resume 7"}},
+      // The running worker dies, fails or hangs during the swap.
+      {P::kStarting, E::kDied, kOld, {}, P::kStarting, {"kill 8", "failed", "spawn 9"}},
+      {P::kParking, E::kDied, kOld, {}, P::kServing, {"serve 8"}},
+      {P::kParking, E::kFailed, kOld, Call::kPark, P::kResuming, {"kill 8", "failed", "resume 7"}},
+      {P::kParking, E::kTimer, 0, {}, P::kResuming, {"kill 8", "failed", "resume 7"}},
+      {P::kServing, E::kDied, kOld, {}, P::kServing, {}},
+      {P::kYielding, E::kDied, kOld, {}, P::kAwaitingExit, {}},
+      {P::kYielding, E::kExited, kOld, {}, P::kCommitting, {"takeMetadata 8"}},
+      {P::kYielding, E::kFailed, kOld, Call::kYield, P::kResuming, {"kill 8", "failed", "resume 7"}},
+      {P::kYielding, E::kTimer, 0, {}, P::kResuming, {"kill 8", "failed", "resume 7"}},
+      {P::kCommitting, E::kDied, kOld, {}, P::kCommitting, {}},
+      // Waiting for the proof.
+      {P::kAwaitingExit, E::kExited, kDead, {}, P::kCommitting, {"exited 5 to 8", "takeMetadata 8"}},
+      {P::kAwaitingExit, E::kTimer, 0, {}, P::kAwaitingExit, {}},
+      {P::kReclaimWait, E::kExited, kDead, {}, P::kReclaiming, {"exited 5 to 7", "takeMetadata 7"}},
+      {P::kReclaimWait, E::kTimer, 0, {}, P::kReclaimWait, {}},
+      // After a rollback.
+      {P::kResuming, E::kReplied, kOld, Call::kResume, P::kRunning, {}},
+      {P::kResuming, E::kFailed, kOld, Call::kResume, P::kStarting, {"kill 7", "spawn 9"}},
+      {P::kResuming, E::kTimer, 0, {}, P::kStarting, {"kill 7", "spawn 9"}},
+      {P::kReclaiming, E::kReplied, kOld, Call::kTake, P::kRunning, {}},
+      {P::kReclaiming, E::kFailed, kOld, Call::kTake, P::kNoMetadata, {}},
+      {P::kReclaiming, E::kTimer, 0, {}, P::kStarting, {"kill 7", "spawn 9"}},
+      {P::kNoMetadata, E::kTimer, 0, {}, P::kReclaiming, {"takeMetadata 7"}},
+      {P::kRunning, E::kReplied, kOld, Call::kYield, P::kReclaiming, {"takeMetadata 7"}},
+      // Deaths outside a swap.
+      {P::kRunning, E::kDied, kOld, {}, P::kStarting, {"spawn 9"}},
+      {P::kNoMetadata, E::kDied, kOld, {}, P::kStarting, {"spawn 9"}},
+      {P::kReclaimWait, E::kDied, kOld, {}, P::kStarting, {"spawn 9"}},
+      {P::kReclaiming, E::kDied, kOld, {}, P::kStarting, {"spawn 9"}},
+      {P::kResuming, E::kDied, kOld, {}, P::kStarting, {"spawn 9"}},
+      {P::kRunning, E::kExited, kDead, {}, P::kRunning, {"exited 5 to 7"}},
+      // Stopping.
+      {P::kIdle, E::kStop, 0, {}, P::kStopped, {"exit"}},
+      {P::kBackoff, E::kStop, 0, {}, P::kStopped, {"exit"}},
+      {P::kRunning, E::kStop, 0, {}, P::kStopYielding, {"yieldMetadata 7"}},
+      {P::kNoMetadata, E::kStop, 0, {}, P::kStopRetiring, {"retire 7"}},
+      {P::kServing, E::kStop, 0, {}, P::kStopYielding, {"kill 8", "failed", "yieldMetadata 7"}},
+      {P::kCommitting, E::kStop, 0, {}, P::kStopRetiring, {"kill 8", "failed", "retire 7"}},
+      {P::kStopYielding, E::kReplied, kOld, Call::kYield, P::kStopRetiring, {"retire 7"}},
+      {P::kStopYielding, E::kFailed, kOld, Call::kYield, P::kStopRetiring, {"retire 7"}},
+      {P::kStopYielding, E::kTimer, 0, {}, P::kStopRetiring, {"retire 7"}},
+      {P::kStopYielding, E::kDied, kOld, {}, P::kStopKilling, {}},
+      {P::kStopYielding, E::kExited, kOld, {}, P::kStopped, {"exit"}},
+      {P::kStopRetiring, E::kExited, kOld, {}, P::kStopped, {"exit"}},
+      {P::kStopRetiring, E::kTimer, 0, {}, P::kStopKilling, {"kill 7"}},
+      {P::kStopKilling, E::kExited, kOld, {}, P::kStopped, {"exit"}},
+      {P::kStopKilling, E::kTimer, 0, {}, P::kStopped, {"exit"}},
+  };
+  for (const Row& row : rows) {
+    SCOPED_TRACE(std::string(PhaseName(row.phase)) + " event " + std::to_string(static_cast<int>(row.event)) + " of " +
+                 std::to_string(row.who) + " call " + CallName(row.call));
+    Machine machine(In(row.phase));
+    machine.On(row.event, row.who, row.call);
+    EXPECT_EQ(std::string(PhaseName(machine.phase())), PhaseName(row.next));
+    for (const std::string& action : row.must) {
+      EXPECT_TRUE(machine.Did(action)) << action << " missing in: " << ::testing::PrintToString(machine.actions());
+    }
+  }
+}
+
+TEST(HandoverMachineTest, ReadsAreTakenOverBeforeTheDeadWorkerIsReapedButTheMetadataIsNot) {
+  Machine m(In(Phase::kRunning));
+  m.On(EventType::kDied, kOld);
+  EXPECT_TRUE(m.Did("spawn 9"));
+  m.On(EventType::kRegistered, 9);
+  EXPECT_TRUE(m.Did("serve 9"));
+  m.On(EventType::kReplied, 9, Call::kServe);
+  EXPECT_EQ(m.phase(), Phase::kAwaitingExit);
+  m.On(EventType::kExited, kOld);
+  EXPECT_TRUE(m.Did("takeMetadata 9"));
+  EXPECT_TRUE(m.Did("exited 7 to 9"));
+  m.On(EventType::kReplied, 9, Call::kTake);
+  EXPECT_EQ(m.phase(), Phase::kRunning);
+  EXPECT_EQ(m.state().owner, 9u);
+  EXPECT_TRUE(m.Did("done 9"));
+}
+
+TEST(HandoverMachineTest, ARollbackAfterTheYieldGivesTheMetadataBackOnlyWhenTheNewWorkerIsProvenDead) {
+  Machine m(In(Phase::kCommitting));
+  m.On(EventType::kFailed, kNew, Call::kTake);
+  EXPECT_TRUE(m.Did("kill 8"));
+  m.On(EventType::kReplied, kOld, Call::kResume);
+  EXPECT_EQ(m.phase(), Phase::kReclaimWait);
+  m.On(EventType::kExited, kNew);
+  EXPECT_TRUE(m.Did("takeMetadata 7"));
+  m.On(EventType::kReplied, kOld, Call::kTake);
+  EXPECT_EQ(m.phase(), Phase::kRunning);
+}
+
+TEST(HandoverMachineTest, WhenBothDieTheRunningBinaryIsStartedAgain) {
+  Machine m(In(Phase::kServing));
+  m.On(EventType::kDied, kOld).On(EventType::kDied, kNew);
+  EXPECT_TRUE(m.Did("spawn 9"));
+  EXPECT_TRUE(m.Did("failed"));
+  EXPECT_FALSE(m.state().upgrade);
+}
+
+TEST(HandoverMachineTest, ACrashSuccessorThatCannotTakeTheMetadataKeepsServing) {
+  State s = In(Phase::kCommitting);
+  s.owner = 0;
+  s.upgrade = false;
+  Machine m(s);
+  m.On(EventType::kFailed, kNew, Call::kTake);
+  EXPECT_EQ(m.phase(), Phase::kNoMetadata);
+  EXPECT_EQ(m.state().owner, kNew);
+  EXPECT_FALSE(m.Did("kill 8"));
+}
+
+TEST(HandoverMachineTest, QuickDeathsAreAnsweredMoreAndMoreSlowlyAndForgottenAfterAStableRun) {
+  Machine m;
+  m.On(EventType::kStart);
+  std::vector<uint64_t> waits;
+  for (int i = 0; i < 6; ++i) {
+    m.On(EventType::kDied, m.state().successor);
+    waits.push_back(0);
+    if (m.phase() == Phase::kBackoff) {
+      waits.back() = std::stoull(m.actions().back().substr(6));
+      m.On(EventType::kTimer);
+    }
+    EXPECT_EQ(m.phase(), Phase::kStarting);
+  }
+  EXPECT_EQ(waits, (std::vector<uint64_t>{0, 50, 200, 1'000, 5'000, 5'000}));
+  State s = In(Phase::kRunning);
+  s.quick_deaths = 4;
+  Machine stable(s);
+  stable.On(EventType::kTimer).On(EventType::kDied, kOld);
+  EXPECT_TRUE(stable.Did("spawn 9"));
+}
+
+// Explores everything reachable: no sequence of events of the workers involved leads into a corner.
+TEST(HandoverMachineTest, NoSequenceOfEventsBreaksAnInvariantOrGetsStuck) {
+  using Key = std::tuple<int, int, int, bool, bool, bool, bool>;
+  auto key = [](const State& s) {
+    auto other = std::any_of(s.holders.begin(), s.holders.end(), [&](Generation g) { return g != s.owner && g != s.successor; });
+    return Key(static_cast<int>(s.phase), s.owner != 0, s.successor != 0, s.upgrade, s.holders.count(s.owner) != 0,
+               s.holders.count(s.successor) != 0, other);
+  };
+  std::map<Key, State> seen;
+  std::vector<State> queue = {State()};
+  while (!queue.empty()) {
+    State state = queue.back();
+    queue.pop_back();
+    if (!seen.emplace(key(state), state).second) continue;
+    std::vector<Event> events;
+    for (EventType type : {EventType::kStart, EventType::kTimer, EventType::kUpgrade, EventType::kStop}) events.push_back({.type = type});
+    std::set<Generation> involved = state.holders;
+    involved.insert({state.owner, state.successor});
+    for (Generation who : involved) {
+      for (EventType type : {EventType::kRegistered, EventType::kDied, EventType::kExited}) {
+        events.push_back({.type = type, .generation = who});
+      }
+      for (Call call : {Call::kServe, Call::kPark, Call::kResume, Call::kYield, Call::kTake}) {
+        events.push_back({.type = EventType::kReplied, .generation = who, .call = call});
+        events.push_back({.type = EventType::kFailed, .generation = who, .call = call});
+      }
+    }
+    for (const Event& event : events) {
+      StepResult result = Step(state, event, Limits());
+      CheckInvariants(state, event, result);
+      if (::testing::Test::HasFailure()) FAIL() << "in phase " << PhaseName(state.phase);
+      result.state.quick_deaths = std::min(result.state.quick_deaths, 2u);
+      queue.push_back(result.state);
+    }
+    // A wait without a limit always waits for the exit of somebody who may hold the metadata.
+    if (state.phase == Phase::kAwaitingExit || state.phase == Phase::kReclaimWait) {
+      EXPECT_TRUE(std::get<6>(key(state))) << "waits for nobody";
+    }
+  }
+  std::set<int> phases;
+  for (const auto& [k, state] : seen) phases.insert(std::get<0>(k));
+  EXPECT_EQ(phases.size(), static_cast<size_t>(kPhaseCount)) << "every phase is reachable";
+}
+
+}  // namespace
+}  // namespace holdfast::supervisor

@@ -1,0 +1,102 @@
+#include "supervisor/ledger_store.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "gtest/gtest.h"
+
+namespace holdfast::supervisor {
+namespace {
+
+// A worker's view of a ledger.
+class View {
+ public:
+  explicit View(const Ledger& ledger)
+      : base_(static_cast<char*>(mmap(nullptr, HF_LEDGER_TOTAL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED,
+                                      ledger.memory()->get(), 0))) {}
+  ~View() { munmap(base_, HF_LEDGER_TOTAL_SIZE); }
+  hf_ledger_header* header() { return reinterpret_cast<hf_ledger_header*>(base_); }
+  hf_slot* slot(uint32_t i) { return reinterpret_cast<hf_slot*>(base_ + header()->slot_offset + uint64_t{i} * header()->slot_stride); }
+  hf_record* record(uint32_t i) {
+    return reinterpret_cast<hf_record*>(base_ + header()->record_offset + uint64_t{i} * header()->record_stride);
+  }
+
+ private:
+  char* const base_;
+};
+
+TEST(LedgerStoreTest, TheHeaderStatesTheFrozenLayoutAndTheMemoryCannotBeResized) {
+  LedgerStore store;
+  Ledger* ledger = store.Create(42).value();
+  View view(*ledger);
+  EXPECT_EQ(view.header()->magic, HF_LEDGER_MAGIC);
+  EXPECT_EQ(view.header()->version, HF_LEDGER_VERSION);
+  EXPECT_EQ(view.header()->generation, 42u);
+  EXPECT_EQ(view.header()->total_size, uint64_t{HF_LEDGER_TOTAL_SIZE});
+  EXPECT_EQ(ledger->pipes().size(), size_t{HF_LEDGER_SLOTS});
+  EXPECT_NE(ftruncate(ledger->memory()->get(), 0), 0);
+  EXPECT_NE(ftruncate(ledger->memory()->get(), HF_LEDGER_TOTAL_SIZE * 2), 0);
+  EXPECT_GE(fcntl(ledger->pipes()[0].read_end->get(), F_GETPIPE_SZ), static_cast<int>(HF_LEDGER_REQUEST_BYTES));
+}
+
+TEST(LedgerStoreTest, CountsSlotsPipesAndRecordsThatWaitForAnAnswer) {
+  LedgerStore store;
+  Ledger* ledger = store.Create(1).value();
+  View view(*ledger);
+  EXPECT_EQ(ledger->CountUnanswered(), 0u);
+  view.slot(0)->state = HF_SLOT_EXECUTING;
+  view.slot(1)->state = HF_SLOT_RECEIVING;  // nothing in it yet
+  EXPECT_EQ(ledger->CountUnanswered(), 1u);
+  ASSERT_EQ(write(ledger->pipes()[1].write_end->get(), "x", 1), 1);
+  EXPECT_EQ(ledger->CountUnanswered(), 2u);
+  view.record(0)->state = HF_RECORD_FILLING;
+  view.record(1)->state = HF_RECORD_PENDING;
+  view.record(9)->state = HF_RECORD_PENDING;
+  view.header()->record_high_water = 2;
+  EXPECT_EQ(ledger->CountUnanswered(), 3u);
+  EXPECT_EQ(store.CountUnanswered(1), 0u) << "others only";
+  EXPECT_EQ(store.CountUnanswered(2), 3u);
+}
+
+TEST(LedgerStoreTest, AWorkerThatWritesNonsenseCannotMakeTheCountLeaveTheLedger) {
+  LedgerStore store;
+  Ledger* ledger = store.Create(1).value();
+  View view(*ledger);
+  view.record(HF_LEDGER_RECORDS - 1)->state = HF_RECORD_PENDING;
+  view.header()->record_high_water = 0xffffffff;
+  view.header()->slot_count = 0xffffffff;
+  view.header()->record_offset = ~uint64_t{0};
+  EXPECT_EQ(ledger->CountUnanswered(), 1u);
+}
+
+TEST(LedgerStoreTest, ALedgerIsKeptUntilItIsDrainedAndItsOwnersExitIsProven) {
+  LedgerStore store;
+  View(*store.Create(1).value()).slot(3)->state = HF_SLOT_EXECUTING;
+  store.Drained(1);
+  EXPECT_NE(store.Find(1), nullptr) << "its owner may still write";
+  store.OwnerExited(1);
+  EXPECT_NE(store.Find(1), nullptr) << "a request is in it after all";
+  EXPECT_TRUE(store.Find(1)->owner_exited);
+  store.Drained(1);
+  EXPECT_EQ(store.Find(1), nullptr);
+  ASSERT_TRUE(store.Create(2).ok());
+  store.OwnerExited(2);
+  EXPECT_EQ(store.Find(2), nullptr) << "nothing was in it";
+}
+
+TEST(LedgerStoreTest, PagesLeaveTheCallersOwnLedgerOut) {
+  LedgerStore store;
+  for (uint64_t g = 1; g <= 10; ++g) ASSERT_TRUE(store.Create(g).ok());
+  bool more = false;
+  auto page = store.Page(0, 3, 7, &more);
+  ASSERT_EQ(page.size(), 7u);
+  EXPECT_TRUE(more);
+  EXPECT_EQ(page.back()->generation(), 8u);
+  page = store.Page(8, 3, 7, &more);
+  EXPECT_EQ(page.size(), 2u);
+  EXPECT_FALSE(more);
+}
+
+}  // namespace
+}  // namespace holdfast::supervisor

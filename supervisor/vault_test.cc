@@ -1,0 +1,105 @@
+#include "supervisor/vault.h"
+
+#include <fcntl.h>
+
+#include "gtest/gtest.h"
+
+namespace holdfast::supervisor {
+namespace {
+
+SharedFd DevNull() { return std::make_shared<UniqueFd>(open("/dev/null", O_RDWR | O_CLOEXEC)); }
+
+TEST(IdFileTest, NumbersAreNeverReusedAcrossRestarts) {
+  TempDir dir;
+  uint64_t last = 0;
+  for (int restart = 0; restart < 3; ++restart) {
+    auto ids = IdFile::Open(dir.path() + "/ids", 4);
+    ASSERT_TRUE(ids.ok()) << ids.status();
+    for (int i = 0; i < 6; ++i) {
+      auto next = ids->Next();
+      ASSERT_TRUE(next.ok());
+      EXPECT_GT(*next, last);
+      last = *next;
+    }
+  }
+}
+
+TEST(IdFileTest, ADamagedFileIsAnErrorNotAFreshStart) {
+  TempDir dir;
+  ASSERT_TRUE(WriteFileAtomic(dir.path() + "/ids", "12x\n").ok());
+  EXPECT_FALSE(IdFile::Open(dir.path() + "/ids", 4).ok());
+  ASSERT_TRUE(WriteFileAtomic(dir.path() + "/ids", "").ok());
+  EXPECT_FALSE(IdFile::Open(dir.path() + "/ids", 4).ok());
+}
+
+class VaultTest : public ::testing::Test {
+ protected:
+  uint64_t Live(const std::string& path, const std::string& blob = "") {
+    uint64_t id = vault_.Allocate(path, blob, 1).value();
+    vault_.SetLive(id, DevNull(), "request", "reply");
+    return id;
+  }
+  TempDir dir_;
+  Vault vault_{IdFile::Open(dir_.path() + "/ids", 100).value()};
+};
+
+TEST_F(VaultTest, PagesHoldLiveAndDetachedMountsInOrder) {
+  uint64_t a = Live("/a");
+  ASSERT_TRUE(vault_.Allocate("/mounting", "", 1).ok());
+  uint64_t b = Live("/b");
+  uint64_t c = Live("/c");
+  vault_.SetDetached(b);
+  bool more = false;
+  auto page = vault_.Page(0, 2, &more);
+  ASSERT_EQ(page.size(), 2u);
+  EXPECT_TRUE(more);
+  EXPECT_EQ(page[0]->id, a);
+  EXPECT_EQ(page[1]->id, b);
+  EXPECT_EQ(page[1]->state, MountState::kDetached);
+  page = vault_.Page(b, 2, &more);
+  ASSERT_EQ(page.size(), 1u);
+  EXPECT_FALSE(more);
+  EXPECT_EQ(page[0]->id, c);
+}
+
+TEST_F(VaultTest, APathIsMountedOnceUntilItIsDetached) {
+  uint64_t a = Live("/a");
+  EXPECT_FALSE(vault_.Allocate("/a", "", 1).ok());
+  vault_.SetDetached(a);
+  EXPECT_TRUE(vault_.Allocate("/a", "", 1).ok());
+  EXPECT_FALSE(vault_.Allocate("/a", "", 1).ok()) << "being mounted";
+}
+
+TEST_F(VaultTest, TheNewestBlobIsKept) {
+  uint64_t a = Live("/a", "one");
+  ASSERT_TRUE(vault_.SetBlob(a, "two").ok());
+  EXPECT_EQ(vault_.Find(a)->blob, "two");
+  EXPECT_FALSE(vault_.SetBlob(a + 1, "x").ok());
+}
+
+TEST_F(VaultTest, MountsBegunByOthersAreAwaitedOrAbandoned) {
+  uint64_t mine = vault_.Allocate("/mine", "", 2).value();
+  EXPECT_FALSE(vault_.MountingForOthers(2));
+  uint64_t theirs = vault_.Allocate("/theirs", "", 1).value();
+  EXPECT_TRUE(vault_.MountingForOthers(2));
+  vault_.AbandonMountingOfOthers(2);
+  EXPECT_FALSE(vault_.MountingForOthers(2));
+  EXPECT_TRUE(vault_.Find(theirs)->abandoned);
+  EXPECT_FALSE(vault_.Find(mine)->abandoned);
+}
+
+TEST_F(VaultTest, AMountIsGoneWhenItsDescriptorPollsAnError) {
+  uint64_t live = Live("/live");
+  uint64_t gone = vault_.Allocate("/gone", "", 1).value();
+  // A /dev/fuse that is not mounted polls POLLERR, like one whose superblock is gone.
+  auto fuse = std::make_shared<UniqueFd>(open("/dev/fuse", O_RDWR | O_CLOEXEC));
+  ASSERT_TRUE(fuse->valid());
+  vault_.SetLive(gone, fuse, "", "");
+  EXPECT_EQ(vault_.TakeGone(), std::vector<uint64_t>{gone});
+  EXPECT_EQ(vault_.Find(gone), nullptr);
+  EXPECT_NE(vault_.Find(live), nullptr);
+  EXPECT_TRUE(vault_.TakeGone().empty());
+}
+
+}  // namespace
+}  // namespace holdfast::supervisor

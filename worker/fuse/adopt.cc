@@ -1,9 +1,10 @@
 // Taking over the unanswered requests of an older ledger (DESIGN 4.3).
 //
-// A record stays where it is: the successor puts its generation into it and answers it from there, so at every moment it
-// exists in one ledger, whoever dies. A slot's request is executed from a copy; if it has to wait it gets a record in the
-// own ledger before its slot is given up. While the old owner may still live (no final walk) slots are left as they are: a
-// dying thread may still fill one, and a request answered twice does no harm, one overlooked does.
+// A record stays where it is: the successor puts its generation into it and answers it from there, so at
+// every moment it exists in one ledger, whoever dies. A slot's request is executed from a copy; if it has to
+// wait it gets a record in the own ledger before its slot is given up. While the old owner may still live (no
+// final walk) slots are left as they are: a dying thread may still fill one, and a request answered twice
+// does no harm, one overlooked does.
 #include <linux/fuse.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
@@ -44,9 +45,9 @@ constexpr uint32_t kPoisonStrikes = 2;
 
 enum class Recovery { kNone, kLater, kBad, kRequest };
 
-// Moves what a dead thread left in its pipe to where it belongs in its slot. The first word of the request was zeroed before
-// the splice, and a pipe buffer is either still in the pipe or wholly in the slot, so the length says what is missing.
-// kRequest: the slot is complete, and (`by_us`) we alone have read it.
+// Moves what a dead thread left in its pipe to where it belongs in its slot. The first word of the request
+// was zeroed before the splice, and a pipe buffer is either still in the pipe or wholly in the slot, so the
+// length says what is missing. kRequest: the slot is complete, and (`by_us`) we alone have read it.
 Recovery DrainPipe(const LedgerView& view, uint32_t index, uint32_t* length, bool* by_us) {
   hf_slot* slot = view.slot(index);
   auto& length_word = *reinterpret_cast<uint32_t*>(slot->request);
@@ -54,7 +55,8 @@ Recovery DrainPipe(const LedgerView& view, uint32_t index, uint32_t* length, boo
   if (ioctl(view.pipe_read(index), FIONREAD, &in_pipe) != 0) return Recovery::kBad;
   uint32_t had = Shared(length_word).load(std::memory_order_acquire);
   auto left = static_cast<uint32_t>(in_pipe);
-  if (had > HF_LEDGER_REQUEST_BYTES || left > HF_LEDGER_REQUEST_BYTES || (had != 0 && left > had)) return Recovery::kBad;
+  if (had > HF_LEDGER_REQUEST_BYTES || left > HF_LEDGER_REQUEST_BYTES || (had != 0 && left > had))
+    return Recovery::kBad;
   uint32_t at = had == 0 ? 0 : had - left;
   *by_us = at == 0 && left > 0;
   while (left > 0) {
@@ -87,7 +89,8 @@ Recovery RecoverRequest(const LedgerView& view, uint32_t index, bool final_walk,
   if (state == HF_SLOT_RECEIVING) {
     bool by_us = false;
     Recovery drained = DrainPipe(view, index, &out->length, &by_us);
-    if (drained != Recovery::kRequest) return drained == Recovery::kNone && !final_walk ? Recovery::kLater : drained;
+    if (drained != Recovery::kRequest)
+      return drained == Recovery::kNone && !final_walk ? Recovery::kLater : drained;
     if (!by_us && !final_walk) return Recovery::kLater;  // a living thread may be in the middle of copying it
   } else if (state == HF_SLOT_EXECUTING) {
     out->length = slot->length;
@@ -105,7 +108,8 @@ Recovery RecoverRequest(const LedgerView& view, uint32_t index, bool final_walk,
               Shared(slot->mount_id).load(std::memory_order_acquire) == out->mount_id &&
               Shared(slot->received_ns).load(std::memory_order_acquire) == received;
   if (!same && !final_walk) return Recovery::kLater;
-  return same && Sane(*out) && Crc32c(out->bytes.data(), out->length) == crc ? Recovery::kRequest : Recovery::kBad;
+  return same && Sane(*out) && Crc32c(out->bytes.data(), out->length) == crc ? Recovery::kRequest
+                                                                             : Recovery::kBad;
 }
 
 // Suspects of a crash last, each alone; INTERRUPTs after the requests they mean.
@@ -146,8 +150,8 @@ absl::StatusOr<uint64_t> ServerCore::AdoptLedger(uint64_t generation, LedgerHand
   LOG(INFO) << "fuse.adopted generation=" << generation << " final=" << final_walk << " taken=" << taken
             << " us=" << nanos / 1000;
   if (options_.trace != nullptr) {
-    options_.trace->Record("fuse.adopt", "generation=" + std::to_string(generation) + " taken=" + std::to_string(taken),
-                           nanos);
+    options_.trace->Record(
+        "fuse.adopt", "generation=" + std::to_string(generation) + " taken=" + std::to_string(taken), nanos);
   }
   return taken;
 }
@@ -166,7 +170,8 @@ bool ServerCore::Drained(uint64_t generation) {
 
 void ServerCore::Dropped(uint64_t generation, uint64_t mount_id, const char* why) {
   dropped_++;
-  LOG(ERROR) << "fuse.request_dropped generation=" << generation << " mount=" << mount_id << " why=\"" << why << '"';
+  LOG(ERROR) << "fuse.request_dropped generation=" << generation << " mount=" << mount_id << " why=\"" << why
+             << '"';
 }
 
 uint64_t ServerCore::AdoptRecords(const std::shared_ptr<LedgerView>& view, bool final_walk, ReplyPipe* pipe) {
@@ -181,14 +186,18 @@ bool ServerCore::AdoptRecord(const std::shared_ptr<LedgerView>& view, uint32_t i
                              ReplyPipe* pipe) {
   hf_record* record = view->record(index);
   RecordState state = LoadState(record);
-  if (state.state == HF_RECORD_FILLING && final_walk) ChangeState(record, &state, {});  // its slot has the request
+  if (state.state == HF_RECORD_FILLING && final_walk)
+    ChangeState(record, &state, {});  // its slot has the request
   if (state.state != HF_RECORD_PENDING) return false;
   hf_record copy;
   memcpy(&copy, record, sizeof copy);
-  PendingRead read{view, index, copy.unique, copy.nodeid, copy.offset, copy.size, 0, options_.clock->BootNanos(),
+  PendingRead read{view,           index,     copy.unique, copy.nodeid,
+                   copy.offset,    copy.size, 0,           options_.clock->BootNanos(),
                    view != ledger_};
   std::shared_ptr<Mount> mount = FindMount(copy.mount_id);
-  const char* refused = RecordCrc(copy) != copy.crc ? "bad CRC" : mount == nullptr ? "unknown mount" : nullptr;
+  const char* refused = RecordCrc(copy) != copy.crc ? "bad CRC"
+                        : mount == nullptr          ? "unknown mount"
+                                                    : nullptr;
   if (refused != nullptr) {
     if (!ChangeState(record, &state, {})) return false;
     if (view == ledger_) records_.Put(index);
@@ -196,7 +205,8 @@ bool ServerCore::AdoptRecord(const std::shared_ptr<LedgerView>& view, uint32_t i
     return false;
   }
   if (state.owner == generation32_ && mount->FindPending(copy.unique)) return false;  // taken before
-  if (!ChangeState(record, &state, {HF_RECORD_PENDING, generation32_})) return false;  // answered this instant
+  if (!ChangeState(record, &state, {HF_RECORD_PENDING, generation32_}))
+    return false;  // answered this instant
   read.deadline_nanos = AdoptedDeadline(Shared(record->deadline_ns).load(std::memory_order_relaxed));
   Shared(record->deadline_ns).store(read.deadline_nanos, std::memory_order_relaxed);
   pending_++;
@@ -222,7 +232,8 @@ uint64_t ServerCore::AdoptSlots(OldLedger& old, bool final_walk, ReplyPipe* pipe
       Dropped(view.generation(), request.mount_id, "bad CRC or length");
     }
   }
-  std::stable_sort(requests.begin(), requests.end(), [](const auto& a, const auto& b) { return Order(a) < Order(b); });
+  std::stable_sort(requests.begin(), requests.end(),
+                   [](const auto& a, const auto& b) { return Order(a) < Order(b); });
   uint64_t taken = 0;
   for (const RecoveredRequest& request : requests) {
     uint64_t unique = request.header().unique;

@@ -1,5 +1,5 @@
-// What a thread knows about the request that it executes. libfuse hands its callbacks only a session, and one session
-// serves all mounts, so the thread carries the rest (DESIGN 4.2).
+// What a thread knows about the request that it executes. libfuse hands its callbacks only a session, and one
+// session serves all mounts, so the thread carries the rest (DESIGN 4.2).
 #pragma once
 
 #include <cstdint>
@@ -16,16 +16,16 @@ class ServerCore;
 
 struct Exchange {
   ServerCore* core = nullptr;
-  Mount* mount = nullptr;                 // null: nothing is sent (the replayed INIT)
+  Mount* mount = nullptr;  // null: nothing is sent (the replayed INIT)
   std::shared_ptr<layer::Layer> layer;
   ReplyPipe* pipe = nullptr;
   uint64_t unique = 0;
   uint32_t opcode = 0;
-  hf_slot* slot = nullptr;                // where the request lies; its strikes are counted when this thread crashes
-  uint32_t own_slot = 0;                  // index + 1 in the own ledger, 0 for an adopted slot
+  hf_slot* slot = nullptr;  // where the request lies; its strikes are counted when this thread crashes
+  uint32_t own_slot = 0;    // index + 1 in the own ledger, 0 for an adopted slot
   bool adopted = false;
-  bool duplicate = false;                 // another ledger's record of the same request waits already
-  std::optional<uint64_t> waits;          // a record was made for it: fetch once the slot is free
+  bool duplicate = false;         // another ledger's record of the same request waits already
+  std::optional<uint64_t> waits;  // a record was made for it: fetch once the slot is free
 };
 
 // The exchange of this thread, or null. Async-signal-safe.

@@ -15,7 +15,8 @@ using layer::NodeRecord;
 using layer::ReadResult;
 
 namespace {
-constexpr uint64_t kOddOffset = 1234;  // where a file's content begins in its content file: unaligned, as when packed
+constexpr uint64_t kOddOffset =
+    1234;  // where a file's content begins in its content file: unaligned, as when packed
 }  // namespace
 
 char ContentByte(uint64_t nodeid, uint64_t offset) {
@@ -107,7 +108,8 @@ std::vector<std::pair<std::string_view, std::string_view>> FakeIndex::xattrs(con
   return result;
 }
 
-FakeLayer::FakeLayer(std::shared_ptr<FakeIndex> index) : index_(std::move(index)), thread_([this] { Run(); }) {}
+FakeLayer::FakeLayer(std::shared_ptr<FakeIndex> index)
+    : index_(std::move(index)), thread_([this] { Run(); }) {}
 
 FakeLayer::~FakeLayer() {
   {

@@ -1,5 +1,5 @@
-// For tests: a LayerIndex made by hand and a Layer whose fetches the test holds back, releases or fails. The bytes of a file
-// are a function of its nodeid and the offset, so every process can check them.
+// For tests: a LayerIndex made by hand and a Layer whose fetches the test holds back, releases or fails. The
+// bytes of a file are a function of its nodeid and the offset, so every process can check them.
 #pragma once
 
 #include <deque>
@@ -22,8 +22,8 @@ std::string ContentBytes(uint64_t nodeid, uint64_t offset, uint64_t size);
 class FakeIndex final : public layer::LayerIndex {
  public:
   FakeIndex();
-  // The node's record may be changed afterwards through `mutable_node`. Names must come in ascending order for a given
-  // folder only if readdir order matters to the test.
+  // The node's record may be changed afterwards through `mutable_node`. Names must come in ascending order
+  // for a given folder only if readdir order matters to the test.
   uint64_t Add(uint64_t folder, const std::string& name, uint32_t mode, uint64_t size = 0);
   uint64_t AddSymlink(uint64_t folder, const std::string& name, const std::string& target);
   void AddHardLink(uint64_t folder, const std::string& name, uint64_t nodeid);
@@ -44,7 +44,8 @@ class FakeIndex final : public layer::LayerIndex {
   std::span<const layer::ChildRecord> children(uint64_t folder) const override;
   std::string_view name(const layer::ChildRecord& child) const override;
   std::string_view link_target(const layer::NodeRecord& node) const override;
-  std::vector<std::pair<std::string_view, std::string_view>> xattrs(const layer::NodeRecord& node) const override;
+  std::vector<std::pair<std::string_view, std::string_view>> xattrs(
+      const layer::NodeRecord& node) const override;
   std::span<const layer::ChunkRecord> chunks() const override { return {}; }
   uint64_t ChunkAt(const layer::NodeRecord&, uint64_t) const override { return 0; }
 
@@ -63,7 +64,7 @@ class FakeIndex final : public layer::LayerIndex {
 
 // What ReadNow has of a file.
 enum class Stored {
-  kMissing,    // must be fetched
+  kMissing,  // must be fetched
   kMemory,
   kZeros,
   kFile,       // in a real file, at an odd offset

@@ -30,8 +30,9 @@ namespace {
 
 using std::chrono::steady_clock;
 
-constexpr uint32_t kInitFlags = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_DO_READDIRPLUS | FUSE_PARALLEL_DIROPS |
-                                FUSE_MAX_PAGES | FUSE_CACHE_SYMLINKS | FUSE_NO_OPEN_SUPPORT | FUSE_NO_OPENDIR_SUPPORT;
+constexpr uint32_t kInitFlags = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_DO_READDIRPLUS |
+                                FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES | FUSE_CACHE_SYMLINKS |
+                                FUSE_NO_OPEN_SUPPORT | FUSE_NO_OPENDIR_SUPPORT;
 
 // Once per test process: mounts made here are seen by nobody else and end with the last process of the test.
 void EnterPrivateNamespace() {
@@ -117,7 +118,8 @@ Bench::Ledger& Bench::MakeLedger(uint64_t generation) {
   PCHECK(ledger->memory.valid());
   PCHECK(ftruncate(ledger->memory.get(), HF_LEDGER_TOTAL_SIZE) == 0);
   PCHECK(fcntl(ledger->memory.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0);
-  void* base = mmap(nullptr, HF_LEDGER_TOTAL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, ledger->memory.get(), 0);
+  void* base =
+      mmap(nullptr, HF_LEDGER_TOTAL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, ledger->memory.get(), 0);
   PCHECK(base != MAP_FAILED);
   ledger->header = static_cast<hf_ledger_header*>(base);
   hf_ledger_header& h = *ledger->header;
@@ -287,9 +289,9 @@ class ServerMain {
       return "ok" + ended_;
     } else if (verb == "stats") {
       ServerStats s = server_->stats();
-      return "ok requests " + std::to_string(s.requests) + " pending " + std::to_string(s.pending) + " adopted " +
-             std::to_string(s.adopted) + " interrupted " + std::to_string(s.interrupted) + " errors " +
-             std::to_string(s.errors) + " dropped " + std::to_string(s.dropped);
+      return "ok requests " + std::to_string(s.requests) + " pending " + std::to_string(s.pending) +
+             " adopted " + std::to_string(s.adopted) + " interrupted " + std::to_string(s.interrupted) +
+             " errors " + std::to_string(s.errors) + " dropped " + std::to_string(s.dropped);
     } else if (verb == "fired") {
       std::string point;
       int count = 0;

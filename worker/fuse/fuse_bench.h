@@ -1,6 +1,7 @@
-// For tests: plays the supervisor (mounts, answers INIT, makes ledgers, keeps all descriptors), runs servers in processes of
-// their own, and readers in others. The test process itself has one thread, so that it may fork, and never touches a path
-// below its mounts. Everything ends with the Bench: mounts live in a private mount namespace, children die with their parent.
+// For tests: plays the supervisor (mounts, answers INIT, makes ledgers, keeps all descriptors), runs servers
+// in processes of their own, and readers in others. The test process itself has one thread, so that it may
+// fork, and never touches a path below its mounts. Everything ends with the Bench: mounts live in a private
+// mount namespace, children die with their parent.
 #pragma once
 
 #include <sys/types.h>
@@ -83,18 +84,19 @@ class ChildProcess {
 
 struct ServerSetup {
   uint64_t generation = 1;
-  ServerOptions options;                              // generation and faults are filled in
+  ServerOptions options;  // generation and faults are filled in
   std::function<std::shared_ptr<FakeIndex>(uint64_t mount_id)> index;
   std::function<void(uint64_t mount_id, FakeLayer&)> prepare;  // before it serves
-  std::string faults;                                 // FaultPoints::Parse
-  std::vector<uint64_t> leave_out;                    // mounts that it does not serve
-  int fail_opens = 0;                                 // the first n calls of open_layer fail
+  std::string faults;                                          // FaultPoints::Parse
+  std::vector<uint64_t> leave_out;                             // mounts that it does not serve
+  int fail_opens = 0;                                          // the first n calls of open_layer fail
   bool record_crashes = false;
 };
 
 // A server in a process of its own, driven by one-line commands; each answers "ok ..." or an error text.
-//   start | park | resume | destroy | stats | adopt GEN FINAL | drained GEN | hold MOUNT 0/1 | release MOUNT | fail MOUNT |
-//   store MOUNT NODE HOW | waiting MOUNT | fetches MOUNT | fired POINT COUNT | unblock POINT | remove MOUNT | ended
+//   start | park | resume | destroy | stats | adopt GEN FINAL | drained GEN | hold MOUNT 0/1 | release MOUNT
+//   | fail MOUNT | store MOUNT NODE HOW | waiting MOUNT | fetches MOUNT | fired POINT COUNT | unblock POINT |
+//   remove MOUNT | ended
 class ServerProcess {
  public:
   ServerProcess(Bench& bench, ServerSetup setup);
@@ -114,8 +116,8 @@ class ServerProcess {
 // Polls until `condition` holds; false after `seconds`.
 bool Eventually(const std::function<bool()>& condition, double seconds = 10);
 
-// In a reader: 0 when the file's bytes [offset, offset + size) are those of `nodeid`; else a small number that says what
-// was wrong: errno, or 200 (wrong bytes), 201 (short).
+// In a reader: 0 when the file's bytes [offset, offset + size) are those of `nodeid`; else a small number
+// that says what was wrong: errno, or 200 (wrong bytes), 201 (short).
 int CheckFile(const std::string& path, uint64_t nodeid, uint64_t offset, uint64_t size, bool direct = false);
 
 }  // namespace holdfast::fuse

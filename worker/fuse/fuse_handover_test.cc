@@ -1,4 +1,5 @@
-// Servers that die, park and succeed one another: every request is answered, with the right bytes, by whoever comes next.
+// Servers that die, park and succeed one another: every request is answered, with the right bytes, by whoever
+// comes next.
 #include <fcntl.h>
 #include <linux/fuse.h>
 #include <sys/stat.h>
@@ -57,7 +58,8 @@ class FuseHandoverTest : public testing::Test {
   std::unique_ptr<ChildProcess> MissReader(const std::string& root, uint64_t page) {
     return Reader([&] { return CheckFile(root + "/missing", kMissing, page * 4096, 4096, true); });
   }
-  // Puts a request of the mount into slot 0 of a ledger, as a dead worker leaves it. `drained`: it was read from the pipe.
+  // Puts a request of the mount into slot 0 of a ledger, as a dead worker leaves it. `drained`: it was read
+  // from the pipe.
   void LeaveInSlot(Bench::Ledger& ledger, const Bench::MountPoint& mount, bool drained) {
     hf_slot* slot = ledger.slot(0);
     ASSERT_TRUE(bench_.WaitReadable(mount, 5));
@@ -66,7 +68,8 @@ class FuseHandoverTest : public testing::Test {
     slot->owner_generation = static_cast<uint32_t>(ledger.generation);
     slot->received_ns = 1;
     slot->state = HF_SLOT_RECEIVING;
-    ssize_t n = splice(mount.device.get(), nullptr, ledger.pipes[0].write_end.get(), nullptr, 32768, SPLICE_F_NONBLOCK);
+    ssize_t n = splice(mount.device.get(), nullptr, ledger.pipes[0].write_end.get(), nullptr, 32768,
+                       SPLICE_F_NONBLOCK);
     ASSERT_GT(n, 0);
     if (!drained) return;
     ASSERT_EQ(read(ledger.pipes[0].read_end.get(), slot->request, HF_LEDGER_REQUEST_BYTES), n);
@@ -125,6 +128,7 @@ TEST_F(FuseHandoverTest, KilledBetweenRecordAndSlotTheReadIsAnsweredOnce) {
   std::string root = bench_.Mount().path;
   ServerSetup setup = NewSetup(1);
   setup.faults = "fuse.record_filled=kill";
+  setup.options.threads = 1;
   auto first = Start(setup);
   auto reader = MissReader(root, 3);
   ASSERT_EQ(first->process().Wait(10), 1000 + SIGKILL);
@@ -348,7 +352,8 @@ TEST_F(FuseHandoverTest, ReadersSeeNoErrorWhileServersAreKilledAtRandom) {
         if (read(stop[0], &byte, 1) == 1) return 0;
         bool missing = i % 2 == 0;
         uint64_t offset = (i * 7 + static_cast<uint64_t>(r)) % 240 * 65536;
-        int result = CheckFile(root + (missing ? "/missing" : "/stored"), missing ? kMissing : kStored, offset, 65536, true);
+        int result = CheckFile(root + (missing ? "/missing" : "/stored"), missing ? kMissing : kStored,
+                               offset, 65536, true);
         if (result != 0) return result;
       }
     }));
@@ -357,13 +362,26 @@ TEST_F(FuseHandoverTest, ReadersSeeNoErrorWhileServersAreKilledAtRandom) {
   std::set<uint64_t> undrained;
   uint64_t adopted = 0;
   for (uint64_t generation = 1; generation <= 40; generation++) {
+    bool spare =
+        generation % 2 == 0;  // a successor that waits, and takes over while the dead one is still dying
+    std::unique_ptr<ServerProcess> next;
+    if (spare) {
+      next = std::make_unique<ServerProcess>(bench_, NewSetup(generation + 1));
+      ASSERT_TRUE(next->Stats().contains("pending"));
+    }
     usleep(static_cast<useconds_t>(1000 + random() % 20000));  // the moment of the kill, not an ordering
-    server->Kill();
     undrained.insert(generation);
-    server = Start(NewSetup(generation + 1));
+    if (spare) {
+      server->process().Signal(SIGKILL);
+      adopted += next->Number("adopt " + std::to_string(generation) + " 0");
+      ASSERT_EQ(next->Call("start"), "ok");
+    }
+    server->Kill();
+    server = spare ? std::move(next) : Start(NewSetup(generation + 1));
     for (uint64_t old : undrained) adopted += server->Number("adopt " + std::to_string(old) + " 1");
     ASSERT_TRUE(Eventually([&] {
-      std::erase_if(undrained, [&](uint64_t old) { return server->Number("drained " + std::to_string(old)) == 1; });
+      std::erase_if(undrained,
+                    [&](uint64_t old) { return server->Number("drained " + std::to_string(old)) == 1; });
       return undrained.empty();
     }));
     for (auto& reader : readers) ASSERT_EQ(reader->Wait(0), -1) << "generation " << generation;

@@ -19,7 +19,9 @@ class ServerImpl final : public FuseServer {
 
   absl::Status AddMount(MountSpec spec) override { return core_->AddMount(std::move(spec)); }
   void RemoveMount(uint64_t mount_id) override { core_->RemoveMount(mount_id); }
-  void OnMountEnded(std::function<void(uint64_t)> callback) override { core_->OnMountEnded(std::move(callback)); }
+  void OnMountEnded(std::function<void(uint64_t)> callback) override {
+    core_->OnMountEnded(std::move(callback));
+  }
   absl::StatusOr<uint64_t> AdoptLedger(uint64_t generation, LedgerHandle ledger, bool final_walk) override {
     return core_->AdoptLedger(generation, std::move(ledger), final_walk);
   }
@@ -37,8 +39,10 @@ class ServerImpl final : public FuseServer {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<FuseServer>> FuseServer::Create(const ServerOptions& options, LedgerHandle own_ledger) {
-  HF_ASSIGN_OR_RETURN(std::shared_ptr<LedgerView> ledger, LedgerView::Map(std::move(own_ledger), options.generation));
+absl::StatusOr<std::unique_ptr<FuseServer>> FuseServer::Create(const ServerOptions& options,
+                                                               LedgerHandle own_ledger) {
+  HF_ASSIGN_OR_RETURN(std::shared_ptr<LedgerView> ledger,
+                      LedgerView::Map(std::move(own_ledger), options.generation));
   if (options.threads < 1 || static_cast<uint32_t>(options.threads) > ledger->slot_count()) {
     return InvalidArgument("threads must be from 1 to " + std::to_string(ledger->slot_count()));
   }

@@ -29,7 +29,20 @@ constexpr uint32_t kManyFiles = 5000;
 
 // Node ids are given in order of adding.
 enum Node : uint64_t {
-  kFolder = 2, kBig, kMemory, kMissing, kEmpty, kSparse, kSetuid, kWhiteout, kBlock, kFifo, kLink, kLong, kOpaque, kMany,
+  kFolder = 2,
+  kBig,
+  kMemory,
+  kMissing,
+  kEmpty,
+  kSparse,
+  kSetuid,
+  kWhiteout,
+  kBlock,
+  kFifo,
+  kLink,
+  kLong,
+  kOpaque,
+  kMany,
   kTruncated
 };
 const std::string kLongName(255, 'n');
@@ -95,37 +108,41 @@ TEST_F(FuseServerTest, EveryKindOfObjectLooksAsTheIndexSays) {
   std::string root = bench_.Mount().path;
   ServerProcess server(bench_, NewSetup());
   ASSERT_EQ(server.Call("start"), "ok");
-  EXPECT_EQ(Read([&] {
-    struct stat st;
-    EXIT_UNLESS(lstat((root + "/folder").c_str(), &st) == 0);
-    EXIT_UNLESS(st.st_mode == (S_IFDIR | S_ISVTX | 0751) && st.st_nlink == 2 && st.st_ino == kFolder);
-    EXIT_UNLESS(lstat((root + "/big").c_str(), &st) == 0);
-    EXIT_UNLESS(st.st_size == 8 * kMiB + 777 && st.st_nlink == 2 && st.st_blksize == 4096);
-    EXIT_UNLESS(st.st_mtim.tv_sec == 1'600'000'000 && st.st_mtim.tv_nsec == 123 && st.st_blocks > 0);
-    ino_t inode = st.st_ino;
-    EXIT_UNLESS(lstat((root + "/folder/hard").c_str(), &st) == 0 && st.st_ino == inode);
-    EXIT_UNLESS(lstat((root + "/setuid").c_str(), &st) == 0);
-    EXIT_UNLESS(st.st_mode == (S_IFREG | S_ISUID | S_ISGID | 0755) && st.st_uid == 1000 && st.st_gid == 1001);
-    EXIT_UNLESS(lstat((root + "/whiteout").c_str(), &st) == 0 && S_ISCHR(st.st_mode) && st.st_rdev == 0);
-    EXIT_UNLESS(lstat((root + "/block").c_str(), &st) == 0 && S_ISBLK(st.st_mode) && st.st_rdev == makedev(8, 17));
-    EXIT_UNLESS(lstat((root + "/fifo").c_str(), &st) == 0 && S_ISFIFO(st.st_mode));
-    EXIT_UNLESS(lstat((root + "/empty").c_str(), &st) == 0 && st.st_size == 0);
-    EXIT_UNLESS(lstat((root + "/folder/" + kLongName).c_str(), &st) == 0 && st.st_size == 5);
-    EXIT_UNLESS(lstat((root + "/link").c_str(), &st) == 0 && S_ISLNK(st.st_mode) && st.st_size == 20);
-    char target[100];
-    ssize_t n = readlink((root + "/link").c_str(), target, sizeof target);
-    EXIT_UNLESS(n == 20 && std::string(target, 20) == "folder/../some where");
-    EXIT_UNLESS(lstat((root + "/no such name").c_str(), &st) != 0 && errno == ENOENT);
-    EXIT_UNLESS(lstat((root + "/big/x").c_str(), &st) != 0 && errno == ENOTDIR);
-    EXIT_UNLESS(open((root + "/big").c_str(), O_RDWR) < 0 && errno == EROFS);
-    EXIT_UNLESS(mkdir((root + "/new").c_str(), 0700) != 0 && errno == EROFS);
-    struct statvfs fs;
-    EXIT_UNLESS(statvfs(root.c_str(), &fs) == 0 && fs.f_bsize == 4096 && fs.f_namemax == 255);
-    EXIT_UNLESS(fs.f_blocks == 256 && fs.f_bfree == 0 && fs.f_files > 5000);
-    int fd = open(root.c_str(), O_RDONLY | O_DIRECTORY);
-    EXIT_UNLESS(ioctl(fd, _IO('h', 99)) != 0 && errno == ENOTTY);
-    return 0;
-  }), 0);
+  EXPECT_EQ(
+      Read([&] {
+        struct stat st;
+        EXIT_UNLESS(lstat((root + "/folder").c_str(), &st) == 0);
+        EXIT_UNLESS(st.st_mode == (S_IFDIR | S_ISVTX | 0751) && st.st_nlink == 2 && st.st_ino == kFolder);
+        EXIT_UNLESS(lstat((root + "/big").c_str(), &st) == 0);
+        EXIT_UNLESS(st.st_size == 8 * kMiB + 777 && st.st_nlink == 2 && st.st_blksize == 4096);
+        EXIT_UNLESS(st.st_mtim.tv_sec == 1'600'000'000 && st.st_mtim.tv_nsec == 123 && st.st_blocks > 0);
+        ino_t inode = st.st_ino;
+        EXIT_UNLESS(lstat((root + "/folder/hard").c_str(), &st) == 0 && st.st_ino == inode);
+        EXIT_UNLESS(lstat((root + "/setuid").c_str(), &st) == 0);
+        EXIT_UNLESS(st.st_mode == (S_IFREG | S_ISUID | S_ISGID | 0755) && st.st_uid == 1000 &&
+                    st.st_gid == 1001);
+        EXIT_UNLESS(lstat((root + "/whiteout").c_str(), &st) == 0 && S_ISCHR(st.st_mode) && st.st_rdev == 0);
+        EXIT_UNLESS(lstat((root + "/block").c_str(), &st) == 0 && S_ISBLK(st.st_mode) &&
+                    st.st_rdev == makedev(8, 17));
+        EXIT_UNLESS(lstat((root + "/fifo").c_str(), &st) == 0 && S_ISFIFO(st.st_mode));
+        EXIT_UNLESS(lstat((root + "/empty").c_str(), &st) == 0 && st.st_size == 0);
+        EXIT_UNLESS(lstat((root + "/folder/" + kLongName).c_str(), &st) == 0 && st.st_size == 5);
+        EXIT_UNLESS(lstat((root + "/link").c_str(), &st) == 0 && S_ISLNK(st.st_mode) && st.st_size == 20);
+        char target[100];
+        ssize_t n = readlink((root + "/link").c_str(), target, sizeof target);
+        EXIT_UNLESS(n == 20 && std::string(target, 20) == "folder/../some where");
+        EXIT_UNLESS(lstat((root + "/no such name").c_str(), &st) != 0 && errno == ENOENT);
+        EXIT_UNLESS(lstat((root + "/big/x").c_str(), &st) != 0 && errno == ENOTDIR);
+        EXIT_UNLESS(open((root + "/big").c_str(), O_RDWR) < 0 && errno == EROFS);
+        EXIT_UNLESS(mkdir((root + "/new").c_str(), 0700) != 0 && errno == EROFS);
+        struct statvfs fs;
+        EXIT_UNLESS(statvfs(root.c_str(), &fs) == 0 && fs.f_bsize == 4096 && fs.f_namemax == 255);
+        EXIT_UNLESS(fs.f_blocks == 256 && fs.f_bfree == 0 && fs.f_files > 5000);
+        int fd = open(root.c_str(), O_RDONLY | O_DIRECTORY);
+        EXIT_UNLESS(ioctl(fd, _IO('h', 99)) != 0 && errno == ENOTTY);
+        return 0;
+      }),
+      0);
 }
 
 TEST_F(FuseServerTest, XattrsAreThoseOfTheIndexAndTheOpaqueMarkIsAsTheMountAsks) {
@@ -134,27 +151,35 @@ TEST_F(FuseServerTest, XattrsAreThoseOfTheIndexAndTheOpaqueMarkIsAsTheMountAsks)
   std::string root = bench_.Mount().path, root_user = bench_.Mount(user).path;
   ServerProcess server(bench_, NewSetup());
   ASSERT_EQ(server.Call("start"), "ok");
-  EXPECT_EQ(Read([&] {
-    char value[100];
-    std::string path = root + "/setuid";
-    EXIT_UNLESS(getxattr(path.c_str(), "user.one", value, sizeof value) == 5 && std::string(value, 5) == "value");
-    EXIT_UNLESS(getxattr(path.c_str(), "user.one", nullptr, 0) == 5);
-    EXIT_UNLESS(getxattr(path.c_str(), "user.one", value, 2) < 0 && errno == ERANGE);
-    EXIT_UNLESS(getxattr(path.c_str(), "security.capability", value, sizeof value) == 20 && value[3] == 2);
-    EXIT_UNLESS(getxattr(path.c_str(), "user.two", value, sizeof value) < 0 && errno == ENODATA);
-    ssize_t n = listxattr(path.c_str(), value, sizeof value);
-    EXIT_UNLESS(n == 29 && std::string(value, 29) == std::string("security.capability\0user.one\0", 29));
-    EXIT_UNLESS(listxattr(path.c_str(), nullptr, 0) == 29);
-    EXIT_UNLESS(listxattr(path.c_str(), value, 5) < 0 && errno == ERANGE);
-    path = root + "/opaque";
-    EXIT_UNLESS(getxattr(path.c_str(), "trusted.overlay.opaque", value, sizeof value) == 1 && value[0] == 'y');
-    EXIT_UNLESS(getxattr(path.c_str(), "user.overlay.opaque", value, sizeof value) < 0 && errno == ENODATA);
-    path = root_user + "/opaque";
-    EXIT_UNLESS(getxattr(path.c_str(), "user.overlay.opaque", value, sizeof value) == 1 && value[0] == 'y');
-    EXIT_UNLESS(listxattr(path.c_str(), value, sizeof value) == 20);
-    EXIT_UNLESS(getxattr((root + "/folder").c_str(), "trusted.overlay.opaque", value, 9) < 0 && errno == ENODATA);
-    return 0;
-  }), 0);
+  EXPECT_EQ(
+      Read([&] {
+        char value[100];
+        std::string path = root + "/setuid";
+        EXIT_UNLESS(getxattr(path.c_str(), "user.one", value, sizeof value) == 5 &&
+                    std::string(value, 5) == "value");
+        EXIT_UNLESS(getxattr(path.c_str(), "user.one", nullptr, 0) == 5);
+        EXIT_UNLESS(getxattr(path.c_str(), "user.one", value, 2) < 0 && errno == ERANGE);
+        EXIT_UNLESS(getxattr(path.c_str(), "security.capability", value, sizeof value) == 20 &&
+                    value[3] == 2);
+        EXIT_UNLESS(getxattr(path.c_str(), "user.two", value, sizeof value) < 0 && errno == ENODATA);
+        ssize_t n = listxattr(path.c_str(), value, sizeof value);
+        EXIT_UNLESS(n == 29 && std::string(value, 29) == std::string("security.capability\0user.one\0", 29));
+        EXIT_UNLESS(listxattr(path.c_str(), nullptr, 0) == 29);
+        EXIT_UNLESS(listxattr(path.c_str(), value, 5) < 0 && errno == ERANGE);
+        path = root + "/opaque";
+        EXIT_UNLESS(getxattr(path.c_str(), "trusted.overlay.opaque", value, sizeof value) == 1 &&
+                    value[0] == 'y');
+        EXIT_UNLESS(getxattr(path.c_str(), "user.overlay.opaque", value, sizeof value) < 0 &&
+                    errno == ENODATA);
+        path = root_user + "/opaque";
+        EXIT_UNLESS(getxattr(path.c_str(), "user.overlay.opaque", value, sizeof value) == 1 &&
+                    value[0] == 'y');
+        EXIT_UNLESS(listxattr(path.c_str(), value, sizeof value) == 20);
+        EXIT_UNLESS(getxattr((root + "/folder").c_str(), "trusted.overlay.opaque", value, 9) < 0 &&
+                    errno == ENODATA);
+        return 0;
+      }),
+      0);
 }
 
 TEST_F(FuseServerTest, AFolderOfFiveThousandNamesIsListedWhole) {
@@ -162,28 +187,29 @@ TEST_F(FuseServerTest, AFolderOfFiveThousandNamesIsListedWhole) {
   ServerProcess server(bench_, NewSetup());
   ASSERT_EQ(server.Call("start"), "ok");
   EXPECT_EQ(Read([&] {
-    DIR* dir = opendir((root + "/many").c_str());
-    EXIT_UNLESS(dir != nullptr);
-    std::set<std::string> names;
-    while (dirent* entry = readdir(dir)) {
-      std::string name = entry->d_name;
-      EXIT_UNLESS(names.insert(name).second);
-      if (name == ".") EXIT_UNLESS(entry->d_ino == kMany && entry->d_type == DT_DIR);
-      if (name == "..") EXIT_UNLESS(entry->d_type == DT_DIR);
-      if (name[0] == 'f') EXIT_UNLESS(entry->d_type == DT_REG);
-    }
-    EXIT_UNLESS(names.size() == kManyFiles + 2 && names.contains(".") && names.contains(".."));
-    struct stat st;
-    EXIT_UNLESS(stat((root + "/many/file-4321").c_str(), &st) == 0 && st.st_size == 4321);
-    // From a cookie in the middle on, as a program that seeks does.
-    rewinddir(dir);
-    for (int i = 0; i < 1000; i++) readdir(dir);
-    long position = telldir(dir);
-    std::string next = readdir(dir)->d_name;
-    seekdir(dir, position);
-    EXIT_UNLESS(next == readdir(dir)->d_name);
-    return 0;
-  }), 0);
+              DIR* dir = opendir((root + "/many").c_str());
+              EXIT_UNLESS(dir != nullptr);
+              std::set<std::string> names;
+              while (dirent* entry = readdir(dir)) {
+                std::string name = entry->d_name;
+                EXIT_UNLESS(names.insert(name).second);
+                if (name == ".") EXIT_UNLESS(entry->d_ino == kMany && entry->d_type == DT_DIR);
+                if (name == "..") EXIT_UNLESS(entry->d_type == DT_DIR);
+                if (name[0] == 'f') EXIT_UNLESS(entry->d_type == DT_REG);
+              }
+              EXIT_UNLESS(names.size() == kManyFiles + 2 && names.contains(".") && names.contains(".."));
+              struct stat st;
+              EXIT_UNLESS(stat((root + "/many/file-4321").c_str(), &st) == 0 && st.st_size == 4321);
+              // From a cookie in the middle on, as a program that seeks does.
+              rewinddir(dir);
+              for (int i = 0; i < 1000; i++) readdir(dir);
+              long position = telldir(dir);
+              std::string next = readdir(dir)->d_name;
+              seekdir(dir, position);
+              EXIT_UNLESS(next == readdir(dir)->d_name);
+              return 0;
+            }),
+            0);
 }
 
 TEST_F(FuseServerTest, FilesReadRightFromFilesMemoryZerosAndFetches) {
@@ -200,19 +226,20 @@ TEST_F(FuseServerTest, FilesReadRightFromFilesMemoryZerosAndFetches) {
   EXPECT_EQ(Read([&] { return CheckFile(root + "/missing", kMissing, 0, 3 * kMiB); }), 0);
   EXPECT_GT(server.Number("fetches 100"), 0u);
   EXPECT_EQ(Read([&] {
-    char buffer[8192];
-    int fd = open((root + "/empty").c_str(), O_RDONLY);
-    EXIT_UNLESS(read(fd, buffer, 100) == 0);
-    fd = open((root + "/memory").c_str(), O_RDONLY | O_DIRECT);
-    EXIT_UNLESS(pread(fd, buffer, 8192, 98304) == 100'000 - 98304);
-    EXIT_UNLESS(pread(fd, buffer, 8192, 1 << 20) == 0);
-    fd = open((root + "/sparse").c_str(), O_RDONLY);
-    for (uint64_t at : {uint64_t{0}, uint64_t{1} << 35, (uint64_t{1} << 40) - 4096}) {
-      buffer[17] = 'x';
-      EXIT_UNLESS(pread(fd, buffer, 4096, static_cast<off_t>(at)) == 4096 && buffer[17] == 0);
-    }
-    return 0;
-  }), 0);
+              char buffer[8192];
+              int fd = open((root + "/empty").c_str(), O_RDONLY);
+              EXIT_UNLESS(read(fd, buffer, 100) == 0);
+              fd = open((root + "/memory").c_str(), O_RDONLY | O_DIRECT);
+              EXIT_UNLESS(pread(fd, buffer, 8192, 98304) == 100'000 - 98304);
+              EXIT_UNLESS(pread(fd, buffer, 8192, 1 << 20) == 0);
+              fd = open((root + "/sparse").c_str(), O_RDONLY);
+              for (uint64_t at : {uint64_t{0}, uint64_t{1} << 35, (uint64_t{1} << 40) - 4096}) {
+                buffer[17] = 'x';
+                EXIT_UNLESS(pread(fd, buffer, 4096, static_cast<off_t>(at)) == 4096 && buffer[17] == 0);
+              }
+              return 0;
+            }),
+            0);
   EXPECT_EQ(server.Stats()["errors"], 0u);
   EXPECT_EQ(server.Stats()["pending"], 0u);
 }
@@ -234,7 +261,8 @@ TEST_F(FuseServerTest, EnosysAnswersMakeTheKernelStopAsking) {
   ASSERT_EQ(server.Call("start"), "ok");
   auto read_all = [&] {
     char value[10];
-    EXIT_UNLESS(getxattr((root + "/setuid").c_str(), "user.one", value, sizeof value) < 0 && errno == EOPNOTSUPP);
+    EXIT_UNLESS(getxattr((root + "/setuid").c_str(), "user.one", value, sizeof value) < 0 &&
+                errno == EOPNOTSUPP);
     return CheckFile(root + "/memory", kMemory, 0, 100'000);
   };
   EXPECT_EQ(Read(read_all), 0);
@@ -262,7 +290,8 @@ TEST_F(FuseServerTest, ALayerThatCannotBeOpenedIsEioAndTriedAgain) {
   ServerProcess server(bench_, setup);
   ASSERT_EQ(server.Call("start"), "ok");
   EXPECT_EQ(Read([&] { return CheckFile(root + "/memory", kMemory, 0, 10); }), EIO);
-  EXPECT_TRUE(Eventually([&] { return Read([&] { return CheckFile(root + "/memory", kMemory, 0, 10); }) == 0; }, 5));
+  EXPECT_TRUE(
+      Eventually([&] { return Read([&] { return CheckFile(root + "/memory", kMemory, 0, 10); }) == 0; }, 5));
 }
 
 TEST_F(FuseServerTest, WaitingReadersOnOneMountLeaveTheOthersAlone) {
@@ -280,8 +309,10 @@ TEST_F(FuseServerTest, WaitingReadersOnOneMountLeaveTheOthersAlone) {
   auto start = std::chrono::steady_clock::now();
   EXPECT_EQ(Read([&] { return CheckFile(b + "/big", kBig, 0, 8 * kMiB); }, 5), 0);
   EXPECT_EQ(Read([&] { return CheckFile(b + "/missing", kMissing, 0, kMiB); }, 5), 0);
-  auto took = std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - start).count();
-  // At the cap: 8, one a thread that was under way, and what comes in while looking for INTERRUPTs (5 a second).
+  auto took =
+      std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - start).count();
+  // At the cap: 8, one a thread that was under way, and what comes in while looking for INTERRUPTs (5 a
+  // second).
   EXPECT_LE(server.Stats()["pending"], 8u + 2 + 10 + static_cast<uint64_t>(took) / 100);
   ASSERT_EQ(server.Call("hold 100 0"), "ok");
   ASSERT_EQ(server.Call("release 100"), "ok");

@@ -22,13 +22,15 @@ uint64_t Pack(RecordState s) { return s.state | (uint64_t{s.owner} << 32); }
 RecordState Unpack(uint64_t word) { return {static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32)}; }
 
 bool Inside(uint64_t offset, uint64_t count, uint64_t stride, uint64_t least, uint64_t total) {
-  if (stride < least || stride > HF_LEDGER_TOTAL_SIZE || count > HF_LEDGER_RECORDS || offset % 8 != 0 || stride % 8 != 0) {
+  if (stride < least || stride > HF_LEDGER_TOTAL_SIZE || count > HF_LEDGER_RECORDS || offset % 8 != 0 ||
+      stride % 8 != 0) {
     return false;
   }
   return offset <= total && count * stride <= total - offset;
 }
 
-// The pipes may be read by a dying owner and by its successor at once: neither may wait for bytes that the other took.
+// The pipes may be read by a dying owner and by its successor at once: neither may wait for bytes that the
+// other took.
 absl::Status SetNonBlocking(int fd) {
   int flags = fcntl(fd, F_GETFL);
   if (flags < 0) return ErrnoStatus(errno, "request pipe");
@@ -50,7 +52,8 @@ void StoreState(hf_record* record, RecordState state) {
 
 bool ChangeState(hf_record* record, RecordState* expected, RecordState wanted) {
   uint64_t word = Pack(*expected);
-  if (Shared(StateWord(record)).compare_exchange_strong(word, Pack(wanted), std::memory_order_acq_rel)) return true;
+  if (Shared(StateWord(record)).compare_exchange_strong(word, Pack(wanted), std::memory_order_acq_rel))
+    return true;
   *expected = Unpack(word);
   return false;
 }
@@ -89,7 +92,8 @@ absl::StatusOr<std::shared_ptr<LedgerView>> LedgerView::Map(LedgerHandle handle,
       !Inside(view->record_offset_, view->record_count_, view->record_stride_, sizeof(hf_record), size)) {
     return DataLoss(name + ": its layout does not fit its size");
   }
-  if (view->handle_.pipes.size() < view->slot_count_) return InvalidArgument(name + ": fewer pipes than slots");
+  if (view->handle_.pipes.size() < view->slot_count_)
+    return InvalidArgument(name + ": fewer pipes than slots");
   for (uint32_t i = 0; i < view->slot_count_; i++) {
     HF_RETURN_IF_ERROR(SetNonBlocking(view->pipe_read(i)));
     HF_RETURN_IF_ERROR(SetNonBlocking(view->pipe_write(i)));

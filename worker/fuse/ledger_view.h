@@ -1,9 +1,9 @@
 // A mapped ledger (schema/ledger.h): this worker's own, or an older generation's that it adopts from.
 //
-// Layout numbers are checked once and then kept here, because the other side can still write to the header. Words that two
-// processes see at once are only touched through the functions below.
-// Thread safety: all functions; the rules of who may write what are in schema/ledger.h.
-// Errors: DataLoss for a memfd that is not a version 1 ledger of that generation.
+// Layout numbers are checked once and then kept here, because the other side can still write to the header.
+// Words that two processes see at once are only touched through the functions below. Thread safety: all
+// functions; the rules of who may write what are in schema/ledger.h. Errors: DataLoss for a memfd that is not
+// a version 1 ledger of that generation.
 #pragma once
 
 #include <atomic>
@@ -81,8 +81,8 @@ class RecordAllocator {
   std::optional<uint32_t> Take();
   // The record is FREE again.
   void Put(uint32_t index);
-  // Learns from the ledger what is free (a successor may have freed records of ours). Records being filled are freed: call
-  // it only while no thread fills one.
+  // Learns from the ledger what is free (a successor may have freed records of ours). Records being filled
+  // are freed: call it only while no thread fills one.
   void Rebuild();
   uint32_t used() const { return used_.load(std::memory_order_relaxed); }
 

@@ -59,7 +59,8 @@ Mount::Added Mount::AddPending(const PendingRead& read) {
   MutexLock lock(&mutex);
   if (!pending_.emplace(read.unique, read).second) return Added::kDuplicate;
   for (const Executing& e : executing_) {
-    if (e.unique == read.unique && (Shared(*e.marks).load(std::memory_order_acquire) & HF_MARK_INTERRUPTED) != 0) {
+    if (e.unique == read.unique &&
+        (Shared(*e.marks).load(std::memory_order_acquire) & HF_MARK_INTERRUPTED) != 0) {
       return Added::kInterrupted;
     }
   }

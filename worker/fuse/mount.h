@@ -1,7 +1,8 @@
-// One mount as the server sees it: its descriptor, its layer, which requests execute and which READs wait for content.
+// One mount as the server sees it: its descriptor, its layer, which requests execute and which READs wait for
+// content.
 //
-// Locks: `mutex` guards everything that changes; it is held for a few instructions, never over I/O (but for EPOLL_CTL).
-// Kept by std::shared_ptr: a thread that holds a request keeps its mount and descriptor alive.
+// Locks: `mutex` guards everything that changes; it is held for a few instructions, never over I/O (but for
+// EPOLL_CTL). Kept by std::shared_ptr: a thread that holds a request keeps its mount and descriptor alive.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,7 @@ struct PendingRead {
   uint64_t deadline_nanos = 0;
   uint64_t since_nanos = 0;
   bool adopted = false;
-  uint64_t attempt = 0;   // number of its last ReadAsync: an error counts only from that one
+  uint64_t attempt = 0;  // number of its last ReadAsync: an error counts only from that one
   int tries = 0;
 };
 
@@ -37,8 +38,8 @@ class Mount {
   const MountFlags& flags() const { return spec_.flags; }
   const std::string& description() const { return spec_.description; }
 
-  // The layer, opened on the first call. Threads that come meanwhile wait for it (a local file is mapped); after a failure
-  // the error holds for a second.
+  // The layer, opened on the first call. Threads that come meanwhile wait for it (a local file is mapped);
+  // after a failure the error holds for a second.
   absl::StatusOr<std::shared_ptr<layer::Layer>> GetLayer(const Clock& clock);
 
   // A thread is about to splice from the device / has a request of it, `unique` (0: got none).
@@ -48,7 +49,8 @@ class Mount {
   void EndExecute(uint64_t unique);
 
   enum class Added { kWaits, kInterrupted, kDuplicate };
-  // Registers a READ that waits. kInterrupted: its INTERRUPT came while it executed (it is registered all the same).
+  // Registers a READ that waits. kInterrupted: its INTERRUPT came while it executed (it is registered all the
+  // same).
   Added AddPending(const PendingRead& read);
   // Whoever takes it answers it.
   std::optional<PendingRead> TakePending(uint64_t unique);
@@ -65,8 +67,9 @@ class Mount {
   // The epoll side; the server decides (ServerCore::UpdateArmed).
   Mutex mutex;
   bool armed ABSL_GUARDED_BY(mutex) = false;
-  bool throttled ABSL_GUARDED_BY(mutex) = false;  // at its cap, or the table is full: not read until it drains
-  bool ended ABSL_GUARDED_BY(mutex) = false;      // connection gone, or removed
+  bool throttled ABSL_GUARDED_BY(mutex) =
+      false;                                  // at its cap, or the table is full: not read until it drains
+  bool ended ABSL_GUARDED_BY(mutex) = false;  // connection gone, or removed
   size_t PendingLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) { return pending_.size(); }
 
  private:

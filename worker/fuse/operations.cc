@@ -139,7 +139,8 @@ void Read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, fuse_file_i
 
 void ReplyOk(fuse_req_t req, fuse_ino_t, fuse_file_info*) { fuse_reply_err(req, 0); }
 
-// Nothing is ever written back, and after this answer the kernel asks no more: with zero-open a close costs nothing.
+// Nothing is ever written back, and after this answer the kernel asks no more: with zero-open a close costs
+// nothing.
 void Flush(fuse_req_t req, fuse_ino_t, fuse_file_info*) { fuse_reply_err(req, ENOSYS); }
 
 // The kernel then opens, keeps and closes folders by itself, for the connection's life.
@@ -165,8 +166,9 @@ void ReadFolder(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, bool 
     if (row < 2) entry.ino = 0;  // no lookup of "." and ".."
     auto next = static_cast<off_t>(row + 1);
     size_t left = buffer.size() - used;
-    size_t needed = plus ? fuse_add_direntry_plus(req, buffer.data() + used, left, name.c_str(), &entry, next)
-                         : fuse_add_direntry(req, buffer.data() + used, left, name.c_str(), &entry.attr, next);
+    size_t needed = plus
+                        ? fuse_add_direntry_plus(req, buffer.data() + used, left, name.c_str(), &entry, next)
+                        : fuse_add_direntry(req, buffer.data() + used, left, name.c_str(), &entry.attr, next);
     if (needed > left) break;
     used += needed;
   }
@@ -232,14 +234,18 @@ void StatFs(fuse_req_t req, fuse_ino_t) {
   fuse_reply_statfs(req, &st);
 }
 
-void Ioctl(fuse_req_t req, fuse_ino_t, unsigned int, void*, fuse_file_info*, unsigned, const void*, size_t, size_t) {
+void Ioctl(fuse_req_t req, fuse_ino_t, unsigned int, void*, fuse_file_info*, unsigned, const void*, size_t,
+           size_t) {
   fuse_reply_err(req, ENOTTY);
 }
 
-void Init(void*, fuse_conn_info* conn) { conn->want = 0; }
+void Init(void* initialized, fuse_conn_info* conn) {
+  conn->want = 0;
+  *static_cast<bool*>(initialized) = true;
+}
 
-// What is not here libfuse answers with ENOSYS; which operations are missing must stay as it is, since the kernel
-// remembers it for a mount's life (docs/HANDOVER.md).
+// What is not here libfuse answers with ENOSYS; which operations are missing must stay as it is, since the
+// kernel remembers it for a mount's life (docs/HANDOVER.md).
 fuse_lowlevel_ops Operations() {
   fuse_lowlevel_ops ops{};
   ops.init = Init;
@@ -261,7 +267,8 @@ fuse_lowlevel_ops Operations() {
   return ops;
 }
 
-// libfuse writes its replies here. Always "all sent": whether the kernel still wants a reply is no concern of libfuse.
+// libfuse writes its replies here. Always "all sent": whether the kernel still wants a reply is no concern of
+// libfuse.
 ssize_t SendReply(int, iovec* parts, int count, void*) {
   size_t total = 0;
   for (int i = 0; i < count; i++) total += parts[i].iov_len;
@@ -282,9 +289,10 @@ absl::StatusOr<std::unique_ptr<FuseSession>> FuseSession::Create(std::string_vie
   char* argv[] = {name, nullptr};
   fuse_args args = FUSE_ARGS_INIT(1, argv);
   fuse_lowlevel_ops ops = Operations();
-  fuse_session* session = fuse_session_new(&args, &ops, sizeof ops, nullptr);
+  std::unique_ptr<FuseSession> result(new FuseSession());
+  fuse_session* session = fuse_session_new(&args, &ops, sizeof ops, &result->initialized_);
   if (session == nullptr) return Internal("fuse_session_new failed");
-  std::unique_ptr<FuseSession> result(new FuseSession(session));
+  result->session_ = session;
   fuse_custom_io io{};
   io.writev = SendReply;
   io.read = NeverRead;
@@ -303,11 +311,14 @@ absl::StatusOr<std::unique_ptr<FuseSession>> FuseSession::Create(std::string_vie
   buffer.mem = request.data();
   buffer.size = init_request.size();
   fuse_session_process_buf(session, &buffer);
-  if (fuse_session_exited(session) != 0) return InvalidArgument("libfuse refused the saved INIT request");
+  if (!result->initialized_ || fuse_session_exited(session) != 0)
+    return InvalidArgument("libfuse refused the saved INIT request");
   return result;
 }
 
-FuseSession::~FuseSession() { fuse_session_destroy(session_); }
+FuseSession::~FuseSession() {
+  if (session_ != nullptr) fuse_session_destroy(session_);
+}
 
 void FuseSession::Process(const uint8_t* request, uint32_t length) {
   fuse_buf buffer{};

@@ -36,7 +36,8 @@ void ServerCore::MakeRecord(Exchange& x, uint64_t nodeid, uint64_t offset, uint6
     return ReplyError(x, EIO);
   }
   uint64_t now = options_.clock->BootNanos();
-  PendingRead read{ledger_, *index, x.unique, nodeid, offset, size, now + options_.miss_timeout_nanos, now, x.adopted};
+  PendingRead read{ledger_, *index,   x.unique, nodeid, offset, size, now + options_.miss_timeout_nanos,
+                   now,     x.adopted};
   hf_record* record = ledger_->record(*index);
   record->mount_id = x.mount->id();
   record->unique = x.unique;
@@ -90,8 +91,8 @@ void ServerCore::Fetched(uint64_t mount_id, uint64_t unique, uint64_t attempt,
   BorrowedPipe pipe(this);
   if (!result.ok()) {
     LOG_EVERY_T(WARNING, 1) << "fuse.read_failed mount=" << mount_id << " layer=" << mount->description()
-                            << " node=" << read->nodeid << " offset=" << read->offset << " size=" << read->size
-                            << " error=" << LogValue(result.status().ToString());
+                            << " node=" << read->nodeid << " offset=" << read->offset
+                            << " size=" << read->size << " error=" << LogValue(result.status().ToString());
     pipe.get()->SendError(mount->device(), unique, EIO);
     return FinishPending(*mount, *read, EIO);
   }
@@ -119,7 +120,8 @@ void ServerCore::SendPending(const std::shared_ptr<Mount>& mount, const PendingR
 void ServerCore::TakeUp(const std::shared_ptr<Mount>& mount, uint64_t unique, ReplyPipe* pipe) {
   std::optional<PendingRead> read = mount->FindPending(unique);
   if (!read) return;
-  if ((Shared(read->ledger->record(read->record)->marks).load(std::memory_order_acquire) & HF_MARK_INTERRUPTED) != 0) {
+  if ((Shared(read->ledger->record(read->record)->marks).load(std::memory_order_acquire) &
+       HF_MARK_INTERRUPTED) != 0) {
     return AnswerInterrupted(*mount, unique, pipe);
   }
   absl::StatusOr<std::shared_ptr<layer::Layer>> layer = mount->GetLayer(*options_.clock);
@@ -128,7 +130,8 @@ void ServerCore::TakeUp(const std::shared_ptr<Mount>& mount, uint64_t unique, Re
               read->size <= node->size - read->offset;
   if (!sane) {
     if (!(read = mount->TakePending(unique))) return;
-    LOG(ERROR) << "fuse.record_refused mount=" << mount->id() << " node=" << read->nodeid << " offset=" << read->offset;
+    LOG(ERROR) << "fuse.record_refused mount=" << mount->id() << " node=" << read->nodeid
+               << " offset=" << read->offset;
     pipe->SendError(mount->device(), unique, EIO);
     return FinishPending(*mount, *read, EIO);
   }
@@ -154,7 +157,8 @@ void ServerCore::FinishPending(Mount& mount, const PendingRead& read, int error)
   if (options_.trace != nullptr) {
     options_.trace->Record("fuse.read_miss",
                            "mount=" + std::to_string(mount.id()) + " layer=" + mount.description() +
-                               " node=" + std::to_string(read.nodeid) + " offset=" + std::to_string(read.offset) +
+                               " node=" + std::to_string(read.nodeid) +
+                               " offset=" + std::to_string(read.offset) +
                                " size=" + std::to_string(read.size) + " error=" + std::to_string(error),
                            options_.clock->BootNanos() - read.since_nanos);
   }

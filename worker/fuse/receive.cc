@@ -1,5 +1,5 @@
-// The pool: takes requests from the kernel into the ledger and executes them (DESIGN 4.3, "the life of a request" in
-// schema/ledger.h).
+// The pool: takes requests from the kernel into the ledger and executes them (DESIGN 4.3, "the life of a
+// request" in schema/ledger.h).
 #include <fcntl.h>
 #include <linux/fuse.h>
 #include <pthread.h>
@@ -19,7 +19,7 @@ namespace holdfast::fuse {
 namespace {
 
 constexpr uint64_t kTickNanos = 200'000'000;
-constexpr int kIdleMillis = 1000;        // heartbeat of an idle pool
+constexpr int kIdleMillis = 1000;  // heartbeat of an idle pool
 constexpr int kThrottledMillis = 200;
 constexpr int kInterruptsATick = 256;
 
@@ -73,8 +73,9 @@ void ServerCore::PoolThread(uint32_t slot_index) {
   }
 }
 
-// A mount at its cap is not read, but readers of it that are killed must go: the kernel hands out INTERRUPTs before anything
-// else, so read those now and then. One request that is no INTERRUPT may come in with them; it is served as any other.
+// A mount at its cap is not read, but readers of it that are killed must go: the kernel hands out INTERRUPTs
+// before anything else, so read those now and then. One request that is no INTERRUPT may come in with them;
+// it is served as any other.
 void ServerCore::Tick(uint32_t slot_index, ReplyPipe* pipe) {
   uint64_t now = options_.clock->BootNanos(), due = next_tick_nanos_;
   if (now < due || !next_tick_nanos_.compare_exchange_strong(due, now + kTickNanos)) return;
@@ -94,7 +95,7 @@ void ServerCore::Tick(uint32_t slot_index, ReplyPipe* pipe) {
       }
       got = ReceiveAndExecute(slot_index, mount, pipe);
     }
-    if (got == Received::kEnded) MountEnded(*mount);
+    if (got == Received::kEnded || got == Received::kBroken) MountEnded(*mount, got == Received::kEnded);
   }
 }
 
@@ -108,10 +109,10 @@ void ServerCore::Turn(uint32_t slot_index, uint64_t mount_id, ReplyPipe* pipe) {
     if (TableFull()) return Throttle(*mount);
     got = ReceiveAndExecute(slot_index, mount, pipe);
   }
-  if (got == Received::kEnded) MountEnded(*mount);
+  if (got == Received::kEnded || got == Received::kBroken) MountEnded(*mount, got == Received::kEnded);
 }
 
-void ServerCore::MountEnded(Mount& mount) {
+void ServerCore::MountEnded(Mount& mount, bool report) {
   {
     MutexLock lock(&mount.mutex);
     if (mount.ended) return;
@@ -120,6 +121,7 @@ void ServerCore::MountEnded(Mount& mount) {
     mount.throttled = false;
   }
   UpdateArmed(mount);
+  if (!report) return;
   std::function<void(uint64_t)> callback;
   {
     MutexLock lock(&mounts_mutex_);
@@ -137,20 +139,25 @@ ServerCore::Received ServerCore::ReceiveInto(uint32_t slot_index, Mount& mount, 
   Shared(slot->marks).store(0, std::memory_order_relaxed);
   slot->received_ns = options_.clock->BootNanos();
   Shared(slot->state).store(HF_SLOT_RECEIVING, std::memory_order_release);
-  ssize_t n = splice(mount.device(), nullptr, ledger_->pipe_write(slot_index), nullptr, HF_LEDGER_REQUEST_BYTES,
-                     SPLICE_F_NONBLOCK);
+  ssize_t n = splice(mount.device(), nullptr, ledger_->pipe_write(slot_index), nullptr,
+                     HF_LEDGER_REQUEST_BYTES, SPLICE_F_NONBLOCK);
   if (n <= 0) {
     int error = n == 0 ? ENODEV : errno;
     // ENOENT: the request was withdrawn at that moment; EIO: it was too large, the kernel has ended it.
-    if (error == EAGAIN || error == EINTR || error == ENOENT || error == EIO || error == ENOMEM) return Received::kNothing;
+    if (error == EAGAIN || error == EINTR || error == ENOENT || error == EIO || error == ENOMEM)
+      return Received::kNothing;
     if (error != ENODEV && error != ECONNABORTED && error != ENOTCONN) {
-      LOG(ERROR) << "fuse.receive_failed mount=" << mount.id() << " layer=" << mount.description() << " errno=" << error;
+      // Never taken for an end: whoever closes the descriptor of a living mount breaks its containers.
+      LOG(ERROR) << "fuse.receive_failed mount=" << mount.id() << " layer=" << mount.description()
+                 << " errno=" << error;
+      return Received::kBroken;
     }
     return Received::kEnded;
   }
   auto length = static_cast<uint32_t>(n);
   const auto* in = reinterpret_cast<const fuse_in_header*>(slot->request);
-  if (!ReadPipe(ledger_->pipe_read(slot_index), slot->request, length) || length < sizeof *in || in->len != length) {
+  if (!ReadPipe(ledger_->pipe_read(slot_index), slot->request, length) || length < sizeof *in ||
+      in->len != length) {
     LOG(ERROR) << "fuse.request_lost mount=" << mount.id() << " bytes=" << n;
     return Received::kNothing;
   }

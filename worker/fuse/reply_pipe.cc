@@ -18,7 +18,8 @@ namespace {
 using Segment = layer::ReadResult::Segment;
 
 constexpr uint64_t kPage = 4096;
-constexpr int kWantedPipeBytes = 2 << 20;  // the largest READ (1 MiB), its header and unaligned ends; a power of two
+constexpr int kWantedPipeBytes =
+    2 << 20;  // the largest READ (1 MiB), its header and unaligned ends; a power of two
 constexpr int kAllowedPipeBytes = 1 << 20;  // fs.pipe-max-size unless changed: enough for all but the largest
 constexpr size_t kZeroBytes = 16384;
 const char kZeros[kZeroBytes] = {};
@@ -28,7 +29,8 @@ uint64_t PagesOf(uint64_t begin, uint64_t length) { return (begin % kPage + leng
 // How many pipe buffers (pages) a reply takes at most.
 uint64_t PagesFor(const layer::ReadResult& content) {
   uint64_t pages = 1;
-  for (const Segment& s : content.segments) pages += s.file ? PagesOf(s.file_offset, s.length) : s.length / kPage + 2;
+  for (const Segment& s : content.segments)
+    pages += s.file ? PagesOf(s.file_offset, s.length) : s.length / kPage + 2;
   return pages;
 }
 
@@ -40,8 +42,11 @@ fuse_out_header Header(uint64_t unique, int error, uint64_t payload) {
   return header;
 }
 
-// Errors after which nobody waits for the reply any more: interrupted or answered by another generation, unmounted, aborted.
-bool NobodyWaits(int error) { return error == ENOENT || error == ENODEV || error == ECONNABORTED || error == ENOTCONN; }
+// Errors after which nobody waits for the reply any more: interrupted or answered by another generation,
+// unmounted, aborted.
+bool NobodyWaits(int error) {
+  return error == ENOENT || error == ENODEV || error == ECONNABORTED || error == ENOTCONN;
+}
 
 uint64_t Total(const iovec* parts, int count) {
   uint64_t total = 0;
@@ -144,7 +149,8 @@ bool ReplyPipe::FillSegment(const Segment& segment, bool* damaged) {
     auto offset = static_cast<off_t>(segment.file_offset);
     uint64_t left = segment.length;
     while (left > 0) {
-      ssize_t n = splice(segment.file->data.get(), &offset, write_end_.get(), nullptr, left, SPLICE_F_NONBLOCK);
+      ssize_t n =
+          splice(segment.file->data.get(), &offset, write_end_.get(), nullptr, left, SPLICE_F_NONBLOCK);
       if (n < 0 && errno == EINTR) continue;
       if (n <= 0) {
         *damaged = n == 0 || errno != EAGAIN;  // EAGAIN: the pipe is full

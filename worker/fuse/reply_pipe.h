@@ -1,6 +1,7 @@
-// Sends replies to /dev/fuse through a private pipe: first everything goes into the pipe, then one splice hands it to the
-// kernel. No user page is touched while the kernel holds a request half-answered, so a kill at any instruction turns no
-// request into EIO (reference: handover pitfalls 1). File content goes from the page cache to the kernel without a copy.
+// Sends replies to /dev/fuse through a private pipe: first everything goes into the pipe, then one splice
+// hands it to the kernel. No user page is touched while the kernel holds a request half-answered, so a kill
+// at any instruction turns no request into EIO (reference: handover pitfalls 1). File content goes from the
+// page cache to the kernel without a copy.
 //
 // Thread safety: none; one thread at a time uses a ReplyPipe.
 #pragma once

@@ -37,7 +37,8 @@ absl::Status ServerCore::Initialize() {
   epoll_event event{};
   event.events = EPOLLIN;
   event.data.u64 = kWakeToken;
-  if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, wake_.get(), &event) != 0) return ErrnoStatus(errno, "epoll_ctl");
+  if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, wake_.get(), &event) != 0)
+    return ErrnoStatus(errno, "epoll_ctl");
   Beat();
   return absl::OkStatus();
 }
@@ -74,7 +75,8 @@ void ServerCore::Park() {
 }
 
 void ServerCore::Resume() {
-  // What the server knew of its pending READs is read anew from the ledger: a successor may have answered some.
+  // What the server knew of its pending READs is read anew from the ledger: a successor may have answered
+  // some.
   for (const auto& mount : AllMounts()) {
     pending_ -= mount->TakeAllPending().size();
     MutexLock lock(&mount->mutex);
@@ -104,7 +106,8 @@ absl::Status ServerCore::AddMount(MountSpec spec) {
   if (!spec.device.valid() || !spec.open_layer || spec.mount_id == 0 || spec.mount_id == kWakeToken) {
     return InvalidArgument("mount without descriptor, layer or id");
   }
-  // Set once by the supervisor for all who share the description; a blocking read would tie a pool thread to one mount.
+  // Set once by the supervisor for all who share the description; a blocking read would tie a pool thread to
+  // one mount.
   int flags = fcntl(spec.device.get(), F_GETFL);
   if (flags < 0) return ErrnoStatus(errno, "mount descriptor");
   if ((flags & O_NONBLOCK) == 0) return FailedPrecondition("the mount's descriptor is not O_NONBLOCK");

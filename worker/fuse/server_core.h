@@ -1,8 +1,8 @@
-// The server behind fuse_server.h. Kept by std::shared_ptr, because completions of the layers may come after the server is
-// gone: they hold a weak_ptr.
+// The server behind fuse_server.h. Kept by std::shared_ptr, because completions of the layers may come after
+// the server is gone: they hold a weak_ptr.
 //
-// Files: server_core.cc (set-up, mounts, parking), receive.cc (the pool), pending.cc (READs that wait), adopt.cc (older
-// ledgers), operations.cc (the file system). Locks: README.md.
+// Files: server_core.cc (set-up, mounts, parking), receive.cc (the pool), pending.cc (READs that wait),
+// adopt.cc (older ledgers), operations.cc (the file system). Locks: README.md.
 #pragma once
 
 #include <atomic>
@@ -48,7 +48,8 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   const ServerOptions& options() const { return options_; }
   const LedgerView& ledger() const { return *ledger_; }
 
-  // For operations.cc: answers a READ of a regular file of `layer`, or makes a record of it. Offset and size lie in the file.
+  // For operations.cc: answers a READ of a regular file of `layer`, or makes a record of it. Offset and size
+  // lie in the file.
   void Read(Exchange& x, uint64_t nodeid, uint64_t offset, uint64_t size);
   void ReplyError(Exchange& x, int error);
   // For libfuse's replies.
@@ -85,10 +86,11 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   };
   struct OldLedger {
     std::shared_ptr<LedgerView> view;
-    std::map<uint32_t, uint64_t> taken_slots;  // slot -> unique that was executed while its owner might still live
+    std::map<uint32_t, uint64_t>
+        taken_slots;  // slot -> unique that was executed while its owner might still live
     bool walked_finally = false;
   };
-  enum class Received { kNothing, kRequest, kInterrupt, kEnded };
+  enum class Received { kNothing, kRequest, kInterrupt, kEnded, kBroken };
 
   // server_core.cc
   bool Enter();
@@ -96,8 +98,8 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   std::shared_ptr<Mount> FindMount(uint64_t mount_id) const;
   std::vector<std::shared_ptr<Mount>> AllMounts() const;
   void UpdateArmed(Mount& mount);
-  void Throttle(Mount& mount);      // stop reading it when it is at its cap
-  void Unthrottle(Mount& mount);    // read it again when it has drained
+  void Throttle(Mount& mount);    // stop reading it when it is at its cap
+  void Unthrottle(Mount& mount);  // read it again when it has drained
 
   // receive.cc
   void PoolThread(uint32_t slot_index);
@@ -109,16 +111,18 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   // Executes a request that lies in `request`, followed by at least one zero byte.
   void Execute(Exchange& x, const uint8_t* request, uint32_t length);
   void HandleInterrupt(Exchange& x, uint64_t target);
-  void MountEnded(Mount& mount);
+  void MountEnded(Mount& mount, bool report);
   void CountAnswer();
   bool TableFull() const;
 
   // pending.cc
   void MakeRecord(Exchange& x, uint64_t nodeid, uint64_t offset, uint64_t size);
-  void Fetch(const std::shared_ptr<Mount>& mount, const std::shared_ptr<layer::Layer>& layer, uint64_t unique);
-  void Fetched(uint64_t mount_id, uint64_t unique, uint64_t attempt, const absl::StatusOr<layer::ReadResult>& result);
-  void SendPending(const std::shared_ptr<Mount>& mount, const PendingRead& read, const layer::ReadResult& content,
-                   ReplyPipe* pipe);
+  void Fetch(const std::shared_ptr<Mount>& mount, const std::shared_ptr<layer::Layer>& layer,
+             uint64_t unique);
+  void Fetched(uint64_t mount_id, uint64_t unique, uint64_t attempt,
+               const absl::StatusOr<layer::ReadResult>& result);
+  void SendPending(const std::shared_ptr<Mount>& mount, const PendingRead& read,
+                   const layer::ReadResult& content, ReplyPipe* pipe);
   uint64_t AdoptedDeadline(uint64_t recorded) const;
   void AnswerInterrupted(Mount& mount, uint64_t unique, ReplyPipe* pipe);
   // Tries the cache, then fetches.

@@ -12,7 +12,7 @@ struct MountBlob {
   imageRef @3 :Text;           # where to fetch from
   snapshotId @4 :UInt64;
   blobSize @5 :UInt64;         # compressed bytes
-  noXattrs @6 :Bool;           # GETXATTR and LISTXATTR answered ENOSYS: the kernel remembers it for the mount's life
+  noXattrs @6 :Bool;           # GETXATTR answered ENOSYS: the kernel remembers it for the mount's life
   zeroOpen @7 :Bool;           # OPEN answered ENOSYS
   overlayOpaqueUser @8 :Bool;  # opaque directories as user.overlay.opaque (false: trusted.overlay.opaque)
 }

@@ -33,7 +33,7 @@ struct LedgerHandle {
 };
 
 struct MountFlags {          // fixed for the mount's life (kept in its blob)
-  bool no_xattrs = false;    // answer ENOSYS to GETXATTR/LISTXATTR
+  bool no_xattrs = false;    // answer ENOSYS to GETXATTR, an empty list to LISTXATTR
   bool zero_open = false;    // answer ENOSYS to OPEN (OPENDIR always)
   bool opaque_user = false;  // opaque mark as user.overlay.opaque
 };

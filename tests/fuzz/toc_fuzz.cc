@@ -1,4 +1,5 @@
-// A TOC's JSON, all the way to an open index: whatever the parser lets through must make an index or a clean error.
+// A TOC's JSON, all the way to an open index: whatever the parser lets through must make an index or a clean
+// error.
 #include <cstdint>
 #include <cstdlib>
 
@@ -8,9 +9,11 @@
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace holdfast;
   const uint64_t toc_offset = 1 << 20, blob_size = toc_offset + 1000;
-  auto parsed = toc::ParseEstargzToc({reinterpret_cast<const char*>(data), size}, toc_offset, blob_size, toc::Limits{});
+  auto parsed =
+      toc::ParseEstargzToc({reinterpret_cast<const char*>(data), size}, toc_offset, blob_size, toc::Limits{});
   if (!parsed.ok()) return 0;
-  auto built = layer::BuildLayerIndex(*parsed, {"sha256:layer", blob_size, "sha256:toc", parsed->prefetch_end}, {});
+  auto built =
+      layer::BuildLayerIndex(*parsed, {"sha256:layer", blob_size, "sha256:toc", parsed->prefetch_end}, {});
   if (!built.ok()) {
     // Internal: the builder made an index that its own validator refuses.
     if (built.status().code() == absl::StatusCode::kInternal) std::abort();

@@ -1,5 +1,5 @@
-// CRC-32C (Castagnoli, reflected polynomial 0x82f63b78, as in RFC 3720 B.4), with the processor's instruction where
-// there is one. Thread safety: pure function.
+// CRC-32C (Castagnoli, reflected polynomial 0x82f63b78, as in RFC 3720 B.4), with the processor's instruction
+// where there is one. Thread safety: pure function.
 #pragma once
 
 #include <cstdint>

@@ -17,7 +17,8 @@ struct DigestStream::State {
 
 namespace {
 
-// OpenSSL's SHA-256 fails only without memory or in a broken installation: nothing could be verified any more.
+// OpenSSL's SHA-256 fails only without memory or in a broken installation: nothing could be verified any
+// more.
 void Must(int result) { CHECK_EQ(result, 1) << "OpenSSL SHA-256 failed"; }
 
 }  // namespace
@@ -44,7 +45,9 @@ DigestStream& DigestStream::operator=(DigestStream&&) noexcept = default;
 
 void DigestStream::Update(std::string_view bytes) { Update(bytes.data(), bytes.size()); }
 
-void DigestStream::Update(const void* data, size_t size) { Must(EVP_DigestUpdate(state_->context, data, size)); }
+void DigestStream::Update(const void* data, size_t size) {
+  Must(EVP_DigestUpdate(state_->context, data, size));
+}
 
 toc::Digest DigestStream::Finish() {
   toc::Digest digest;

@@ -1,5 +1,6 @@
 // SHA-256 over OpenSSL, and the textual forms of digests.
-// Thread safety: pure functions; a DigestStream belongs to one thread. Errors: InvalidArgument for malformed digests.
+// Thread safety: pure functions; a DigestStream belongs to one thread. Errors: InvalidArgument for malformed
+// digests.
 #pragma once
 
 #include <cstddef>

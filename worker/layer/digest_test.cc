@@ -20,8 +20,9 @@ TEST(DigestTest, AllFormsOfADigestAgree) {
 
 TEST(DigestTest, OnlyWholeLowerCaseDigestsAreValid) {
   EXPECT_TRUE(IsSha256Digest(Sha256Name("")));
-  for (const std::string& bad : {std::string(), std::string("sha256:"), std::string(kAbc), "sha256:" + std::string(64, 'A'),
-                                 "sha256:../" + std::string(61, 'a'), Sha256Name("") + "\n", "sha256:" + std::string(65, 'a')}) {
+  for (const std::string& bad :
+       {std::string(), std::string("sha256:"), std::string(kAbc), "sha256:" + std::string(64, 'A'),
+        "sha256:../" + std::string(61, 'a'), Sha256Name("") + "\n", "sha256:" + std::string(65, 'a')}) {
     EXPECT_FALSE(IsSha256Digest(bad)) << bad;
   }
 }

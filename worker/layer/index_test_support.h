@@ -29,7 +29,8 @@ inline toc::Entry MakeFile(std::string name, uint64_t size = 0, uint64_t blob_of
   toc::Entry entry = MakeEntry(std::move(name), toc::Type::kRegular, uid);
   entry.size = size;
   if (size > 0) {
-    entry.chunks.push_back({.file_offset = 0, .size = size, .blob_offset = blob_offset, .blob_end = blob_offset + 100});
+    entry.chunks.push_back(
+        {.file_offset = 0, .size = size, .blob_offset = blob_offset, .blob_end = blob_offset + 100});
     entry.chunks.back().digest.fill(static_cast<uint8_t>(size));
   }
   return entry;
@@ -43,7 +44,8 @@ inline toc::Entry MakeLink(std::string name, toc::Type type, std::string target)
 
 inline constexpr uint64_t kTestBlobSize = 1 << 30;
 
-inline absl::StatusOr<BuiltIndex> TryBuild(const std::vector<toc::Entry>& entries, const ParentAttributes& below = {}) {
+inline absl::StatusOr<BuiltIndex> TryBuild(const std::vector<toc::Entry>& entries,
+                                           const ParentAttributes& below = {}) {
   toc::Toc toc;
   toc.entries = entries;
   IndexInfo info;
@@ -55,7 +57,8 @@ inline absl::StatusOr<BuiltIndex> TryBuild(const std::vector<toc::Entry>& entrie
 }
 
 // The index of entries that must be good.
-inline std::shared_ptr<const LayerIndex> Build(const std::vector<toc::Entry>& entries, const ParentAttributes& below = {}) {
+inline std::shared_ptr<const LayerIndex> Build(const std::vector<toc::Entry>& entries,
+                                               const ParentAttributes& below = {}) {
   absl::StatusOr<BuiltIndex> built = TryBuild(entries, below);
   EXPECT_TRUE(built.ok()) << built.status();
   if (!built.ok()) return nullptr;
@@ -72,7 +75,8 @@ inline const NodeRecord& NodeAt(const LayerIndex& index, std::string_view path) 
 
 inline std::vector<std::string> Names(const LayerIndex& index, std::string_view folder) {
   std::vector<std::string> names;
-  for (const ChildRecord& child : index.children(index.LookupPath(folder))) names.emplace_back(index.name(child));
+  for (const ChildRecord& child : index.children(index.LookupPath(folder)))
+    names.emplace_back(index.name(child));
   return names;
 }
 

@@ -20,7 +20,8 @@ class Mapping {
     HF_ASSIGN_OR_RETURN(UniqueFd fd, OpenFile(path, O_RDONLY | O_NOFOLLOW));
     struct stat found {};
     if (fstat(fd.get(), &found) != 0) return ErrnoStatus(errno, "stat " + path);
-    if (!S_ISREG(found.st_mode) || found.st_size == 0) return DataLoss("index: " + path + " is empty or not a file");
+    if (!S_ISREG(found.st_mode) || found.st_size == 0)
+      return DataLoss("index: " + path + " is empty or not a file");
     size_t size = static_cast<size_t>(found.st_size);
     void* data = mmap(nullptr, size, PROT_READ, MAP_SHARED, fd.get(), 0);
     if (data == MAP_FAILED) return ErrnoStatus(errno, "map " + path);
@@ -66,8 +67,9 @@ class LayerIndexImpl final : public LayerIndex {
 
   uint64_t Lookup(uint64_t folder, std::string_view wanted) const override {
     std::span<const ChildRecord> rows = children(folder);
-    auto row = std::lower_bound(rows.begin(), rows.end(), wanted,
-                                [this](const ChildRecord& child, std::string_view text) { return name(child) < text; });
+    auto row = std::lower_bound(
+        rows.begin(), rows.end(), wanted,
+        [this](const ChildRecord& child, std::string_view text) { return name(child) < text; });
     return row != rows.end() && name(*row) == wanted ? row->nodeid : 0;
   }
 
@@ -87,7 +89,9 @@ class LayerIndexImpl final : public LayerIndex {
     return view_.children.subspan(record->first, record->count);
   }
 
-  std::string_view name(const ChildRecord& child) const override { return Text(child.name_offset, child.name_length); }
+  std::string_view name(const ChildRecord& child) const override {
+    return Text(child.name_offset, child.name_length);
+  }
   std::string_view link_target(const NodeRecord& record) const override {
     return Text(record.link_offset, record.link_length);
   }
@@ -96,7 +100,8 @@ class LayerIndexImpl final : public LayerIndex {
     std::vector<std::pair<std::string_view, std::string_view>> pairs;
     pairs.reserve(record.xattr_count);
     for (const XattrRecord& xattr : view_.xattrs.subspan(record.first_xattr, record.xattr_count)) {
-      pairs.emplace_back(Text(xattr.name_offset, xattr.name_length), Text(xattr.value_offset, xattr.value_length));
+      pairs.emplace_back(Text(xattr.name_offset, xattr.name_length),
+                         Text(xattr.value_offset, xattr.value_length));
     }
     return pairs;
   }
@@ -105,13 +110,16 @@ class LayerIndexImpl final : public LayerIndex {
 
   uint64_t ChunkAt(const NodeRecord& record, uint64_t offset) const override {
     std::span<const ChunkRecord> rows = view_.chunks.subspan(record.first, record.count);
-    auto after = std::upper_bound(rows.begin(), rows.end(), offset,
-                                  [](uint64_t wanted, const ChunkRecord& chunk) { return wanted < chunk.file_offset; });
+    auto after = std::upper_bound(
+        rows.begin(), rows.end(), offset,
+        [](uint64_t wanted, const ChunkRecord& chunk) { return wanted < chunk.file_offset; });
     return record.first + static_cast<uint64_t>(after - rows.begin()) - 1;
   }
 
  private:
-  std::string_view Text(uint64_t offset, uint64_t length) const { return view_.strings.substr(offset, length); }
+  std::string_view Text(uint64_t offset, uint64_t length) const {
+    return view_.strings.substr(offset, length);
+  }
 
   const Mapping mapping_;
   const std::unique_ptr<std::string> memory_;

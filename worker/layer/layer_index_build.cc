@@ -1,15 +1,15 @@
 // From a TOC to index bytes.
 //
-// Numbering version 1. Entries are applied in TOC order (layer_index_tree.h). Each applied name takes the next place in a
-// list; the missing folders on its path take theirs just before it, outermost first. A folder named again keeps its
-// place; anything else named again loses its old place (and what lay below it) and takes a new one at the end. A
-// whiteout named again keeps its place. Nodes are then numbered from 1 along the list, the root first, leaving out what was replaced,
-// whiteouts of names that exist, and hard links, which share the node of the name they lead to. So a folder's number is
-// smaller than its children's.
+// Numbering version 1. Entries are applied in TOC order (layer_index_tree.h). Each applied name takes the
+// next place in a list; the missing folders on its path take theirs just before it, outermost first. A folder
+// named again keeps its place; anything else named again loses its old place (and what lay below it) and
+// takes a new one at the end. A whiteout named again keeps its place. Nodes are then numbered from 1 along
+// the list, the root first, leaving out what was replaced, whiteouts of names that exist, and hard links,
+// which share the node of the name they lead to. So a folder's number is smaller than its children's.
 //
-// Chunks are numbered file after file, files by the place of their first chunk in the blob (blob offset, offset in the
-// member, nodeid). In the content file they follow each other in that order; a file of at least 4096 bytes begins at a multiple
-// of 4096, so that its pages can be spliced as they are.
+// Chunks are numbered file after file, files by the place of their first chunk in the blob (blob offset,
+// offset in the member, nodeid). In the content file they follow each other in that order; a file of at least
+// 4096 bytes begins at a multiple of 4096, so that its pages can be spliced as they are.
 #include <sys/stat.h>
 
 #include <algorithm>
@@ -30,13 +30,19 @@ constexpr uint64_t kMaxContentBytes = 1ull << 60;
 
 uint32_t TypeBits(toc::Type type) {
   switch (type) {
-    case toc::Type::kDirectory: return S_IFDIR;
-    case toc::Type::kSymlink: return S_IFLNK;
-    case toc::Type::kCharDevice: return S_IFCHR;
-    case toc::Type::kBlockDevice: return S_IFBLK;
-    case toc::Type::kFifo: return S_IFIFO;
+    case toc::Type::kDirectory:
+      return S_IFDIR;
+    case toc::Type::kSymlink:
+      return S_IFLNK;
+    case toc::Type::kCharDevice:
+      return S_IFCHR;
+    case toc::Type::kBlockDevice:
+      return S_IFBLK;
+    case toc::Type::kFifo:
+      return S_IFIFO;
     case toc::Type::kRegular:
-    case toc::Type::kHardlink: break;
+    case toc::Type::kHardlink:
+      break;
   }
   return S_IFREG;
 }
@@ -62,8 +68,8 @@ class IndexBuilder {
 
   void MakeNodes() {
     nodeids_.assign(dentries_.size(), 0);
-    const auto count = static_cast<size_t>(
-        std::count_if(dentries_.begin(), dentries_.end(), [this](const Dentry& dentry) { return HasNode(dentry); }));
+    const auto count = static_cast<size_t>(std::count_if(
+        dentries_.begin(), dentries_.end(), [this](const Dentry& dentry) { return HasNode(dentry); }));
     tables_.nodes.reserve(count);
     tables_.links.reserve(count);
     entry_of_.reserve(count);
@@ -96,7 +102,8 @@ class IndexBuilder {
       node.gid = entry.gid;
       node.mtime_seconds = entry.mtime_seconds;
       node.mtime_nanos = entry.mtime_nanos;
-      if (S_ISCHR(node.mode) || S_ISBLK(node.mode)) node.rdev = EncodeDevice(entry.dev_major, entry.dev_minor);
+      if (S_ISCHR(node.mode) || S_ISBLK(node.mode))
+        node.rdev = EncodeDevice(entry.dev_major, entry.dev_minor);
       if (S_ISREG(node.mode)) node.size = entry.size;
       if (S_ISLNK(node.mode)) {
         link = entry.link_target;
@@ -149,7 +156,8 @@ class IndexBuilder {
     }
     size_t count = 0;
     for (uint32_t file : files) {
-      if (toc_.entries[entry_of_[file]].chunks.empty()) return InvalidArgument("layer: a file with content has no chunks");
+      if (toc_.entries[entry_of_[file]].chunks.empty())
+        return InvalidArgument("layer: a file with content has no chunks");
       count += toc_.entries[entry_of_[file]].chunks.size();
     }
     tables_.chunks.reserve(count);
@@ -168,7 +176,7 @@ class IndexBuilder {
       node.count = static_cast<uint32_t>(chunks.size());
       for (const toc::Chunk& chunk : chunks) {
         ChunkRecord& row = tables_.chunks.emplace_back();
-        row = {chunk.file_offset, chunk.size, chunk.blob_offset, chunk.blob_end, chunk.inner_offset,
+        row = {chunk.file_offset,          chunk.size, chunk.blob_offset, chunk.blob_end, chunk.inner_offset,
                stored + chunk.file_offset, {}};
         std::copy(chunk.digest.begin(), chunk.digest.end(), row.digest);
       }
@@ -220,8 +228,9 @@ class FolderBinder {
 
  private:
   // Asks for the folder at position `i` by its path.
-  static std::optional<Attributes> Ask(const ParentAttributes& below, const std::vector<std::string_view>& names,
-                                       const IndexTables& tables, size_t i) {
+  static std::optional<Attributes> Ask(const ParentAttributes& below,
+                                       const std::vector<std::string_view>& names, const IndexTables& tables,
+                                       size_t i) {
     std::vector<std::string_view> parts;
     for (size_t at = i; at != 0; at = tables.nodes[at].parent - 1) parts.push_back(names[at]);
     std::string path;
@@ -252,7 +261,8 @@ absl::StatusOr<BuiltIndex> BuildLayerIndex(const toc::Toc& toc, const IndexInfo&
   return SerializeIndex(std::move(tables));
 }
 
-absl::StatusOr<BuiltIndex> BindImpliedFolders(const LayerIndex& base, const ParentAttributes& parent_attributes) {
+absl::StatusOr<BuiltIndex> BindImpliedFolders(const LayerIndex& base,
+                                              const ParentAttributes& parent_attributes) {
   IndexTables tables;
   tables.info = base.info();
   tables.content_bytes = base.content_bytes();
@@ -262,7 +272,8 @@ absl::StatusOr<BuiltIndex> BindImpliedFolders(const LayerIndex& base, const Pare
     tables.nodes.push_back(node);
     tables.links.push_back(base.link_target(node));
     for (const auto& xattr : base.xattrs(node)) tables.xattrs.push_back(xattr);
-    for (const ChildRecord& child : base.children(id)) tables.children.push_back({base.name(child), child.nodeid});
+    for (const ChildRecord& child : base.children(id))
+      tables.children.push_back({base.name(child), child.nodeid});
   }
   FolderBinder binder;
   binder.Bind(parent_attributes, &tables);

@@ -23,7 +23,8 @@ std::string GoodBytes() {
   file.chunks.push_back({.file_offset = 4000, .size = 1000, .blob_offset = 100, .blob_end = 200});
   toc::Entry other = MakeFile("g", 7, 300);
   other.xattrs = {{"user.a", "1"}, {"user.b", "2"}};
-  auto built = TryBuild({MakeFolder(""), MakeFolder("d"), file, MakeLink("s", toc::Type::kSymlink, "target"), other});
+  auto built =
+      TryBuild({MakeFolder(""), MakeFolder("d"), file, MakeLink("s", toc::Type::kSymlink, "target"), other});
   EXPECT_TRUE(built.ok()) << built.status();
   return built.ok() ? built->bytes : std::string();
 }
@@ -32,10 +33,18 @@ std::string GoodBytes() {
 struct Editor {
   std::string bytes = GoodBytes();
   IndexHeader& header() { return *reinterpret_cast<IndexHeader*>(bytes.data()); }
-  NodeRecord& node(uint64_t id) { return reinterpret_cast<NodeRecord*>(bytes.data() + header().nodes.offset)[id - 1]; }
-  ChildRecord& child(uint64_t row) { return reinterpret_cast<ChildRecord*>(bytes.data() + header().children.offset)[row]; }
-  ChunkRecord& chunk(uint64_t row) { return reinterpret_cast<ChunkRecord*>(bytes.data() + header().chunks.offset)[row]; }
-  XattrRecord& xattr(uint64_t row) { return reinterpret_cast<XattrRecord*>(bytes.data() + header().xattrs.offset)[row]; }
+  NodeRecord& node(uint64_t id) {
+    return reinterpret_cast<NodeRecord*>(bytes.data() + header().nodes.offset)[id - 1];
+  }
+  ChildRecord& child(uint64_t row) {
+    return reinterpret_cast<ChildRecord*>(bytes.data() + header().children.offset)[row];
+  }
+  ChunkRecord& chunk(uint64_t row) {
+    return reinterpret_cast<ChunkRecord*>(bytes.data() + header().chunks.offset)[row];
+  }
+  XattrRecord& xattr(uint64_t row) {
+    return reinterpret_cast<XattrRecord*>(bytes.data() + header().xattrs.offset)[row];
+  }
   char& text(uint64_t offset) { return bytes[header().strings.offset + offset]; }
 };
 
@@ -150,7 +159,8 @@ TEST(LayerIndexDamageTest, ForgeriesWithARightChecksumAreRefused) {
     Editor editor;
     forgery.change(editor);
     SealIndex(&editor.bytes);
-    EXPECT_EQ(LayerIndex::FromBytes(editor.bytes).status().code(), absl::StatusCode::kDataLoss) << forgery.what;
+    EXPECT_EQ(LayerIndex::FromBytes(editor.bytes).status().code(), absl::StatusCode::kDataLoss)
+        << forgery.what;
   }
   Editor untouched;
   SealIndex(&untouched.bytes);
@@ -161,7 +171,8 @@ TEST(LayerIndexDamageTest, ForgeriesWithARightChecksumAreRefused) {
 TEST(LayerIndexDamageTest, ValidationOfManyNodesIsQuick) {
   std::vector<toc::Entry> entries;
   for (int i = 0; i < 100'000; i++) {
-    entries.push_back(MakeFile("usr/share/folder" + std::to_string(i / 50) + "/some-file-name-" + std::to_string(i), 100, 1000));
+    entries.push_back(MakeFile(
+        "usr/share/folder" + std::to_string(i / 50) + "/some-file-name-" + std::to_string(i), 100, 1000));
   }
   auto built = TryBuild(entries);
   ASSERT_TRUE(built.ok()) << built.status();

@@ -14,8 +14,8 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "the tables are used as they lie in the file");
 
-// The offsets of the string section. Strings lie there in the order in which the tables mention them (names of
-// children, link targets, xattrs, digests): the same tables always give the same bytes.
+// The offsets of the string section. Strings lie there in the order in which the tables mention them (names
+// of children, link targets, xattrs, digests): the same tables always give the same bytes.
 class StringPlaces {
  public:
   uint64_t Take(std::string_view text) {
@@ -61,8 +61,8 @@ IndexHeader MakeHeader(const IndexTables& tables) {
   return header;
 }
 
-// All tables and strings in file order. Large tables are freed as soon as they are written: an index of millions of nodes
-// would otherwise be in memory twice.
+// All tables and strings in file order. Large tables are freed as soon as they are written: an index of
+// millions of nodes would otherwise be in memory twice.
 void AppendTables(IndexTables* tables, std::string* bytes) {
   StringPlaces names, rest;
   for (const auto& child : tables->children) rest.Take(child.name);
@@ -74,12 +74,14 @@ void AppendTables(IndexTables* tables, std::string* bytes) {
   }
   tables->nodes = {};
   for (const auto& child : tables->children) {
-    Append(ChildRecord{names.Take(child.name), static_cast<uint32_t>(child.name.size()), 0, child.nodeid}, bytes);
+    Append(ChildRecord{names.Take(child.name), static_cast<uint32_t>(child.name.size()), 0, child.nodeid},
+           bytes);
   }
   for (const ChunkRecord& chunk : tables->chunks) Append(chunk, bytes);
   tables->chunks = {};
   for (const auto& [name, value] : tables->xattrs) {
-    XattrRecord row{rest.Take(name), 0, static_cast<uint32_t>(name.size()), static_cast<uint32_t>(value.size())};
+    XattrRecord row{rest.Take(name), 0, static_cast<uint32_t>(name.size()),
+                    static_cast<uint32_t>(value.size())};
     row.value_offset = rest.Take(value);
     Append(row, bytes);
   }
@@ -123,7 +125,8 @@ absl::StatusOr<BuiltIndex> SerializeIndex(IndexTables tables) {
   built.bytes.resize(header.file_size);
   SealIndex(&built.bytes);
   absl::StatusOr<IndexView> valid = ValidateIndex(built.bytes);
-  if (!valid.ok()) return Internal("built index is not valid: " + std::string(FromAbsl(valid.status().message())));
+  if (!valid.ok())
+    return Internal("built index is not valid: " + std::string(FromAbsl(valid.status().message())));
   built.sha256 = Sha256Hex(built.bytes);
   built.has_implied_folders = (header.flags & kIndexHasImpliedFolders) != 0;
   return built;

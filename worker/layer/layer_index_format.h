@@ -1,7 +1,6 @@
-// The bytes of a LayerIndex file: header, tables, writer and validator. Internal to worker/layer; the records of the
-// tables are in layer_index.h. Little-endian; all sections lie one after the other in the order of the header's members,
-// without gaps, so every offset follows from the counts.
-// Thread safety: pure functions.
+// The bytes of a LayerIndex file: header, tables, writer and validator. Internal to worker/layer; the records
+// of the tables are in layer_index.h. Little-endian; all sections lie one after the other in the order of the
+// header's members, without gaps, so every offset follows from the counts. Thread safety: pure functions.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +21,7 @@ struct IndexSection {
   uint64_t count;   // records; strings: bytes
 };
 
-struct IndexText {   // in the string section
+struct IndexText {  // in the string section
   uint64_t offset;
   uint64_t length;
 };
@@ -31,7 +30,7 @@ struct IndexHeader {
   char magic[8];
   uint32_t format_version;
   uint32_t numbering_version;
-  uint32_t crc;              // CRC-32C of the whole file, this member taken as 0
+  uint32_t crc;  // CRC-32C of the whole file, this member taken as 0
   uint32_t header_size;
   uint64_t file_size;
   IndexSection nodes;
@@ -45,7 +44,7 @@ struct IndexHeader {
   uint64_t prefetch_end;
   IndexText layer_digest;
   IndexText toc_digest;
-  uint32_t flags;            // kIndexHas...
+  uint32_t flags;  // kIndexHas...
   uint32_t reserved;
 };
 inline constexpr uint32_t kIndexHasXattrs = 1;
@@ -69,10 +68,10 @@ struct IndexTables {
   };
   using Xattr = std::pair<std::string_view, std::string_view>;
 
-  std::vector<NodeRecord> nodes;          // complete but for link_offset and link_length
-  std::vector<std::string_view> links;    // by node; empty: not a symlink
-  std::vector<Xattr> xattrs;              // node after node, sorted by name within each
-  std::vector<Child> children;            // folder after folder in nodeid order, sorted within each
+  std::vector<NodeRecord> nodes;        // complete but for link_offset and link_length
+  std::vector<std::string_view> links;  // by node; empty: not a symlink
+  std::vector<Xattr> xattrs;            // node after node, sorted by name within each
+  std::vector<Child> children;          // folder after folder in nodeid order, sorted within each
   std::vector<ChunkRecord> chunks;
   uint64_t content_bytes = 0;
   IndexInfo info;

@@ -85,11 +85,14 @@ struct Model {
   }
 };
 
-int Roll(std::mt19937& random, int sides) { return static_cast<int>(random() % static_cast<uint32_t>(sides)); }
+int Roll(std::mt19937& random, int sides) {
+  return static_cast<int>(random() % static_cast<uint32_t>(sides));
+}
 
 std::string RandomPath(std::mt19937& random) {
   std::string path;
-  for (int depth = Roll(random, 3); depth >= 0; depth--) path = Model::Join(path, std::string(1, static_cast<char>('a' + Roll(random, 3))));
+  for (int depth = Roll(random, 3); depth >= 0; depth--)
+    path = Model::Join(path, std::string(1, static_cast<char>('a' + Roll(random, 3))));
   return path;
 }
 
@@ -107,7 +110,8 @@ toc::Entry RandomEntry(std::mt19937& random, uint32_t number) {
   return entry;
 }
 
-void CheckItem(const Model& model, const LayerIndex& index, const std::vector<toc::Entry>& entries, const std::string& path) {
+void CheckItem(const Model& model, const LayerIndex& index, const std::vector<toc::Entry>& entries,
+               const std::string& path) {
   const Model::Item& item = model.items.at(path);
   uint64_t id = index.LookupPath(path);
   ASSERT_NE(id, 0u) << path;
@@ -132,7 +136,9 @@ void CheckItem(const Model& model, const LayerIndex& index, const std::vector<to
   uint32_t links = item.type == Type::kDirectory ? 2 : 0;
   for (const auto& [other, value] : model.items) {
     if (item.type != Type::kDirectory) links += model.Resolve(other) == path ? 1 : 0;
-    if (item.type == Type::kDirectory && !other.empty() && value.type == Type::kDirectory && Model::Parent(other) == path) links++;
+    if (item.type == Type::kDirectory && !other.empty() && value.type == Type::kDirectory &&
+        Model::Parent(other) == path)
+      links++;
   }
   EXPECT_EQ(node.nlink, links) << path;
 }

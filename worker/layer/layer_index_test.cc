@@ -73,7 +73,8 @@ TEST(LayerIndexBuildTest, AFolderReplacesAFile) {
 }
 
 TEST(LayerIndexBuildTest, APathThroughSomethingElseThanAFolderIsAnError) {
-  for (const toc::Entry& first : {MakeFile("a"), MakeLink("a", Type::kSymlink, "/etc"), MakeEntry("a", Type::kFifo)}) {
+  for (const toc::Entry& first :
+       {MakeFile("a"), MakeLink("a", Type::kSymlink, "/etc"), MakeEntry("a", Type::kFifo)}) {
     auto built = TryBuild({first, MakeFile("a/b")});
     EXPECT_EQ(built.status().code(), absl::StatusCode::kInvalidArgument);
     EXPECT_THAT(Message(built.status()), HasSubstr("a/b"));
@@ -82,8 +83,8 @@ TEST(LayerIndexBuildTest, APathThroughSomethingElseThanAFolderIsAnError) {
 }
 
 TEST(LayerIndexBuildTest, AWhiteoutBecomesADeviceUnlessTheNameExists) {
-  auto index = Build({MakeFile("d/.wh.gone"), MakeFile("d/.wh.stays"), MakeFile("d/stays"), MakeFile("d/first"),
-                      MakeFile("d/.wh.first"), MakeFile("d/.wh.gone")});
+  auto index = Build({MakeFile("d/.wh.gone"), MakeFile("d/.wh.stays"), MakeFile("d/stays"),
+                      MakeFile("d/first"), MakeFile("d/.wh.first"), MakeFile("d/.wh.gone")});
   EXPECT_THAT(Names(*index, "d"), ElementsAre("first", "gone", "stays"));
   const NodeRecord& gone = NodeAt(*index, "d/gone");
   EXPECT_EQ(gone.mode, uint32_t{S_IFCHR});
@@ -104,16 +105,16 @@ TEST(LayerIndexBuildTest, TheOpaqueMarkIsAFlagOfItsFolder) {
 }
 
 TEST(LayerIndexBuildTest, OtherNamesOfAufsAreHiddenWithWhatLiesBelowThem) {
-  auto index = Build({MakeFolder(".wh..wh.plnk"), MakeFile(".wh..wh.plnk/1.2"), MakeFolder("d"), MakeFile("d/.wh..wh.aufs"),
-                      MakeFile("e/.wh.gone/f"), MakeFile("f")});
+  auto index = Build({MakeFolder(".wh..wh.plnk"), MakeFile(".wh..wh.plnk/1.2"), MakeFolder("d"),
+                      MakeFile("d/.wh..wh.aufs"), MakeFile("e/.wh.gone/f"), MakeFile("f")});
   EXPECT_THAT(Names(*index, ""), ElementsAre("d", "f"));
   EXPECT_TRUE(Names(*index, "d").empty());
   for (const char* name : {".wh.", ".wh..", ".wh..."}) EXPECT_FALSE(TryBuild({MakeFile(name)}).ok()) << name;
 }
 
 TEST(LayerIndexBuildTest, HardLinksShareOneNodeWhateverTheirOrder) {
-  auto index = Build({MakeLink("early", Type::kHardlink, "d/f"), MakeFile("d/f", 5, 0, 9), MakeLink("late", Type::kHardlink, "d/f"),
-                      MakeLink("chain", Type::kHardlink, "late")});
+  auto index = Build({MakeLink("early", Type::kHardlink, "d/f"), MakeFile("d/f", 5, 0, 9),
+                      MakeLink("late", Type::kHardlink, "d/f"), MakeLink("chain", Type::kHardlink, "late")});
   uint64_t id = index->LookupPath("d/f");
   for (const char* name : {"early", "late", "chain"}) EXPECT_EQ(index->LookupPath(name), id) << name;
   EXPECT_EQ(index->node(id)->nlink, 4u);
@@ -143,8 +144,10 @@ TEST(LayerIndexBuildTest, BrokenHardLinksAreErrors) {
   EXPECT_THAT(Message(TryBuild({link("l", "missing")}).status()), HasSubstr("not in this layer"));
   EXPECT_THAT(Message(TryBuild({MakeFolder("d"), link("l", "d")}).status()), HasSubstr("folder"));
   EXPECT_THAT(Message(TryBuild({link("l", "l")}).status()), HasSubstr("circle"));
-  EXPECT_THAT(Message(TryBuild({link("a", "b"), link("b", "c"), link("c", "a")}).status()), HasSubstr("circle"));
-  EXPECT_THAT(Message(TryBuild({link("x", "a"), link("a", "b"), link("b", "a")}).status()), HasSubstr("circle"));
+  EXPECT_THAT(Message(TryBuild({link("a", "b"), link("b", "c"), link("c", "a")}).status()),
+              HasSubstr("circle"));
+  EXPECT_THAT(Message(TryBuild({link("x", "a"), link("a", "b"), link("b", "a")}).status()),
+              HasSubstr("circle"));
   // Through a symlink, to something replaced, to a whiteout.
   EXPECT_FALSE(TryBuild({MakeFile("d/f"), MakeLink("s", Type::kSymlink, "d"), link("l", "s/f")}).ok());
   EXPECT_FALSE(TryBuild({MakeFile("d/f"), MakeFile("d"), link("l", "d/f")}).ok());
@@ -180,7 +183,8 @@ TEST(LayerIndexBuildTest, AttributesAreStoredAsTheKernelWantsThem) {
   file.mtime_seconds = 1'700'000'000;
   file.mtime_nanos = 5;
   file.xattrs = {{"user.b", "2"}, {"security.capability", std::string("\1\0\0", 3)}, {"user.a", ""}};
-  auto index = Build({device, file, MakeLink("s", Type::kSymlink, "../over/there"), MakeEntry("p", Type::kFifo)});
+  auto index =
+      Build({device, file, MakeLink("s", Type::kSymlink, "../over/there"), MakeEntry("p", Type::kFifo)});
   EXPECT_EQ(NodeAt(*index, "dev").mode, S_IFBLK | 0644u);
   EXPECT_EQ(NodeAt(*index, "dev").rdev, (70'000u & 0xff) | (259u << 8) | ((70'000u & ~0xffu) << 12));
   const NodeRecord& f = NodeAt(*index, "f");
@@ -188,7 +192,8 @@ TEST(LayerIndexBuildTest, AttributesAreStoredAsTheKernelWantsThem) {
   EXPECT_EQ(f.gid, 4'000'000'000u);
   EXPECT_EQ(f.mtime_seconds, 1'700'000'000);
   EXPECT_EQ(f.mtime_nanos, 5u);
-  EXPECT_THAT(index->xattrs(f), ElementsAre(Pair("security.capability", std::string_view("\1\0\0", 3)), Pair("user.a", ""), Pair("user.b", "2")));
+  EXPECT_THAT(index->xattrs(f), ElementsAre(Pair("security.capability", std::string_view("\1\0\0", 3)),
+                                            Pair("user.a", ""), Pair("user.b", "2")));
   EXPECT_EQ(index->link_target(NodeAt(*index, "s")), "../over/there");
   EXPECT_EQ(NodeAt(*index, "s").size, 13u);
   EXPECT_EQ(index->link_target(f), "");
@@ -201,8 +206,8 @@ TEST(LayerIndexBuildTest, ChunksLieInBlobOrderAndLargeFilesOnPages) {
   toc::Entry two = MakeFile("two", 5000, 300);
   two.chunks[0].size = 4000;
   two.chunks.push_back({.file_offset = 4000, .size = 1000, .blob_offset = 400, .blob_end = 500});
-  auto index = Build({MakeFile("late", 10, 900), two, MakeFile("empty"), MakeFile("early", 20, 0), MakeFile("page", 4096, 200),
-                      MakeFile("small", 4095, 100)});
+  auto index = Build({MakeFile("late", 10, 900), two, MakeFile("empty"), MakeFile("early", 20, 0),
+                      MakeFile("page", 4096, 200), MakeFile("small", 4095, 100)});
   std::vector<uint64_t> offsets, stores;
   for (const ChunkRecord& chunk : index->chunks()) {
     offsets.push_back(chunk.blob_offset);
@@ -264,8 +269,9 @@ TEST(LayerIndexBuildTest, BindingGivesTheSameBytesAsBuildingWithTheParents) {
   };
   toc::Entry file = MakeFile("x/y/f", 5000, 10);
   file.xattrs = {{"user.f", "f"}};
-  std::vector<toc::Entry> entries = {file, MakeLink("x/l", Type::kHardlink, "x/y/f"), MakeLink("q/s", Type::kSymlink, "t"),
-                                     MakeFile("x/.wh.w"), MakeFile("q/.wh..wh..opq")};
+  std::vector<toc::Entry> entries = {file, MakeLink("x/l", Type::kHardlink, "x/y/f"),
+                                     MakeLink("q/s", Type::kSymlink, "t"), MakeFile("x/.wh.w"),
+                                     MakeFile("q/.wh..wh..opq")};
   auto base = Build(entries);
   auto direct = TryBuild(entries, below);
   auto bound = BindImpliedFolders(*base, below);
@@ -350,7 +356,8 @@ TEST(LayerIndexTest, AHalfWrittenFileUnderTheRightNameIsReplaced) {
   EXPECT_TRUE(LayerIndex::Open(path, built->sha256).ok());
 }
 
-// `length` bytes at `skip` of the gzip member at `offset`, as a reader of chunks gets them: from the span alone.
+// `length` bytes at `skip` of the gzip member at `offset`, as a reader of chunks gets them: from the span
+// alone.
 std::string InflateSpan(std::string_view span, uint64_t skip, uint64_t length) {
   z_stream stream{};
   EXPECT_EQ(inflateInit2(&stream, 15 + 16), Z_OK);
@@ -368,15 +375,19 @@ std::string InflateSpan(std::string_view span, uint64_t skip, uint64_t length) {
 TEST(LayerIndexTest, EveryByteOfARealBlobIsFoundThroughItsIndex) {
   std::string big;
   for (int i = 0; i < 60'000; i++) big += static_cast<char>(i * 31 + i / 251);
-  const std::map<std::string, std::string> files = {
-      {"bin/big", big}, {"bin/tiny", "t"}, {"exact", std::string(8192, 'e')}, {"none", ""}, {"z/last", "the end"}};
+  const std::map<std::string, std::string> files = {{"bin/big", big},
+                                                    {"bin/tiny", "t"},
+                                                    {"exact", std::string(8192, 'e')},
+                                                    {"none", ""},
+                                                    {"z/last", "the end"}};
   std::vector<toc::testing::WriterEntry> entries = {toc::testing::Dir("bin")};
   for (const auto& [name, content] : files) entries.push_back(toc::testing::File(name, content));
-  for (uint64_t min_chunk : {0, 3000, 100'000}) {
+  for (uint64_t min_chunk : {0u, 3000u, 100'000u}) {
     auto layer = toc::testing::WriteEstargz(entries, {.chunk_size = 4096, .min_chunk_size = min_chunk});
     auto toc = toc::ParseEstargzToc(layer.toc_json, layer.toc_offset, layer.blob.size(), {});
     ASSERT_TRUE(toc.ok()) << toc.status();
-    auto built = BuildLayerIndex(*toc, {layer.layer_digest, layer.blob.size(), layer.toc_digest, toc->prefetch_end}, {});
+    auto built = BuildLayerIndex(
+        *toc, {layer.layer_digest, layer.blob.size(), layer.toc_digest, toc->prefetch_end}, {});
     ASSERT_TRUE(built.ok()) << built.status();
     auto index = LayerIndex::FromBytes(built->bytes);
     ASSERT_TRUE(index.ok()) << index.status();
@@ -384,7 +395,8 @@ TEST(LayerIndexTest, EveryByteOfARealBlobIsFoundThroughItsIndex) {
       const NodeRecord& node = NodeAt(**index, name);
       std::string read;
       for (const ChunkRecord& chunk : (*index)->chunks().subspan(node.first, node.count)) {
-        std::string_view span = std::string_view(layer.blob).substr(chunk.blob_offset, chunk.blob_end - chunk.blob_offset);
+        std::string_view span =
+            std::string_view(layer.blob).substr(chunk.blob_offset, chunk.blob_end - chunk.blob_offset);
         std::string bytes = InflateSpan(span, chunk.inner_offset, chunk.size);
         EXPECT_EQ(Sha256Raw(bytes), std::to_array(chunk.digest));
         read += bytes;
@@ -394,7 +406,8 @@ TEST(LayerIndexTest, EveryByteOfARealBlobIsFoundThroughItsIndex) {
   }
 }
 
-// The same TOC gives the same bytes in every build of numbering version 1, and today's code reads the bytes of the first.
+// The same TOC gives the same bytes in every build of numbering version 1, and today's code reads the bytes
+// of the first.
 TEST(LayerIndexGoldenTest, NumberingVersion1IsFrozen) {
   const char* source = std::getenv("HOLDFAST_SOURCE");
   ASSERT_NE(source, nullptr) << "run by ctest, or set HOLDFAST_SOURCE to the source folder";

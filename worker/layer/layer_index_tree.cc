@@ -93,7 +93,8 @@ absl::Status LayerTree::ApplyNamed(uint32_t entry, uint32_t folder, std::string_
   Dentry dentry{.parent = folder, .entry = entry, .kind = KindOf(toc_.entries[entry].type), .name = name};
   if (name.starts_with(kWhiteoutPrefix)) {
     dentry.name.remove_prefix(kWhiteoutPrefix.size());
-    if (dentry.name.empty() || dentry.name == "." || dentry.name == "..") return Error(entry, "a whiteout of nothing");
+    if (dentry.name.empty() || dentry.name == "." || dentry.name == "..")
+      return Error(entry, "a whiteout of nothing");
     dentry.kind = Dentry::Kind::kWhiteout;
     if (!whiteouts_.contains(Key(folder, ToAbsl(dentry.name)))) Add(dentry, &whiteouts_);
     return absl::OkStatus();
@@ -149,14 +150,16 @@ absl::Status LayerTree::ResolveHardlinks() {
 // Sets the `target` of each link on the way to the next name, and returns the node at the end.
 absl::StatusOr<uint32_t> LayerTree::FollowHardlink(uint32_t from) {
   uint32_t at = from;
-  // A chain without a cycle has fewer steps than there are dentries; a link already resolved leads to its node at once.
+  // A chain without a cycle has fewer steps than there are dentries; a link already resolved leads to its
+  // node at once.
   for (size_t steps = 0; steps <= dentries_.size(); steps++) {
     Dentry& dentry = dentries_[at];
     if (dentry.kind != Dentry::Kind::kHardlink) return at;
     if (dentry.target == kNone) {
       dentry.target = Find(toc_.entries[dentry.entry].link_target);
       if (dentry.target == kNone) return Error(dentry.entry, "its hard link target is not in this layer");
-      if (dentries_[dentry.target].kind == Dentry::Kind::kFolder) return Error(dentry.entry, "a hard link to a folder");
+      if (dentries_[dentry.target].kind == Dentry::Kind::kFolder)
+        return Error(dentry.entry, "a hard link to a folder");
     }
     at = dentry.target;
   }

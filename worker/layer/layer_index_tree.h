@@ -1,10 +1,10 @@
 // The tree that a TOC describes once all its entries have been applied: names, replacements, implied folders,
 // whiteouts, hard links. Internal to worker/layer (layer_index_build.cc lays it out).
 //
-// Every name that an entry adds becomes a Dentry; dentries are kept in the order in which they were added, and one that is
-// replaced stays in the list but is not alive. Lookups use a hash table that is never iterated: everything that is
-// emitted follows the order of the list.
-// Thread safety: none. The Toc outlives the tree. Errors: InvalidArgument, with the entry's name.
+// Every name that an entry adds becomes a Dentry; dentries are kept in the order in which they were added,
+// and one that is replaced stays in the list but is not alive. Lookups use a hash table that is never
+// iterated: everything that is emitted follows the order of the list. Thread safety: none. The Toc outlives
+// the tree. Errors: InvalidArgument, with the entry's name.
 #pragma once
 
 #include <cstdint>
@@ -23,13 +23,13 @@ inline constexpr uint32_t kNone = UINT32_MAX;
 
 struct Dentry {
   enum class Kind : uint8_t { kFolder, kNode, kHardlink, kWhiteout };  // kNode: neither folder nor hard link
-  uint32_t parent = 0;         // position in the list; the root's is itself
-  uint32_t entry = kNone;      // position in Toc::entries; kNone: implied folder
-  uint32_t target = kNone;     // hard link: the dentry of the node it names, set by ResolveHardlinks
+  uint32_t parent = 0;      // position in the list; the root's is itself
+  uint32_t entry = kNone;   // position in Toc::entries; kNone: implied folder
+  uint32_t target = kNone;  // hard link: the dentry of the node it names, set by ResolveHardlinks
   Kind kind = Kind::kFolder;
   bool opaque = false;
   bool replaced = false;
-  bool alive = true;           // set by Finish
+  bool alive = true;  // set by Finish
   std::string_view name;
 };
 

@@ -1,5 +1,6 @@
-// Checks of index bytes. An index may have been damaged or written by anybody: after ValidateIndex no access through
-// the tables can leave them, whatever the bytes are. One pass a table; 100,000 nodes take a few milliseconds.
+// Checks of index bytes. An index may have been damaged or written by anybody: after ValidateIndex no access
+// through the tables can leave them, whatever the bytes are. One pass a table; 100,000 nodes take a few
+// milliseconds.
 #include <sys/stat.h>
 
 #include <cstring>
@@ -40,12 +41,14 @@ class Validator {
     if (bytes_.size() < sizeof(IndexHeader)) return Bad("shorter than its header");
     if (reinterpret_cast<uintptr_t>(bytes_.data()) % 8 != 0) return Internal("index bytes are not aligned");
     header_ = reinterpret_cast<const IndexHeader*>(bytes_.data());
-    if (std::memcmp(header_->magic, kIndexMagic, sizeof(kIndexMagic)) != 0) return Bad("not a holdfast index");
+    if (std::memcmp(header_->magic, kIndexMagic, sizeof(kIndexMagic)) != 0)
+      return Bad("not a holdfast index");
     if (header_->format_version != kIndexFormatVersion) {
       return Bad("format version " + std::to_string(header_->format_version) + " is not known to this build");
     }
     if (header_->numbering_version != kNumberingVersion) {
-      return Bad("numbering version " + std::to_string(header_->numbering_version) + " is not known to this build");
+      return Bad("numbering version " + std::to_string(header_->numbering_version) +
+                 " is not known to this build");
     }
     if (header_->header_size != sizeof(IndexHeader) || header_->file_size != bytes_.size()) {
       return Bad("its size is not what its header says");
@@ -65,7 +68,8 @@ class Validator {
 
   template <typename Record>
   bool Table(const IndexSection& section, std::span<const Record>* table) {
-    if (section.offset != next_section_ || section.count > (bytes_.size() - next_section_) / sizeof(Record)) return false;
+    if (section.offset != next_section_ || section.count > (bytes_.size() - next_section_) / sizeof(Record))
+      return false;
     *table = {reinterpret_cast<const Record*>(bytes_.data() + section.offset), section.count};
     next_section_ += section.count * sizeof(Record);
     return true;
@@ -98,7 +102,8 @@ class Validator {
       const NodeRecord& node = view_.nodes[i];
       HF_RETURN_IF_ERROR(OneNode(i, node));
       if (S_ISDIR(node.mode)) {
-        if (node.first != children || node.count > view_.children.size() - children) return BadNode(i, "its children");
+        if (node.first != children || node.count > view_.children.size() - children)
+          return BadNode(i, "its children");
         children += node.count;
       }
       if (S_ISREG(node.mode)) {
@@ -108,7 +113,8 @@ class Validator {
         chunks += node.count;
         files++;
       }
-      if (node.first_xattr != xattrs || node.xattr_count > view_.xattrs.size() - xattrs) return BadNode(i, "its xattrs");
+      if (node.first_xattr != xattrs || node.xattr_count > view_.xattrs.size() - xattrs)
+        return BadNode(i, "its xattrs");
       xattrs += node.xattr_count;
       if ((node.flags & kNodeOpaque) != 0 || node.xattr_count > 0) flags |= kIndexHasXattrs;
       if ((node.flags & kNodeImplied) != 0) flags |= kIndexHasImpliedFolders;
@@ -116,24 +122,28 @@ class Validator {
     if (children != view_.children.size() || chunks != view_.chunks.size() || xattrs != view_.xattrs.size()) {
       return Bad("rows that belong to no node");
     }
-    if (files != header_->regular_files || flags != header_->flags) return Bad("its header does not describe its nodes");
+    if (files != header_->regular_files || flags != header_->flags)
+      return Bad("its header does not describe its nodes");
     return absl::OkStatus();
   }
 
   absl::Status OneNode(size_t i, const NodeRecord& node) const {
     const bool folder = S_ISDIR(node.mode), link = S_ISLNK(node.mode), file = S_ISREG(node.mode);
     const bool device = S_ISCHR(node.mode) || S_ISBLK(node.mode);
-    if ((node.mode & ~uint32_t{S_IFMT | 07777}) != 0 || !(folder || link || file || device || S_ISFIFO(node.mode))) {
+    if ((node.mode & ~uint32_t{S_IFMT | 07777}) != 0 ||
+        !(folder || link || file || device || S_ISFIFO(node.mode))) {
       return BadNode(i, "its mode");
     }
     // Parents come before their children, so the folders are a tree.
-    const bool parent_before = i == 0 ? node.parent == kRootNode : node.parent >= kRootNode && node.parent <= i;
+    const bool parent_before =
+        i == 0 ? node.parent == kRootNode : node.parent >= kRootNode && node.parent <= i;
     if (!parent_before || !S_ISDIR(view_.nodes[node.parent - 1].mode)) return BadNode(i, "its parent");
     if (i == 0 && !folder) return BadNode(i, "the root is not a folder");
     if (node.mtime_nanos >= kNanosPerSecond || node.mtime_seconds < 0) return BadNode(i, "its time");
     if (node.size > kMaxOffset || (!file && !link && node.size != 0)) return BadNode(i, "its size");
     if (!device && node.rdev != 0) return BadNode(i, "its device number");
-    if (!folder && (node.flags != 0 || (!file && (node.first != 0 || node.count != 0)))) return BadNode(i, "its flags");
+    if (!folder && (node.flags != 0 || (!file && (node.first != 0 || node.count != 0))))
+      return BadNode(i, "its flags");
     if ((node.flags & ~(kNodeImplied | kNodeOpaque)) != 0) return BadNode(i, "its flags");
     if (link ? node.link_length == 0 || node.link_length > kMaxLinkBytes || node.size != node.link_length ||
                    !Text(node.link_offset, node.link_length)
@@ -169,7 +179,8 @@ class Validator {
     }
     for (size_t i = 0; i < view_.nodes.size(); i++) {
       const bool folder = S_ISDIR(view_.nodes[i].mode);
-      if (names[i] != (i == 0 ? 0u : folder ? 1u : view_.nodes[i].nlink)) return BadNode(i, "the number of its names");
+      if (names[i] != (i == 0 ? 0u : folder ? 1u : view_.nodes[i].nlink))
+        return BadNode(i, "the number of its names");
       if (i != 0 && names[i] == 0) return BadNode(i, "it has no name");
       if (folder && view_.nodes[i].nlink != 2 + subfolders[i]) return BadNode(i, "its link count");
     }
@@ -215,13 +226,15 @@ class Validator {
   absl::Status Xattrs() const {
     for (size_t i = 0; i < view_.nodes.size(); i++) {
       std::string_view previous;
-      for (const XattrRecord& xattr : view_.xattrs.subspan(view_.nodes[i].first_xattr, view_.nodes[i].xattr_count)) {
+      for (const XattrRecord& xattr :
+           view_.xattrs.subspan(view_.nodes[i].first_xattr, view_.nodes[i].xattr_count)) {
         if (xattr.name_length > kMaxNameBytes || !Text(xattr.name_offset, xattr.name_length) ||
             xattr.value_length > kMaxXattrValueBytes || !Text(xattr.value_offset, xattr.value_length)) {
           return BadNode(i, "an xattr");
         }
         std::string_view name = view_.strings.substr(xattr.name_offset, xattr.name_length);
-        if (name <= previous || name.find('\0') != std::string_view::npos) return BadNode(i, "the name of an xattr");
+        if (name <= previous || name.find('\0') != std::string_view::npos)
+          return BadNode(i, "the name of an xattr");
         previous = name;
       }
     }

@@ -9,7 +9,8 @@
 
 namespace holdfast::toc {
 
-// "sha256:" and 64 lower-case hexadecimal digits, nothing else: InvalidArgument otherwise. OCI allows no upper case.
+// "sha256:" and 64 lower-case hexadecimal digits, nothing else: InvalidArgument otherwise. OCI allows no
+// upper case.
 absl::StatusOr<Digest> ParseDigest(std::string_view text);
 
 // 64 lower-case hexadecimal digits.

@@ -78,24 +78,29 @@ absl::Status EntryBuilder::Add(const RawEntry& raw) {
 
 absl::Status EntryBuilder::Classify(const RawEntry& raw, Entry* entry) const {
   static constexpr std::pair<std::string_view, Type> kTypes[] = {
-      {"dir", Type::kDirectory},    {"reg", Type::kRegular},      {"symlink", Type::kSymlink},
+      {"dir", Type::kDirectory},     {"reg", Type::kRegular},     {"symlink", Type::kSymlink},
       {"hardlink", Type::kHardlink}, {"char", Type::kCharDevice}, {"block", Type::kBlockDevice},
       {"fifo", Type::kFifo}};
   if (!raw.has_name) return Error("it has no name");
-  const auto* type = std::find_if(std::begin(kTypes), std::end(kTypes),
-                                  [&](const auto& known) { return known.first == raw.text(TextField::kType); });
-  if (type == std::end(kTypes)) return Error("unknown type \"" + Printable(raw.text(TextField::kType)) + "\"");
+  const auto* type = std::find_if(std::begin(kTypes), std::end(kTypes), [&](const auto& known) {
+    return known.first == raw.text(TextField::kType);
+  });
+  if (type == std::end(kTypes))
+    return Error("unknown type \"" + Printable(raw.text(TextField::kType)) + "\"");
   entry->type = type->second;
   absl::StatusOr<std::string> name = CleanName(raw.text(TextField::kName), limits_);
-  if (!name.ok()) return Annotate(name.status(), "TOC: entry " + std::to_string(index_) + " (" + Printable(current_) + ")");
+  if (!name.ok())
+    return Annotate(name.status(), "TOC: entry " + std::to_string(index_) + " (" + Printable(current_) + ")");
   entry->name = *std::move(name);
   if (entry->name.empty() && entry->type != Type::kDirectory) return Error("the root must be a folder");
 
   const std::string& link = raw.text(TextField::kLinkName);
   if (entry->type == Type::kSymlink) {
-    if (link.empty() || link.find('\0') != std::string::npos) return Error("its link target is empty or holds a NUL");
+    if (link.empty() || link.find('\0') != std::string::npos)
+      return Error("its link target is empty or holds a NUL");
     if (link.size() > limits_.max_path_bytes) {
-      return Limit("its link target is over the limit max_path_bytes = " + std::to_string(limits_.max_path_bytes));
+      return Limit("its link target is over the limit max_path_bytes = " +
+                   std::to_string(limits_.max_path_bytes));
     }
     entry->link_target = link;
   } else if (entry->type == Type::kHardlink) {
@@ -120,7 +125,8 @@ absl::Status EntryBuilder::FillAttributes(const RawEntry& raw, Entry* entry) con
   }
   if (entry->type == Type::kCharDevice || entry->type == Type::kBlockDevice) {
     uint64_t major = raw.number(NumberField::kDevMajor), minor = raw.number(NumberField::kDevMinor);
-    if (major > kMaxMajor || minor > kMaxMinor) return Error("its device number does not fit into 12 and 20 bits");
+    if (major > kMaxMajor || minor > kMaxMinor)
+      return Error("its device number does not fit into 12 and 20 bits");
     entry->dev_major = static_cast<uint32_t>(major);
     entry->dev_minor = static_cast<uint32_t>(minor);
   }
@@ -146,8 +152,8 @@ absl::Status EntryBuilder::FillXattrs(const RawEntry& raw, Entry* entry) const {
       return Error("xattr " + Printable(name) + " is not valid base64");
     }
     if (value.size() > limits_.max_xattr_bytes) {
-      return Limit("xattr " + Printable(name) + " is over the limit max_xattr_bytes = " +
-                   std::to_string(limits_.max_xattr_bytes));
+      return Limit("xattr " + Printable(name) +
+                   " is over the limit max_xattr_bytes = " + std::to_string(limits_.max_xattr_bytes));
     }
     if (!name.starts_with("trusted.")) entry->xattrs[name] = std::move(value);
   }
@@ -170,11 +176,13 @@ absl::Status EntryBuilder::AddChunk(const RawEntry& raw) {
   chunk.inner_offset = raw.number(NumberField::kInnerOffset);
   if (chunk.file_offset != pending_covered_ || chunk.file_offset >= pending_.size) {
     return Error("its chunk at " + std::to_string(chunk.file_offset) + " overlaps or leaves a gap (" +
-                 std::to_string(pending_covered_) + " of " + std::to_string(pending_.size) + " bytes covered so far)");
+                 std::to_string(pending_covered_) + " of " + std::to_string(pending_.size) +
+                 " bytes covered so far)");
   }
   chunk.size = raw.number(NumberField::kChunkSize);
   if (chunk.size == 0) chunk.size = pending_.size - chunk.file_offset;
-  if (chunk.size > pending_.size - chunk.file_offset) return Error("its chunk reaches beyond the end of the file");
+  if (chunk.size > pending_.size - chunk.file_offset)
+    return Error("its chunk reaches beyond the end of the file");
   if (chunk.size > limits_.max_chunk_bytes || chunk.inner_offset > limits_.max_chunk_bytes) {
     return Limit("a chunk is over the limit max_chunk_bytes = " + std::to_string(limits_.max_chunk_bytes));
   }
@@ -225,8 +233,9 @@ absl::Status EntryBuilder::FillBlobEnds() {
       // Also what keeps the sum of all sizes in proportion to the blob.
       if (chunk.inner_offset + chunk.size > (chunk.blob_end - chunk.blob_offset) * kMaxInflateRatio) {
         current_ = entry.name;
-        return InvalidArgument("TOC: entry \"" + Printable(entry.name) + "\": a chunk of " + std::to_string(chunk.size) +
-                               " bytes at " + std::to_string(chunk.inner_offset) + " cannot come out of " +
+        return InvalidArgument("TOC: entry \"" + Printable(entry.name) + "\": a chunk of " +
+                               std::to_string(chunk.size) + " bytes at " +
+                               std::to_string(chunk.inner_offset) + " cannot come out of " +
                                std::to_string(chunk.blob_end - chunk.blob_offset) + " compressed bytes");
       }
     }

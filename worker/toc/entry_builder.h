@@ -1,6 +1,6 @@
-// From the JSON members of TOC entries to checked Entries. Internal to worker/toc: the JSON reader calls Add once an
-// entry, in TOC order, then Finish.
-// Thread safety: none. Errors: as toc.h; after an error the builder is spent.
+// From the JSON members of TOC entries to checked Entries. Internal to worker/toc: the JSON reader calls Add
+// once an entry, in TOC order, then Finish. Thread safety: none. Errors: as toc.h; after an error the builder
+// is spent.
 #pragma once
 
 #include <array>
@@ -16,7 +16,16 @@ namespace holdfast::toc {
 
 enum class TextField : uint8_t { kName, kType, kLinkName, kModTime, kDigest, kChunkDigest };
 enum class NumberField : uint8_t {
-  kSize, kMode, kUid, kGid, kOffset, kInnerOffset, kDevMajor, kDevMinor, kChunkOffset, kChunkSize
+  kSize,
+  kMode,
+  kUid,
+  kGid,
+  kOffset,
+  kInnerOffset,
+  kDevMajor,
+  kDevMinor,
+  kChunkOffset,
+  kChunkSize
 };
 
 // One entry as the JSON says it; absent members are empty or 0.
@@ -54,9 +63,9 @@ class EntryBuilder {
   const Limits limits_;
   Toc toc_;
   std::vector<uint64_t> member_starts_;
-  uint64_t index_ = 0;             // of the entry that is being added
-  std::string current_;            // its name, for messages
-  Entry pending_;                  // the last entry that is not a chunk; its chunks may still come
+  uint64_t index_ = 0;   // of the entry that is being added
+  std::string current_;  // its name, for messages
+  Entry pending_;        // the last entry that is not a chunk; its chunks may still come
   uint64_t pending_index_ = 0;
   bool has_pending_ = false;
   bool pending_landmark_ = false;  // landmarks are checked like other files, then dropped

@@ -54,12 +54,15 @@ class TocReader {
   bool boolean(bool) { return Scalar("a boolean"); }
   bool number_float(double, const std::string&) { return Scalar("a number with a fraction or out of range"); }
   bool binary(Json::binary_t&) { return Scalar("binary data"); }
-  bool number_integer(int64_t value) { return value >= 0 ? Number(static_cast<uint64_t>(value)) : Scalar("a negative number"); }
+  bool number_integer(int64_t value) {
+    return value >= 0 ? Number(static_cast<uint64_t>(value)) : Scalar("a negative number");
+  }
   bool number_unsigned(uint64_t value) { return Number(value); }
 
   bool string(std::string& value) {
     if (skip_depth_ > 0) return true;
-    if (where_ == Where::kXattrs) return raw_.xattrs.emplace_back(std::move(xattr_name_), std::move(value)), true;
+    if (where_ == Where::kXattrs)
+      return raw_.xattrs.emplace_back(std::move(xattr_name_), std::move(value)), true;
     if (where_ != Where::kEntry || field_ == nullptr || !field_->text.has_value()) return Scalar("a string");
     raw_.texts[static_cast<size_t>(*field_->text)] = std::move(value);
     if (*field_->text == TextField::kName) raw_.has_name = true;
@@ -107,7 +110,8 @@ class TocReader {
     return true;
   }
   bool parse_error(size_t position, const std::string&, const Json::exception& error) {
-    status_ = InvalidArgument("TOC: not valid JSON at byte " + std::to_string(position) + ": " + error.what());
+    status_ =
+        InvalidArgument("TOC: not valid JSON at byte " + std::to_string(position) + ": " + error.what());
     return false;
   }
 
@@ -137,14 +141,16 @@ class TocReader {
   // A value of a kind that no known member takes.
   bool Scalar(std::string_view kind) {
     if (skip_depth_ > 0 || UnknownHere()) return true;
-    return Fail((key_.empty() ? std::string("a value") : "\"" + key_.substr(0, 50) + "\"") + " is " + std::string(kind));
+    return Fail((key_.empty() ? std::string("a value") : "\"" + key_.substr(0, 50) + "\"") + " is " +
+                std::string(kind));
   }
   bool Number(uint64_t value) {
     if (skip_depth_ > 0) return true;
     if (where_ == Where::kTop && key_ == "version") {
       return value == 1 || Fail("version " + std::to_string(value) + " is not supported");
     }
-    if (where_ != Where::kEntry || field_ == nullptr || !field_->number.has_value()) return Scalar("a number");
+    if (where_ != Where::kEntry || field_ == nullptr || !field_->number.has_value())
+      return Scalar("a number");
     if (value > INT64_MAX) return Scalar("a number out of range");
     raw_.numbers[static_cast<size_t>(*field_->number)] = value;
     return true;
@@ -163,8 +169,9 @@ class TocReader {
   uint64_t entries_ = 0;
 };
 
-// Objects inside arrays inside the outermost object: in a valid TOC, its entries. A scan without memory, so that a TOC of
-// too many entries is refused before anything is built, and one within the limit gets its table in one piece.
+// Objects inside arrays inside the outermost object: in a valid TOC, its entries. A scan without memory, so
+// that a TOC of too many entries is refused before anything is built, and one within the limit gets its table
+// in one piece.
 uint64_t CountEntries(std::string_view json) {
   uint64_t count = 0;
   int64_t depth = 0;
@@ -194,8 +201,8 @@ absl::StatusOr<Toc> ParseEstargzToc(std::string_view json, uint64_t toc_offset, 
   }
   uint64_t count = CountEntries(json);
   if (count > limits.max_entries) {
-    return ResourceExhausted("TOC: " + std::to_string(count) + " entries, over the limit max_entries = " +
-                             std::to_string(limits.max_entries));
+    return ResourceExhausted("TOC: " + std::to_string(count) +
+                             " entries, over the limit max_entries = " + std::to_string(limits.max_entries));
   }
   EntryBuilder builder(toc_offset, limits);
   builder.Reserve(count);

@@ -22,7 +22,8 @@ int64_t DaysInMonth(int64_t year, int64_t month) {
   return month == 2 && leap ? 29 : kDays[static_cast<size_t>(month - 1)];
 }
 
-// Days since 1970-01-01 in the proleptic Gregorian calendar; the year counts from March, so the leap day comes last.
+// Days since 1970-01-01 in the proleptic Gregorian calendar; the year counts from March, so the leap day
+// comes last.
 int64_t DaysSinceEpoch(int64_t year, int64_t month, int64_t day) {
   year -= month <= 2 ? 1 : 0;
   int64_t era = (year >= 0 ? year : year - 399) / 400;
@@ -65,7 +66,8 @@ absl::StatusOr<std::string> CleanName(std::string_view name, const Limits& limit
     clean += part;
   }
   if (clean.size() > limits.max_path_bytes) {
-    return ResourceExhausted("its path is over the limit max_path_bytes = " + std::to_string(limits.max_path_bytes));
+    return ResourceExhausted("its path is over the limit max_path_bytes = " +
+                             std::to_string(limits.max_path_bytes));
   }
   return clean;
 }
@@ -74,11 +76,13 @@ absl::Status ParseTime(std::string_view text, int64_t* seconds, uint32_t* nanos)
   const absl::Status bad = InvalidArgument("its modtime is not RFC 3339");
   int64_t year = 0, month = 0, day = 0, hour = 0, minute = 0, second = 0;
   // "2006-01-02T15:04:05" and a zone at least.
-  if (text.size() < 20 || text[4] != '-' || text[7] != '-' || text[10] != 'T' || text[13] != ':' || text[16] != ':') {
+  if (text.size() < 20 || text[4] != '-' || text[7] != '-' || text[10] != 'T' || text[13] != ':' ||
+      text[16] != ':') {
     return bad;
   }
   if (!Digits(text, 0, 4, 0, 9999, &year) || !Digits(text, 5, 2, 1, 12, &month)) return bad;
-  if (!Digits(text, 8, 2, 1, DaysInMonth(year, month), &day) || !Digits(text, 11, 2, 0, 23, &hour)) return bad;
+  if (!Digits(text, 8, 2, 1, DaysInMonth(year, month), &day) || !Digits(text, 11, 2, 0, 23, &hour))
+    return bad;
   if (!Digits(text, 14, 2, 0, 59, &minute) || !Digits(text, 17, 2, 0, 59, &second)) return bad;
   size_t at = 19;
   int64_t fraction = 0;

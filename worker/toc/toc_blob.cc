@@ -15,7 +15,8 @@ constexpr uint64_t kExternalTocFooterBytes = 46;
 constexpr std::string_view kTocName = "stargz.index.json";
 constexpr size_t kTarBlock = 512;
 
-// A footer is an empty gzip member: this header, the length of the extra field (LE16), the extra field, this trailer.
+// A footer is an empty gzip member: this header, the length of the extra field (LE16), the extra field, this
+// trailer.
 constexpr std::string_view kGzipHeader("\x1f\x8b\x08\x04\x00\x00\x00\x00\x00\xff", 10);
 constexpr std::string_view kEmptyDeflate("\x01\x00\x00\xff\xff\x00\x00\x00\x00\x00\x00\x00\x00", 13);
 constexpr std::string_view kMagic = "STARGZ";
@@ -70,10 +71,12 @@ class Inflater {
     while (stream_.avail_out > 0) {
       int result = inflate(&stream_, Z_NO_FLUSH);
       if (stream_.avail_out == 0) return absl::OkStatus();
-      if (result == Z_STREAM_END) return InvalidArgument("TOC: its gzip member ends before its tar entry does");
+      if (result == Z_STREAM_END)
+        return InvalidArgument("TOC: its gzip member ends before its tar entry does");
       if (result == Z_BUF_ERROR) return InvalidArgument("TOC: its gzip member is truncated");
       if (result != Z_OK) {
-        return InvalidArgument(std::string("TOC: not valid gzip: ") + (stream_.msg != nullptr ? stream_.msg : "?"));
+        return InvalidArgument(std::string("TOC: not valid gzip: ") +
+                               (stream_.msg != nullptr ? stream_.msg : "?"));
       }
     }
     return absl::OkStatus();
@@ -102,12 +105,14 @@ std::optional<uint64_t> Octal(std::string_view field) {
 absl::StatusOr<uint64_t> TocSize(std::string_view header) {
   std::optional<uint64_t> want = Octal(header.substr(148, 8));
   uint64_t sum = 0;
-  for (size_t i = 0; i < header.size(); i++) sum += i >= 148 && i < 156 ? ' ' : static_cast<uint8_t>(header[i]);
+  for (size_t i = 0; i < header.size(); i++)
+    sum += i >= 148 && i < 156 ? ' ' : static_cast<uint8_t>(header[i]);
   if (!want.has_value() || *want != sum) return InvalidArgument("TOC: its tar header has a wrong checksum");
   std::string_view name = header.substr(0, 100);
   name = name.substr(0, name.find('\0'));
   if (name != kTocName) return InvalidArgument("TOC: its tar entry is not named stargz.index.json");
-  if (header[156] != '0' && header[156] != '\0') return InvalidArgument("TOC: its tar entry is not a regular file");
+  if (header[156] != '0' && header[156] != '\0')
+    return InvalidArgument("TOC: its tar entry is not a regular file");
   std::optional<uint64_t> size = Octal(header.substr(124, 12));
   if (!size.has_value()) return InvalidArgument("TOC: its tar header has no valid size");
   return *size;
@@ -117,11 +122,12 @@ absl::StatusOr<uint64_t> TocSize(std::string_view header) {
 
 absl::StatusOr<Footer> ParseFooter(std::string_view tail, uint64_t blob_size) {
   if (tail.size() > blob_size || (tail.size() < kFooterTailBytes && tail.size() != blob_size)) {
-    return InvalidArgument("footer: its caller passed " + std::to_string(tail.size()) + " bytes of a blob of " +
-                           std::to_string(blob_size));
+    return InvalidArgument("footer: its caller passed " + std::to_string(tail.size()) +
+                           " bytes of a blob of " + std::to_string(blob_size));
   }
   if (blob_size < kExternalTocFooterBytes) {
-    return InvalidArgument("footer: the blob has only " + std::to_string(blob_size) + " bytes: not an eStargz layer");
+    return InvalidArgument("footer: the blob has only " + std::to_string(blob_size) +
+                           " bytes: not an eStargz layer");
   }
   Footer footer;
   std::optional<uint64_t> offset;
@@ -133,12 +139,13 @@ absl::StatusOr<Footer> ParseFooter(std::string_view tail, uint64_t blob_size) {
     footer.footer_size = kLegacyFooterBytes;
     footer.legacy = true;
   } else if (FooterExtra(tail, kExternalTocFooterBytes) == kExternalExtra) {
-    return InvalidArgument("footer: this layer keeps its TOC in another image (external TOC), which is not supported");
+    return InvalidArgument(
+        "footer: this layer keeps its TOC in another image (external TOC), which is not supported");
   }
   if (!offset.has_value()) return InvalidArgument("footer: not an eStargz layer");
   if (*offset >= blob_size - footer.footer_size) {
-    return InvalidArgument("footer: the TOC offset " + std::to_string(*offset) + " lies outside the blob of " +
-                           std::to_string(blob_size) + " bytes");
+    return InvalidArgument("footer: the TOC offset " + std::to_string(*offset) +
+                           " lies outside the blob of " + std::to_string(blob_size) + " bytes");
   }
   footer.toc_offset = *offset;
   return footer;
@@ -148,16 +155,16 @@ absl::StatusOr<std::string> ExtractTocJson(std::string_view member, const Limits
   // zlib counts input in 32 bits; no TOC comes near that.
   const uint64_t limit = std::min<uint64_t>(limits.max_toc_bytes, UINT32_MAX);
   if (member.size() > limit) {
-    return ResourceExhausted("TOC: " + std::to_string(member.size()) + " compressed bytes, over the limit max_toc_bytes = " +
-                             std::to_string(limit));
+    return ResourceExhausted("TOC: " + std::to_string(member.size()) +
+                             " compressed bytes, over the limit max_toc_bytes = " + std::to_string(limit));
   }
   Inflater inflater(member);
   std::string header(kTarBlock, '\0');
   HF_RETURN_IF_ERROR(inflater.Read(header.data(), header.size()));
   HF_ASSIGN_OR_RETURN(uint64_t size, TocSize(header));
   if (size > limit) {
-    return ResourceExhausted("TOC: " + std::to_string(size) + " bytes, over the limit max_toc_bytes = " +
-                             std::to_string(limit));
+    return ResourceExhausted("TOC: " + std::to_string(size) +
+                             " bytes, over the limit max_toc_bytes = " + std::to_string(limit));
   }
   // Memory grows with what really comes out, not with what a header claims.
   std::string json;

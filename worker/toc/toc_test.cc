@@ -15,11 +15,11 @@ using testing::Dir;
 using testing::EstargzLayer;
 using testing::File;
 using testing::Hardlink;
+using ::testing::HasSubstr;
 using testing::Symlink;
 using testing::WriteEstargz;
 using testing::WriterEntry;
 using testing::WriterOptions;
-using ::testing::HasSubstr;
 
 constexpr uint64_t kTocOffset = 1 << 30;
 constexpr uint64_t kBlobSize = kTocOffset + 1000;
@@ -31,9 +31,12 @@ absl::StatusOr<Toc> ParseEntries(const std::string& entries, const Limits& limit
 
 // A regular file; `more` are further members.
 std::string Reg(const std::string& name, uint64_t size, const std::string& more) {
-  return R"({"name":")" + name + R"(","type":"reg","size":)" + std::to_string(size) + (more.empty() ? "" : "," + more) + "}";
+  return R"({"name":")" + name + R"(","type":"reg","size":)" + std::to_string(size) +
+         (more.empty() ? "" : "," + more) + "}";
 }
-std::string Quoted(const char* key, const std::string& value) { return "\"" + std::string(key) + "\":\"" + value + "\""; }
+std::string Quoted(const char* key, const std::string& value) {
+  return "\"" + std::string(key) + "\":\"" + value + "\"";
+}
 const std::string kChunkDigest = Quoted("chunkDigest", kSomeDigest);
 
 std::string Message(const absl::Status& status) { return std::string(FromAbsl(status.message())); }
@@ -42,7 +45,8 @@ absl::StatusOr<Toc> ParseLayer(const EstargzLayer& layer) {
   std::string_view blob = layer.blob;
   HF_ASSIGN_OR_RETURN(Footer footer, ParseFooter(blob.substr(blob.size() - kFooterTailBytes), blob.size()));
   EXPECT_EQ(footer.toc_offset, layer.toc_offset);
-  std::string_view member = blob.substr(footer.toc_offset, blob.size() - footer.footer_size - footer.toc_offset);
+  std::string_view member =
+      blob.substr(footer.toc_offset, blob.size() - footer.footer_size - footer.toc_offset);
   HF_ASSIGN_OR_RETURN(std::string json, ExtractTocJson(member, Limits{}));
   EXPECT_EQ(json, layer.toc_json);
   return ParseEstargzToc(json, footer.toc_offset, blob.size(), Limits{});
@@ -102,14 +106,20 @@ TEST(TocBlobTest, BrokenMembersAreRefused) {
     EXPECT_FALSE(ExtractTocJson(good.substr(0, cut), Limits{}).ok()) << cut;
   }
   EXPECT_FALSE(ExtractTocJson("not gzip at all", Limits{}).ok());
-  EXPECT_THAT(Message(ExtractTocJson(testing::GzipMember(std::string(512, '\0')), Limits{}).status()), HasSubstr("checksum"));
-  EXPECT_THAT(Message(ExtractTocJson(testing::GzipMember(testing::TarHeader(File("other", "x"))), Limits{}).status()),
-              HasSubstr("not named"));
-  EXPECT_THAT(Message(ExtractTocJson(testing::GzipMember(testing::TarHeader(Symlink("stargz.index.json", "x"))), Limits{}).status()),
-              HasSubstr("not a regular file"));
+  EXPECT_THAT(Message(ExtractTocJson(testing::GzipMember(std::string(512, '\0')), Limits{}).status()),
+              HasSubstr("checksum"));
+  EXPECT_THAT(
+      Message(ExtractTocJson(testing::GzipMember(testing::TarHeader(File("other", "x"))), Limits{}).status()),
+      HasSubstr("not named"));
+  EXPECT_THAT(
+      Message(
+          ExtractTocJson(testing::GzipMember(testing::TarHeader(Symlink("stargz.index.json", "x"))), Limits{})
+              .status()),
+      HasSubstr("not a regular file"));
   // A header that promises more than comes.
   std::string header = testing::TarHeader(File("stargz.index.json", std::string(1 << 20, 'x')));
-  EXPECT_THAT(Message(ExtractTocJson(testing::GzipMember(header), Limits{}).status()), HasSubstr("ends before"));
+  EXPECT_THAT(Message(ExtractTocJson(testing::GzipMember(header), Limits{}).status()),
+              HasSubstr("ends before"));
 }
 
 TEST(TocBlobTest, ABombIsStoppedAtTheLimit) {
@@ -123,8 +133,12 @@ TEST(TocBlobTest, ABombIsStoppedAtTheLimit) {
 }
 
 TEST(EstargzTest, AWholeBlobIsReadBack) {
-  std::vector<WriterEntry> entries = {Dir("./"), Dir("bin"), File("bin/sh", "shell", 04755), Symlink("bin/bash", "sh"),
-                                      Hardlink("bin/ash", "./bin/sh"), File("empty", "")};
+  std::vector<WriterEntry> entries = {Dir("./"),
+                                      Dir("bin"),
+                                      File("bin/sh", "shell", 04755),
+                                      Symlink("bin/bash", "sh"),
+                                      Hardlink("bin/ash", "./bin/sh"),
+                                      File("empty", "")};
   entries[2].uid = 3'000'000;
   entries[2].gid = 7;
   entries[2].mtime = 1'234'567'890;
@@ -161,11 +175,13 @@ TEST(EstargzTest, AWholeBlobIsReadBack) {
 
 TEST(EstargzTest, ChunksSpanUpToTheNextMember) {
   std::string big(10'000, 'b');
-  EstargzLayer layer = WriteEstargz({File("a", big), File("b", "tiny"), File("c", "last")}, {.chunk_size = 4096});
+  EstargzLayer layer =
+      WriteEstargz({File("a", big), File("b", "tiny"), File("c", "last")}, {.chunk_size = 4096});
   auto toc = ParseLayer(layer);
   ASSERT_TRUE(toc.ok()) << toc.status();
   std::vector<Chunk> chunks;
-  for (const Entry& entry : toc->entries) chunks.insert(chunks.end(), entry.chunks.begin(), entry.chunks.end());
+  for (const Entry& entry : toc->entries)
+    chunks.insert(chunks.end(), entry.chunks.begin(), entry.chunks.end());
   ASSERT_EQ(chunks.size(), 5u);
   for (size_t i = 0; i < chunks.size(); i++) {
     EXPECT_EQ(chunks[i].blob_end, i + 1 < chunks.size() ? chunks[i + 1].blob_offset : layer.toc_offset);
@@ -176,8 +192,9 @@ TEST(EstargzTest, ChunksSpanUpToTheNextMember) {
 }
 
 TEST(EstargzTest, PayloadsThatShareAMemberHaveInnerOffsetsAndOneSpan) {
-  EstargzLayer layer = WriteEstargz({File("a", "one"), File("b", "two"), File("c", std::string(20'000, 'c')), File("d", "4")},
-                                    {.min_chunk_size = 4096});
+  EstargzLayer layer =
+      WriteEstargz({File("a", "one"), File("b", "two"), File("c", std::string(20'000, 'c')), File("d", "4")},
+                   {.min_chunk_size = 4096});
   auto toc = ParseLayer(layer);
   ASSERT_TRUE(toc.ok()) << toc.status();
   const Chunk& a = toc->entries[0].chunks[0];
@@ -227,9 +244,10 @@ TEST(TocJsonTest, NamesAreNormalised) {
 }
 
 TEST(TocJsonTest, UnknownMembersAreIgnoredAtAnyPlace) {
-  auto toc = ParseEstargzToc(R"({"extra":{"entries":[{"name":1}]},"version":1,"list":[[{"a":null}],true,1.5],"entries":[
+  auto toc = ParseEstargzToc(
+      R"({"extra":{"entries":[{"name":1}]},"version":1,"list":[[{"a":null}],true,1.5],"entries":[
     {"name":"a","NumLink":0,"type":"dir","userName":"root","deep":{"name":"b","xattrs":{"c":["d"]}},"list":[{"type":"x"}],"f":1.5,"n":null}]})",
-                             kTocOffset, kBlobSize, Limits{});
+      kTocOffset, kBlobSize, Limits{});
   ASSERT_TRUE(toc.ok()) << toc.status();
   ASSERT_EQ(toc->entries.size(), 1u);
   EXPECT_EQ(toc->entries[0].name, "a");
@@ -259,16 +277,19 @@ TEST(TocJsonTest, TimesFollowRfc3339) {
     EXPECT_EQ(toc->entries[0].mtime_seconds, seconds) << text;
     EXPECT_EQ(toc->entries[0].mtime_nanos, nanos) << text;
   }
-  for (const char* text : {"yesterday", "2026-11-22", "2026-13-01T00:00:00Z", "2026-02-29T00:00:00Z", "2026-11-22T24:00:00Z",
-                           "2026-11-22T18:00:60Z", "2026-11-22T18:00:00", "2026-11-22T18:00:00.Z", "2026-11-22T18:00:00+2:30",
-                           "2026-11-22t18:00:00Z", "+026-11-22T18:00:00Z", "2026-11-22T18:00:00ZZ"}) {
-    EXPECT_FALSE(ParseEntries(R"({"name":"a","type":"dir","modtime":")" + std::string(text) + "\"}").ok()) << text;
+  for (const char* text :
+       {"yesterday", "2026-11-22", "2026-13-01T00:00:00Z", "2026-02-29T00:00:00Z", "2026-11-22T24:00:00Z",
+        "2026-11-22T18:00:60Z", "2026-11-22T18:00:00", "2026-11-22T18:00:00.Z", "2026-11-22T18:00:00+2:30",
+        "2026-11-22t18:00:00Z", "+026-11-22T18:00:00Z", "2026-11-22T18:00:00ZZ"}) {
+    EXPECT_FALSE(ParseEntries(R"({"name":"a","type":"dir","modtime":")" + std::string(text) + "\"}").ok())
+        << text;
   }
 }
 
 TEST(TocJsonTest, ChunkSizeZeroMeansToTheEndOfTheFile) {
   auto toc = ParseEntries(Reg("a", 100, kChunkDigest + R"(,"offset":5,"chunkSize":60)") +
-                          R"(,{"name":"whatever","type":"chunk","offset":70,"chunkOffset":60,)" + kChunkDigest + "}");
+                          R"(,{"name":"whatever","type":"chunk","offset":70,"chunkOffset":60,)" +
+                          kChunkDigest + "}");
   ASSERT_TRUE(toc.ok()) << toc.status();
   ASSERT_EQ(toc->entries[0].chunks.size(), 2u);
   EXPECT_EQ(toc->entries[0].chunks[1].size, 40u);
@@ -281,7 +302,9 @@ TEST(TocJsonTest, AFileOfOneChunkMayUseItsOwnDigest) {
   EXPECT_EQ("sha256:" + DigestHex(toc->entries[0].chunks[0].digest), kSomeDigest);
   // Of two chunks, the file's digest is not the chunk's.
   EXPECT_FALSE(ParseEntries(Reg("a", 100, Quoted("digest", kSomeDigest) + R"(,"chunkSize":60)") +
-                            R"(,{"name":"a","type":"chunk","offset":70,"chunkOffset":60,)" + kChunkDigest + "}").ok());
+                            R"(,{"name":"a","type":"chunk","offset":70,"chunkOffset":60,)" + kChunkDigest +
+                            "}")
+                   .ok());
 }
 
 struct Hostile {
@@ -297,8 +320,24 @@ TEST(TocJsonTest, HostileEntriesAreRefusedWithTheirPositionAndName) {
       {"traversal inside", R"({"name":"a/../../b","type":"dir"})", ".."},
       {"NUL", R"({"name":"a\u0000b","type":"dir"})", "NUL"},
       {"long name", R"({"name":")" + std::string(256, 'n') + R"(","type":"dir"})", "max_name_bytes"},
-      {"deep", R"({"name":")" + [] { std::string s; for (int i = 0; i < 1025; i++) s += "d/"; return s; }() + R"(","type":"dir"})", "max_depth"},
-      {"long path", R"({"name":")" + [] { std::string s; for (int i = 0; i < 20; i++) s += std::string(250, 'p') + "/"; return s; }() + R"(","type":"dir"})", "max_path_bytes"},
+      {"deep",
+       R"({"name":")" +
+           [] {
+             std::string s;
+             for (int i = 0; i < 1025; i++) s += "d/";
+             return s;
+           }() +
+           R"(","type":"dir"})",
+       "max_depth"},
+      {"long path",
+       R"({"name":")" +
+           [] {
+             std::string s;
+             for (int i = 0; i < 20; i++) s += std::string(250, 'p') + "/";
+             return s;
+           }() +
+           R"(","type":"dir"})",
+       "max_path_bytes"},
       {"no name", R"({"type":"dir"})", "no name"},
       {"no type", R"({"name":"a"})", "unknown type"},
       {"unknown type", R"({"name":"a","type":"door"})", "door"},
@@ -325,14 +364,21 @@ TEST(TocJsonTest, HostileEntriesAreRefusedWithTheirPositionAndName) {
       {"chunk of an empty file", Reg("f", 0, "") + "," + chunk + R"("chunkSize":1})", "does not follow"},
       {"chunk too large", Reg("f", 5, kChunkDigest + R"(,"chunkSize":6)"), "beyond"},
       {"chunk too many", Reg("f", 5, kChunkDigest) + "," + chunk + R"("chunkOffset":5})", "overlaps"},
-      {"overlap", Reg("f", 50, kChunkDigest + R"(,"chunkSize":20)") + "," + chunk + R"("chunkOffset":10})", "overlaps"},
-      {"gap", Reg("f", 50, kChunkDigest + R"(,"chunkSize":20)") + "," + chunk + R"("chunkOffset":30})", "overlaps"},
+      {"overlap", Reg("f", 50, kChunkDigest + R"(,"chunkSize":20)") + "," + chunk + R"("chunkOffset":10})",
+       "overlaps"},
+      {"gap", Reg("f", 50, kChunkDigest + R"(,"chunkSize":20)") + "," + chunk + R"("chunkOffset":30})",
+       "overlaps"},
       {"first chunk not at 0", Reg("f", 50, kChunkDigest + R"(,"chunkOffset":1)"), "overlaps"},
-      {"chunk that ends early", Reg("f", 50, kChunkDigest + R"(,"chunkSize":20)") + "," + chunk + R"("chunkOffset":20,"chunkSize":20})", "cover 40 of 50"},
-      {"more than can come out", Reg("f", 50'000, kChunkDigest + R"(,"offset":1073741820)"), "cannot come out"},
+      {"chunk that ends early",
+       Reg("f", 50, kChunkDigest + R"(,"chunkSize":20)") + "," + chunk +
+           R"("chunkOffset":20,"chunkSize":20})",
+       "cover 40 of 50"},
+      {"more than can come out", Reg("f", 50'000, kChunkDigest + R"(,"offset":1073741820)"),
+       "cannot come out"},
       {"empty symlink", R"({"name":"f","type":"symlink"})", "link target"},
       {"symlink with NUL", R"({"name":"f","type":"symlink","linkName":"a\u0000"})", "link target"},
-      {"long symlink", R"({"name":"f","type":"symlink","linkName":")" + std::string(4096, 'l') + "\"}", "max_path_bytes"},
+      {"long symlink", R"({"name":"f","type":"symlink","linkName":")" + std::string(4096, 'l') + "\"}",
+       "max_path_bytes"},
       {"hard link out of the layer", R"({"name":"f","type":"hardlink","linkName":"../x"})", ".."},
       {"hard link to the root", R"({"name":"f","type":"hardlink"})", "root"},
       {"xattr not base64", R"({"name":"f","type":"dir","xattrs":{"user.a":"%%%"}})", "base64"},
@@ -351,7 +397,8 @@ TEST(TocJsonTest, HostileEntriesAreRefusedWithTheirPositionAndName) {
     EXPECT_THAT(Message(toc.status()), HasSubstr(hostile.says)) << hostile.what;
     EXPECT_THAT(Message(toc.status()), HasSubstr("entry")) << hostile.what;
     EXPECT_TRUE(toc.status().code() == absl::StatusCode::kInvalidArgument ||
-                toc.status().code() == absl::StatusCode::kResourceExhausted) << hostile.what;
+                toc.status().code() == absl::StatusCode::kResourceExhausted)
+        << hostile.what;
     EXPECT_LT(Message(toc.status()).size(), 1000u) << hostile.what;
   }
   auto toc = ParseEntries(R"({"name":"good","type":"dir"},{"name":"bad","type":"door"})");
@@ -401,7 +448,8 @@ TEST(TocJsonTest, LimitsHoldForChunksAndXattrsToo) {
   limits.max_entries = 3;
   std::string entries = Reg("a", 4, kChunkDigest + R"(,"chunkSize":1)");
   for (int i = 1; i < 4; i++) {
-    entries += R"(,{"name":"a","type":"chunk","chunkSize":1,"chunkOffset":)" + std::to_string(i) + "," + kChunkDigest + "}";
+    entries += R"(,{"name":"a","type":"chunk","chunkSize":1,"chunkOffset":)" + std::to_string(i) + "," +
+               kChunkDigest + "}";
   }
   EXPECT_EQ(ParseEntries(entries, limits).status().code(), absl::StatusCode::kResourceExhausted);
   limits.max_entries = 4;
@@ -424,9 +472,12 @@ TEST(DigestTest, OnlyLowerCaseSha256IsADigest) {
   ASSERT_TRUE(digest.ok());
   EXPECT_EQ("sha256:" + DigestHex(*digest), kSomeDigest);
   std::string upper = kSomeDigest;
-  std::transform(upper.begin() + 7, upper.end(), upper.begin() + 7, [](char c) { return static_cast<char>(toupper(c)); });
-  for (const std::string& bad : {upper, std::string("sha256:"), std::string(kSomeDigest) + "0", std::string(kSomeDigest).substr(7),
-                                 "sha512:" + std::string(kSomeDigest).substr(7), std::string("sha256:") + std::string(63, '0') + "/"}) {
+  std::transform(upper.begin() + 7, upper.end(), upper.begin() + 7,
+                 [](char c) { return static_cast<char>(toupper(c)); });
+  for (const std::string& bad :
+       {upper, std::string("sha256:"), std::string(kSomeDigest) + "0", std::string(kSomeDigest).substr(7),
+        "sha512:" + std::string(kSomeDigest).substr(7),
+        std::string("sha256:") + std::string(63, '0') + "/"}) {
     EXPECT_FALSE(ParseDigest(bad).ok()) << bad;
   }
 }

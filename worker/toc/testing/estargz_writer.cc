@@ -28,26 +28,40 @@ std::string Padding(uint64_t size) { return std::string((kBlock - size % kBlock)
 
 char TarType(Type type) {
   switch (type) {
-    case Type::kDirectory: return '5';
-    case Type::kRegular: return '0';
-    case Type::kSymlink: return '2';
-    case Type::kHardlink: return '1';
-    case Type::kCharDevice: return '3';
-    case Type::kBlockDevice: return '4';
-    case Type::kFifo: return '6';
+    case Type::kDirectory:
+      return '5';
+    case Type::kRegular:
+      return '0';
+    case Type::kSymlink:
+      return '2';
+    case Type::kHardlink:
+      return '1';
+    case Type::kCharDevice:
+      return '3';
+    case Type::kBlockDevice:
+      return '4';
+    case Type::kFifo:
+      return '6';
   }
   return '0';
 }
 
 const char* TocType(Type type) {
   switch (type) {
-    case Type::kDirectory: return "dir";
-    case Type::kRegular: return "reg";
-    case Type::kSymlink: return "symlink";
-    case Type::kHardlink: return "hardlink";
-    case Type::kCharDevice: return "char";
-    case Type::kBlockDevice: return "block";
-    case Type::kFifo: return "fifo";
+    case Type::kDirectory:
+      return "dir";
+    case Type::kRegular:
+      return "reg";
+    case Type::kSymlink:
+      return "symlink";
+    case Type::kHardlink:
+      return "hardlink";
+    case Type::kCharDevice:
+      return "char";
+    case Type::kBlockDevice:
+      return "block";
+    case Type::kFifo:
+      return "fifo";
   }
   return "reg";
 }
@@ -58,7 +72,8 @@ std::string TarName(const WriterEntry& entry) {
 }
 
 void PutOctal(std::string* block, size_t at, size_t width, uint64_t value) {
-  for (size_t i = width - 1; i > 0; i--, value >>= 3) (*block)[at + i - 1] = static_cast<char>('0' + (value & 7));
+  for (size_t i = width - 1; i > 0; i--, value >>= 3)
+    (*block)[at + i - 1] = static_cast<char>('0' + (value & 7));
 }
 
 void PutText(std::string* block, size_t at, size_t width, std::string_view text) {
@@ -76,7 +91,10 @@ std::string UstarBlock(const std::string& name, const WriterEntry& entry, char t
   PutText(&block, 148, 8, "        ");
   block[156] = type;
   PutText(&block, 157, 100, entry.link_target);
-  PutText(&block, 257, 8, std::string_view("ustar\0" "00", 8));
+  PutText(&block, 257, 8,
+          std::string_view("ustar\0"
+                           "00",
+                           8));
   PutOctal(&block, 329, 8, entry.dev_major);
   PutOctal(&block, 337, 8, entry.dev_minor);
   uint64_t sum = 0;
@@ -91,7 +109,8 @@ std::string UstarBlock(const std::string& name, const WriterEntry& entry, char t
 std::string PaxRecord(const std::string& key, const std::string& value) {
   std::string body = " " + key + "=" + value + "\n";
   size_t length = body.size() + 1;
-  while (std::to_string(length).size() + body.size() != length) length = std::to_string(length).size() + body.size();
+  while (std::to_string(length).size() + body.size() != length)
+    length = std::to_string(length).size() + body.size();
   return std::to_string(length) + body;
 }
 
@@ -147,9 +166,12 @@ Json TocEntry(const WriterEntry& entry) {
   return json;
 }
 
-bool IsLandmark(const std::string& name) { return name == kPrefetchLandmarkName || name == kNoPrefetchLandmarkName; }
+bool IsLandmark(const std::string& name) {
+  return name == kPrefetchLandmarkName || name == kNoPrefetchLandmarkName;
+}
 
-void WritePayload(const WriterEntry& entry, const WriterOptions& options, Json first, BlobBuilder* builder, Json* toc) {
+void WritePayload(const WriterEntry& entry, const WriterOptions& options, Json first, BlobBuilder* builder,
+                  Json* toc) {
   Json json = std::move(first);
   for (uint64_t at = 0; at < entry.content.size(); at += options.chunk_size) {
     std::string chunk = entry.content.substr(at, options.chunk_size);
@@ -157,7 +179,8 @@ void WritePayload(const WriterEntry& entry, const WriterOptions& options, Json f
     if (builder->member_start() != 0) json["offset"] = builder->member_start();
     if (builder->member_bytes() != 0) json["innerOffset"] = builder->member_bytes();
     if (at != 0) json["chunkOffset"] = at;
-    if (chunk.size() == options.chunk_size && chunk.size() != entry.content.size()) json["chunkSize"] = chunk.size();
+    if (chunk.size() == options.chunk_size && chunk.size() != entry.content.size())
+      json["chunkSize"] = chunk.size();
     json["chunkDigest"] = DigestText(chunk);
     builder->Append(chunk);
     toc->push_back(json);

@@ -1,8 +1,5 @@
 // The remote-snapshot flow: what a Prepare with a target does.
-#include <sys/wait.h>
-#include <sys/mount.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -214,31 +211,6 @@ TEST_F(RemotePrepareTest, AbortEndsWaitingPreparesAndTheStoreMayBeClosed) {
   ASSERT_TRUE(snapshotter_->Cleanup().ok());
   EXPECT_TRUE(FolderIds().empty());
   EXPECT_EQ(mounter_.mounted(), 0u);
-}
-
-TEST_F(RemotePrepareTest, AKillBeforeTheRowLeavesNothingAndAfterItTheSnapshot) {
-  for (bool after : {false, true}) {
-    TempDir dir;
-    pid_t child = fork();
-    ASSERT_GE(child, 0);
-    if (child == 0) {
-      FaultPoints faults;
-      Backend backend(dir.path(), &mounter_, &faults);
-      faults.KillAt(after ? "snapshot.remote.after_row" : "snapshot.remote.before_row");
-      static_cast<void>(backend.snapshotter->Prepare(kKey, "", Target()));
-      _exit(4);
-    }
-    int status = 0;
-    ASSERT_EQ(waitpid(child, &status, 0), child);
-    ASSERT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) << status;
-    umount2((dir.path() + "/snapshots/1/fs").c_str(), MNT_DETACH);  // what the dead process's fake mounted
-    Backend backend(dir.path(), &mounter_, nullptr);
-    backend.snapshotter->Restore();
-    ASSERT_TRUE(backend.snapshotter->Cleanup().ok());
-    EXPECT_EQ(backend.snapshotter->List({})->size(), after ? 1u : 0u);
-    EXPECT_EQ(Folders(dir.path()).Ids()->size(), after ? 1u : 0u);
-    mounter_.LoseAll();
-  }
 }
 
 TEST_F(RemotePrepareTest, AfterAStartLazyLayersAreMountedAgain) {

@@ -4,7 +4,6 @@
 #include <fcntl.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <thread>
@@ -191,47 +190,6 @@ TEST_F(SnapshotterTest, EverythingIsThereAfterARestart) {
   Restart();
   EXPECT_EQ(snapshotter_->Mounts("a2").value()[0].options, mounts[0].options);
   EXPECT_EQ(snapshotter_->List({})->size(), 2u);
-}
-
-TEST_F(SnapshotterTest, ACrashAtAnyPointLeavesNoGarbageAfterCleanup) {
-  struct Case {
-    const char* point;
-    const char* call;
-    size_t rows;
-  };
-  for (const Case& c : {Case{"snapshot.prepare.before_row", "prepare", 1}, Case{"snapshot.prepare.after_row", "prepare", 2},
-                        Case{"snapshot.commit.before_row", "commit", 1}, Case{"snapshot.commit.after_row", "commit", 1},
-                        Case{"snapshot.remove.before_row", "remove", 1}, Case{"snapshot.remove.after_row", "remove", 0},
-                        Case{"snapshot.cleanup.before_delete", "remove", 0}}) {
-    SCOPED_TRACE(c.point);
-    TempDir dir;
-    {
-      Backend backend(dir.path(), &mounter_, nullptr);
-      ASSERT_TRUE(backend.snapshotter->Prepare("first", "", {}).ok());
-    }
-    pid_t child = fork();
-    ASSERT_GE(child, 0);
-    if (child == 0) {
-      FaultPoints faults;
-      Backend backend(dir.path(), &mounter_, &faults);
-      faults.KillAt(c.point);
-      std::string call = c.call;
-      if (call == "prepare") static_cast<void>(backend.snapshotter->Prepare("second", "", {}));
-      if (call == "commit") static_cast<void>(backend.snapshotter->Commit("done", "first", {}, ""));
-      if (call == "remove") static_cast<void>(backend.snapshotter->Remove("first"));
-      static_cast<void>(backend.snapshotter->Cleanup());
-      _exit(4);
-    }
-    int status = 0;
-    ASSERT_EQ(waitpid(child, &status, 0), child);
-    ASSERT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) << status;
-    Backend backend(dir.path(), &mounter_, nullptr);
-    ASSERT_TRUE(backend.snapshotter->Cleanup().ok());
-    EXPECT_EQ(backend.store->All().size(), c.rows);
-    EXPECT_EQ(Folders(dir.path()).Ids()->size(), c.rows);
-    std::string key = std::string(c.point) == "snapshot.commit.after_row" ? "done" : "first";
-    EXPECT_EQ(backend.snapshotter->Stat(key).ok(), c.rows > 0);
-  }
 }
 
 TEST_F(SnapshotterTest, AFullDiskChangesNothingAndLeavesNoFolder) {

@@ -35,8 +35,9 @@ std::string Sha256Digest(const std::string& bytes) {
 
 std::string Base64(const std::string& plain) {
   std::string encoded(4 * ((plain.size() + 2) / 3) + 1, '\0');
-  const int size = EVP_EncodeBlock(reinterpret_cast<unsigned char*>(encoded.data()),
-                                   reinterpret_cast<const unsigned char*>(plain.data()), static_cast<int>(plain.size()));
+  const int size =
+      EVP_EncodeBlock(reinterpret_cast<unsigned char*>(encoded.data()),
+                      reinterpret_cast<const unsigned char*>(plain.data()), static_cast<int>(plain.size()));
   encoded.resize(static_cast<size_t>(size));
   return encoded;
 }
@@ -83,7 +84,8 @@ bool ParseRange(const std::string& header, uint64_t size, uint64_t* offset, uint
   }
   const uint64_t first = std::strtoull(spec.c_str(), nullptr, 10);
   if (first >= size) return false;
-  const uint64_t last = dash + 1 == spec.size() ? size - 1 : std::strtoull(spec.c_str() + dash + 1, nullptr, 10);
+  const uint64_t last =
+      dash + 1 == spec.size() ? size - 1 : std::strtoull(spec.c_str() + dash + 1, nullptr, 10);
   *offset = first;
   *length = std::min(last, size - 1) - first + 1;
   return last >= first;
@@ -303,7 +305,8 @@ RegistryServer::Answer RegistryServer::RespondToken(const RegistryRequest& reque
     scope = FormValue(request.body, "scope");
   } else {
     const std::string wanted = "Basic " + Base64(options_.username + ":" + options_.password);
-    if (!options_.username.empty() && request.Header("authorization") != wanted) return Error(401, "UNAUTHORIZED");
+    if (!options_.username.empty() && request.Header("authorization") != wanted)
+      return Error(401, "UNAUTHORIZED");
     scope = FormValue(request.query, "scope");
   }
   const std::string token = "token-" + std::to_string(next_token_++);
@@ -340,13 +343,15 @@ std::optional<RegistryServer::Answer> RegistryServer::Challenge(const RegistryRe
   return answer;
 }
 
-RegistryServer::Answer RegistryServer::RespondContent(const RegistryRequest& request, const RegistryFault& fault) {
+RegistryServer::Answer RegistryServer::RespondContent(const RegistryRequest& request,
+                                                      const RegistryFault& fault) {
   Content content;
   std::string redirect;
   {
     MutexLock lock(&mutex_);
     if (request.IsBlob()) {
-      const auto blob = blobs_.find(request.path.substr(request.path.find("/blobs/") + std::strlen("/blobs/")));
+      const auto blob =
+          blobs_.find(request.path.substr(request.path.find("/blobs/") + std::strlen("/blobs/")));
       if (blob != blobs_.end()) content = blob->second;
       redirect = options_.redirect_blobs_to;
     } else if (request.path.rfind("/v2/", 0) == 0) {
@@ -380,7 +385,8 @@ RegistryServer::Answer RegistryServer::RespondContent(const RegistryRequest& req
   return answer;
 }
 
-bool RegistryServer::Send(Stream* stream, const RegistryRequest& request, Answer answer, const RegistryFault& fault) {
+bool RegistryServer::Send(Stream* stream, const RegistryRequest& request, Answer answer,
+                          const RegistryFault& fault) {
   std::string head = "HTTP/1.1 " + std::to_string(answer.status) + " Test\r\n";
   for (const auto& [name, value] : answer.headers) head += name + ": " + value + "\r\n";
   if (fault.no_content_length) {
@@ -402,8 +408,8 @@ bool RegistryServer::SendBody(Stream* stream, const RegistryRequest& request, co
       WaitWhileStalled();
       stall = UINT64_MAX;
     }
-    const uint64_t piece = std::min({answer.length - sent, cut - sent, stall > sent ? stall - sent : UINT64_MAX,
-                                     uint64_t{256 * 1024}});
+    const uint64_t piece = std::min(
+        {answer.length - sent, cut - sent, stall > sent ? stall - sent : UINT64_MAX, uint64_t{256 * 1024}});
     std::string bytes = answer.bytes->substr(answer.offset + sent, piece);
     if (fault.corrupt) {
       for (char& byte : bytes) byte = static_cast<char>(~byte);

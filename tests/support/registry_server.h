@@ -1,9 +1,11 @@
-// A registry for tests, in the test's own process: HTTP/1.1 on a loopback port, keep-alive, one thread a connection. Serves
-// blobs and manifests from memory (OCI distribution spec, pull side): ranges, suffix ranges, HEAD, basic and bearer
-// authentication with a token endpoint (GET with basic, POST with a refresh token), redirects, optionally TLS. Faults are
-// chosen request by request; everything asked is counted and logged.
+// A registry for tests, in the test's own process: HTTP/1.1 on a loopback port, keep-alive, one thread a
+// connection. Serves blobs and manifests from memory (OCI distribution spec, pull side): ranges, suffix
+// ranges, HEAD, basic and bearer authentication with a token endpoint (GET with basic, POST with a refresh
+// token), redirects, optionally TLS. Faults are chosen request by request; everything asked is counted and
+// logged.
 //
-// Thread-safe: all methods. Hooks run on connection threads. The destructor cuts every connection and joins every thread.
+// Thread-safe: all methods. Hooks run on connection threads. The destructor cuts every connection and joins
+// every thread.
 #pragma once
 
 #include <atomic>
@@ -31,15 +33,17 @@ enum class RegistryAuth { kNone, kBasic, kBearer };
 
 struct RegistryOptions {
   RegistryAuth auth = RegistryAuth::kNone;
-  std::string username, password;  // for basic, and for the token endpoint; empty username = tokens for anybody
-  std::string identity_token;      // accepted by POST /token as refresh_token; "" = POST is refused
+  std::string username,
+      password;                // for basic, and for the token endpoint; empty username = tokens for anybody
+  std::string identity_token;  // accepted by POST /token as refresh_token; "" = POST is refused
   int token_lifetime_seconds = 300;
-  bool protect_blobs_only = false; // manifests and /v2/ without authentication
-  std::string redirect_blobs_to;   // "http://127.0.0.1:1234": blobs answer 307 to there, with a signed-looking query
-  uint64_t delay_nanos = 0;        // before every answer
+  bool protect_blobs_only = false;  // manifests and /v2/ without authentication
+  std::string
+      redirect_blobs_to;  // "http://127.0.0.1:1234": blobs answer 307 to there, with a signed-looking query
+  uint64_t delay_nanos = 0;                        // before every answer
   std::string tls_certificate_file, tls_key_file;  // PEM; both set = the server speaks TLS
   std::string bind_address = "127.0.0.1";
-  uint16_t port = 0;               // 0 = any free one
+  uint16_t port = 0;  // 0 = any free one
 };
 
 struct RegistryRequest {
@@ -52,8 +56,9 @@ struct RegistryRequest {
 
 // What goes wrong with one answer. Default-made: nothing does.
 struct RegistryFault {
-  int status = 0;                                            // answer with it and an OCI error body
-  std::vector<std::pair<std::string, std::string>> headers;  // added to the answer (Retry-After, Location, ...)
+  int status = 0;  // answer with it and an OCI error body
+  std::vector<std::pair<std::string, std::string>>
+      headers;                          // added to the answer (Retry-After, Location, ...)
   std::optional<uint64_t> cut_after;    // close the connection after so many body bytes
   std::optional<uint64_t> stall_after;  // stop after so many body bytes, until ReleaseStalls() or Stop()
   bool stall = false;                   // no answer at all until then; then the connection is cut
@@ -62,8 +67,8 @@ struct RegistryFault {
   bool ignore_range = false;            // 200 with the whole blob
   bool no_content_length = false;       // body ends with the connection
   bool corrupt = false;                 // every body byte flipped
-  std::string raw;                      // these bytes instead of an HTTP answer, then the connection is closed
-  uint64_t delay_nanos = 0;             // before the answer
+  std::string raw;           // these bytes instead of an HTTP answer, then the connection is closed
+  uint64_t delay_nanos = 0;  // before the answer
 };
 
 struct RegistryLogEntry {
@@ -92,15 +97,18 @@ class RegistryServer {
 
   // Returns the digest ("sha256:<hex>"). Blobs belong to every repository.
   std::string AddBlob(const std::string& bytes);
-  void AddBlobAs(const std::string& digest, const std::string& bytes);  // under a digest that need not be true
+  void AddBlobAs(const std::string& digest,
+                 const std::string& bytes);  // under a digest that need not be true
   void RemoveBlob(const std::string& digest);
   // Under its digest, and under `tag` if given. Returns the digest.
-  std::string AddManifest(const std::string& repository, const std::string& tag, const std::string& media_type,
-                          const std::string& bytes);
+  std::string AddManifest(const std::string& repository, const std::string& tag,
+                          const std::string& media_type, const std::string& bytes);
 
-  // Asked for every request except the token endpoint's, before the FailNext list; an empty optional = answer properly.
+  // Asked for every request except the token endpoint's, before the FailNext list; an empty optional = answer
+  // properly.
   void SetHook(Hook hook);
-  // The next `count` blob requests (any but token requests with `blobs_only` false) get `fault`; several queue up.
+  // The next `count` blob requests (any but token requests with `blobs_only` false) get `fault`; several
+  // queue up.
   void FailNext(const RegistryFault& fault, int count = 1, bool blobs_only = true);
   void ClearFaults();
   void ReleaseStalls();
@@ -111,13 +119,13 @@ class RegistryServer {
   void SetPassword(const std::string& username, const std::string& password);
   void RevokeTokens();
 
-  uint64_t requests() const;         // all, token endpoint included
+  uint64_t requests() const;  // all, token endpoint included
   uint64_t blob_requests() const;
   uint64_t token_requests() const;
-  uint64_t body_bytes() const;       // of blob answers, as handed to the socket
-  uint64_t connections() const;      // accepted so far
-  uint64_t faults_served() const;    // a test that did not see its fault happen fails
-  int in_flight() const;             // requests read and not yet answered
+  uint64_t body_bytes() const;     // of blob answers, as handed to the socket
+  uint64_t connections() const;    // accepted so far
+  uint64_t faults_served() const;  // a test that did not see its fault happen fails
+  int in_flight() const;           // requests read and not yet answered
   std::vector<RegistryLogEntry> log() const;
   void ResetCounters();
   // Waits until `predicate` holds (tested after every request begun or answered); false after `seconds`.
@@ -151,7 +159,8 @@ class RegistryServer {
   Answer RespondContent(const RegistryRequest& request, const RegistryFault& fault);
   std::optional<Answer> Challenge(const RegistryRequest& request);
   bool Send(Stream* stream, const RegistryRequest& request, Answer answer, const RegistryFault& fault);
-  bool SendBody(Stream* stream, const RegistryRequest& request, const Answer& answer, const RegistryFault& fault);
+  bool SendBody(Stream* stream, const RegistryRequest& request, const Answer& answer,
+                const RegistryFault& fault);
   bool IsAuthorized(const RegistryRequest& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void WaitWhileStalled();
   void Delay(uint64_t nanos);
@@ -172,8 +181,9 @@ class RegistryServer {
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   bool black_hole_ ABSL_GUARDED_BY(mutex_) = false;
   uint64_t stall_epoch_ ABSL_GUARDED_BY(mutex_) = 0;
-  std::map<std::string, Content> blobs_ ABSL_GUARDED_BY(mutex_);      // by digest
-  std::map<std::string, Content> manifests_ ABSL_GUARDED_BY(mutex_);  // by "<repository>/manifests/<reference>"
+  std::map<std::string, Content> blobs_ ABSL_GUARDED_BY(mutex_);  // by digest
+  std::map<std::string, Content> manifests_
+      ABSL_GUARDED_BY(mutex_);  // by "<repository>/manifests/<reference>"
   struct QueuedFault {
     RegistryFault fault;
     int count = 1;
@@ -191,8 +201,8 @@ class RegistryServer {
   std::vector<RegistryLogEntry> log_ ABSL_GUARDED_BY(mutex_);
 };
 
-// A certificate authority and a server certificate for 127.0.0.1 and localhost, as PEM files in `folder`: ca.pem,
-// server.pem, server.key.
+// A certificate authority and a server certificate for 127.0.0.1 and localhost, as PEM files in `folder`:
+// ca.pem, server.pem, server.key.
 absl::Status MakeTestCertificates(const std::string& folder);
 
 }  // namespace holdfast::test

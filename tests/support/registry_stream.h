@@ -1,5 +1,5 @@
-// One accepted connection of the test registry, plain or TLS: blocking reads and writes, and the parsing of requests.
-// Used by one thread; shutting the descriptor down from another thread ends a blocked call.
+// One accepted connection of the test registry, plain or TLS: blocking reads and writes, and the parsing of
+// requests. Used by one thread; shutting the descriptor down from another thread ends a blocked call.
 #pragma once
 
 #include <memory>

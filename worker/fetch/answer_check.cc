@@ -50,7 +50,8 @@ AnswerPlan CheckWhole(const WantedRange& wanted, const HttpHeaders& headers) {
     return plan;
   }
   if (size && *size < wanted.offset + wanted.length) {
-    return Final(absl::StatusCode::kDataLoss, "the blob ends at byte " + std::to_string(*size) + ", before the end of " +
+    return Final(absl::StatusCode::kDataLoss, "the blob ends at byte " + std::to_string(*size) +
+                                                  ", before the end of " +
                                                   Span(wanted.offset, wanted.length));
   }
   if (wanted.offset > kMaxWastedBytes) {
@@ -68,7 +69,8 @@ std::string WantedRange::HeaderValue() const {
   return "bytes=" + std::to_string(offset) + "-" + std::to_string(offset + length - 1);
 }
 
-AnswerPlan CheckAnswer(const WantedRange& wanted, const HttpHeaders& headers, std::optional<uint64_t> known_size) {
+AnswerPlan CheckAnswer(const WantedRange& wanted, const HttpHeaders& headers,
+                       std::optional<uint64_t> known_size) {
   if (headers.status != 200 && headers.status != 206) return NoSuffix();
   if (headers.status == 200) {
     if (known_size && headers.content_length && *headers.content_length != *known_size) {
@@ -90,7 +92,8 @@ AnswerPlan CheckAnswer(const WantedRange& wanted, const HttpHeaders& headers, st
     first = *range->total - length;
   } else if (range->total && *range->total < wanted.offset + wanted.length) {
     return Final(absl::StatusCode::kDataLoss, "the blob ends at byte " + std::to_string(*range->total) +
-                                                  ", before the end of " + Span(wanted.offset, wanted.length));
+                                                  ", before the end of " +
+                                                  Span(wanted.offset, wanted.length));
   }
   if (range->first != first || range->last != first + length - 1) {
     return Bad("Content-Range is " + Span(range->first, range->last - range->first + 1) + ", asked was " +

@@ -1,4 +1,5 @@
-// Whether an answer's headers are an acceptable answer to a range request, and which part of its body to take. Pure.
+// Whether an answer's headers are an acceptable answer to a range request, and which part of its body to
+// take. Pure.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +37,9 @@ struct AnswerPlan {
   std::string why;
 };
 
-// `known_size` = the blob's size from an earlier answer. For statuses 200 and 206; 416 and 400 to a suffix range.
-AnswerPlan CheckAnswer(const WantedRange& wanted, const HttpHeaders& headers, std::optional<uint64_t> known_size);
+// `known_size` = the blob's size from an earlier answer. For statuses 200 and 206; 416 and 400 to a suffix
+// range.
+AnswerPlan CheckAnswer(const WantedRange& wanted, const HttpHeaders& headers,
+                       std::optional<uint64_t> known_size);
 
 }  // namespace holdfast::fetch

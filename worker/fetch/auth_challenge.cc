@@ -35,8 +35,10 @@ class Scanner {
   // RFC 7230 token, in lower case; "" when there is none.
   std::string Token() {
     std::string token;
-    while (!AtEnd() && (std::isalnum(static_cast<unsigned char>(text_[at_])) ||
-                        std::strchr("!#$%&'*+-.^_`|~", text_[at_]) != nullptr) && text_[at_] != '\0') {
+    while (!AtEnd() &&
+           (std::isalnum(static_cast<unsigned char>(text_[at_])) ||
+            std::strchr("!#$%&'*+-.^_`|~", text_[at_]) != nullptr) &&
+           text_[at_] != '\0') {
       token += static_cast<char>(std::tolower(static_cast<unsigned char>(text_[at_++])));
     }
     return token;
@@ -107,7 +109,8 @@ std::optional<AuthChallenge> ChooseChallenge(const std::vector<std::string>& hea
   for (const std::string& header : headers) {
     for (AuthChallenge& challenge : ParseAuthChallenges(header)) {
       const auto realm = challenge.params.find("realm");
-      if (challenge.scheme == "bearer" && realm != challenge.params.end() && !realm->second.empty()) return challenge;
+      if (challenge.scheme == "bearer" && realm != challenge.params.end() && !realm->second.empty())
+        return challenge;
       if (challenge.scheme == "basic" && !basic) basic = std::move(challenge);
     }
   }

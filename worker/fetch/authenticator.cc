@@ -24,9 +24,12 @@ std::string CaFileFor(const ClientOptions& options, const std::string& authority
   return host == options.hosts.end() ? "" : host->second.ca_file;
 }
 
-Authenticator::Authenticator(const ClientOptions& options, std::string docker_config_path, HttpTransport* transport,
-                             Post post)
-    : options_(options), store_(std::move(docker_config_path)), transport_(transport), post_(std::move(post)) {}
+Authenticator::Authenticator(const ClientOptions& options, std::string docker_config_path,
+                             HttpTransport* transport, Post post)
+    : options_(options),
+      store_(std::move(docker_config_path)),
+      transport_(transport),
+      post_(std::move(post)) {}
 
 Authenticator::~Authenticator() {
   stopping_ = true;
@@ -99,7 +102,8 @@ void Authenticator::Rejected(const std::string& host, const std::string& reposit
   state->header.clear();
   if (!challenge) {
     state->mode = Mode::kUnknown;
-    Flush(state, {PermissionDenied("HTTP 401 without a challenge that could be answered"), "", state->generation, false});
+    Flush(state, {PermissionDenied("HTTP 401 without a challenge that could be answered"), "",
+                  state->generation, false});
     return;
   }
   state->mode = challenge->scheme == "bearer" ? Mode::kBearer : Mode::kBasic;
@@ -150,10 +154,12 @@ void Authenticator::RunHelper(State* state, const CredentialStore::Source& sourc
   std::thread thread([this, state, source, ended] {
     absl::StatusOr<Credentials> found =
         RunCredentialHelper(source.helper, source.server, kHelperLimitNanos, &stopping_);
-    // States live as long as this object, which waits for this thread; what is posted later runs before it dies or never.
+    // States live as long as this object, which waits for this thread; what is posted later runs before it
+    // dies or never.
     if (!stopping_) {
       post_([this, state, source, found = std::move(found)] {
-        const std::string problem = found.ok() ? source.problem : std::string(FromAbsl(found.status().message()));
+        const std::string problem =
+            found.ok() ? source.problem : std::string(FromAbsl(found.status().message()));
         ObtainWith(state, found.ok() ? *found : source.stored, problem);
       });
     }
@@ -168,12 +174,14 @@ void Authenticator::ObtainWith(State* state, const Credentials& credentials, con
     return;
   }
   if (credentials.username.empty()) {
-    std::string message = "the registry asks for a user name and password, and none is configured for " + state->host;
+    std::string message =
+        "the registry asks for a user name and password, and none is configured for " + state->host;
     if (!problem.empty()) message += " (" + problem + ")";
     Fail(state, PermissionDenied(message));
     return;
   }
-  Succeed(state, "Basic " + Base64Encode(credentials.username + ":" + credentials.password), kBasicLifetimeNanos);
+  Succeed(state, "Basic " + Base64Encode(credentials.username + ":" + credentials.password),
+          kBasicLifetimeNanos);
 }
 
 void Authenticator::AskForToken(State* state, const Credentials& credentials, const std::string& problem) {
@@ -181,9 +189,11 @@ void Authenticator::AskForToken(State* state, const Credentials& credentials, co
   const absl::StatusOr<Url> realm = ParseUrl(params["realm"]);
   if (!realm.ok()) return Fail(state, PermissionDenied("the registry names a token endpoint that is no URL"));
   if (realm->scheme == "http" && !PlainHttpAllowed(options_, realm->authority)) {
-    return Fail(state, PermissionDenied("the registry names a token endpoint on plain http, " + realm->authority));
+    return Fail(state,
+                PermissionDenied("the registry names a token endpoint on plain http, " + realm->authority));
   }
-  const std::string scope = params["scope"].empty() ? "repository:" + state->repository + ":pull" : params["scope"];
+  const std::string scope =
+      params["scope"].empty() ? "repository:" + state->repository + ":pull" : params["scope"];
   std::string query = "scope=" + PercentEncode(scope);
   if (!params["service"].empty()) query = "service=" + PercentEncode(params["service"]) + "&" + query;
   HttpRequest request;
@@ -212,9 +222,11 @@ void Authenticator::AskForToken(State* state, const Credentials& credentials, co
       });
 }
 
-void Authenticator::OnToken(State* state, bool had_credentials, const std::string& problem, const HttpResult& result) {
+void Authenticator::OnToken(State* state, bool had_credentials, const std::string& problem,
+                            const HttpResult& result) {
   const int status = result.headers.status;
-  const bool whole = result.complete || (result.failure == Failure::kShortBody && !result.headers.content_length);
+  const bool whole =
+      result.complete || (result.failure == Failure::kShortBody && !result.headers.content_length);
   if (!result.answered || (!whole && status == 200)) {
     return Fail(state, Unavailable("token endpoint: " + result.why));
   }
@@ -227,7 +239,8 @@ void Authenticator::OnToken(State* state, bool had_credentials, const std::strin
     return Fail(state, PermissionDenied(message));
   }
   const absl::StatusOr<TokenAnswer> answer = ParseTokenAnswer(result.body);
-  if (!answer.ok()) return Fail(state, Unavailable("token endpoint: " + std::string(FromAbsl(answer.status().message()))));
+  if (!answer.ok())
+    return Fail(state, Unavailable("token endpoint: " + std::string(FromAbsl(answer.status().message()))));
   Succeed(state, "Bearer " + answer->token, answer->lifetime_nanos);
 }
 

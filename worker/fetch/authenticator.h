@@ -1,6 +1,7 @@
-// Authorization headers for (host, repository): learned from the registry's challenge, obtained once for all who wait,
-// kept until they expire. The first request to a repository goes out without any and finds out what is wanted; others
-// wait for its answer. Used on the client's thread only (Post brings the results of credential helpers there).
+// Authorization headers for (host, repository): learned from the registry's challenge, obtained once for all
+// who wait, kept until they expire. The first request to a repository goes out without any and finds out what
+// is wanted; others wait for its answer. Used on the client's thread only (Post brings the results of
+// credential helpers there).
 #pragma once
 
 #include <atomic>
@@ -35,7 +36,8 @@ class Authenticator {
   using Ready = std::function<void(const Grant&)>;
   using Post = std::function<void(std::function<void()>)>;
 
-  Authenticator(const ClientOptions& options, std::string docker_config_path, HttpTransport* transport, Post post);
+  Authenticator(const ClientOptions& options, std::string docker_config_path, HttpTransport* transport,
+                Post post);
   ~Authenticator();  // kills helpers and waits for them; nothing is called any more
   Authenticator(const Authenticator&) = delete;
   Authenticator& operator=(const Authenticator&) = delete;
@@ -44,7 +46,8 @@ class Authenticator {
   void Authorize(const std::string& host, const std::string& repository, Ready ready);
   // The registry answered something else than 401 to the probe.
   void Accepted(const std::string& host, const std::string& repository);
-  // The registry answered 401 to a request with the grant of `generation`; `challenges` = its WWW-Authenticate lines.
+  // The registry answered 401 to a request with the grant of `generation`; `challenges` = its
+  // WWW-Authenticate lines.
   void Rejected(const std::string& host, const std::string& repository, uint64_t generation,
                 const std::vector<std::string>& challenges);
   // The probing request is over, with or without an answer.

@@ -1,4 +1,5 @@
-// What earlier answers taught about a blob: its size, and where the registry redirects to. Bounded. Used by one thread.
+// What earlier answers taught about a blob: its size, and where the registry redirects to. Bounded. Used by
+// one thread.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +16,8 @@ class BlobTable {
  public:
   struct Entry {
     std::optional<uint64_t> size;
-    std::optional<Url> target;   // ask there instead, without authorization
-    uint64_t target_until = 0;   // BootNanos
+    std::optional<Url> target;  // ask there instead, without authorization
+    uint64_t target_until = 0;  // BootNanos
     uint64_t last_use = 0;
   };
 

@@ -44,12 +44,14 @@ class Waiter {
   }
   absl::StatusOr<T> Get() {
     std::future<absl::StatusOr<T>> future = promise_->get_future();
-    if (future.wait_for(std::chrono::seconds(30)) != std::future_status::ready) return Internal("no callback");
+    if (future.wait_for(std::chrono::seconds(30)) != std::future_status::ready)
+      return Internal("no callback");
     return future.get();
   }
 
  private:
-  std::shared_ptr<std::promise<absl::StatusOr<T>>> promise_ = std::make_shared<std::promise<absl::StatusOr<T>>>();
+  std::shared_ptr<std::promise<absl::StatusOr<T>>> promise_ =
+      std::make_shared<std::promise<absl::StatusOr<T>>>();
 };
 
 class ClientTest : public ::testing::Test {
@@ -69,7 +71,8 @@ class ClientTest : public ::testing::Test {
   BlobRef Blob(const std::string& bytes, const std::string& repository = "demo/app") {
     return {{registry_.host(), repository, "latest"}, registry_.AddBlob(bytes), "default"};
   }
-  absl::StatusOr<std::string> Fetch(const BlobRef& blob, uint64_t offset, uint64_t length, uint64_t limit = 20 * kSecond) {
+  absl::StatusOr<std::string> Fetch(const BlobRef& blob, uint64_t offset, uint64_t length,
+                                    uint64_t limit = 20 * kSecond) {
     Waiter<std::string> waiter;
     client().FetchRange(blob, offset, length, Priority::kDemand, In(limit), waiter.Callback());
     return waiter.Get();
@@ -98,7 +101,8 @@ inline RegistryFault Status(int status) {
 // Matches a StatusOr or Status by code and part of the message.
 MATCHER_P2(FailsWith, code, part, "") {
   *result_listener << arg.status().ToString();
-  return arg.status().code() == code && std::string(FromAbsl(arg.status().message())).find(part) != std::string::npos;
+  return arg.status().code() == code &&
+         std::string(FromAbsl(arg.status().message())).find(part) != std::string::npos;
 }
 
 }  // namespace holdfast::fetch

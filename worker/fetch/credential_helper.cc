@@ -98,7 +98,8 @@ absl::StatusOr<Credentials> RunCredentialHelper(const std::string& helper, const
   const uint64_t until = Clock::Real()->BootNanos() + limit_nanos;
   HF_ASSIGN_OR_RETURN(Pipe in, MakePipe());
   HF_ASSIGN_OR_RETURN(Pipe out, MakePipe());
-  // Fits a pipe's buffer whole, so this never blocks; done first, so that nobody can have closed the reading end.
+  // Fits a pipe's buffer whole, so this never blocks; done first, so that nobody can have closed the reading
+  // end.
   const std::string line = server + "\n";
   if (write(in.write.get(), line.data(), line.size()) != static_cast<ssize_t>(line.size())) {
     return ErrnoStatus(errno, "cannot talk to " + program);

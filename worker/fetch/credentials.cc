@@ -32,11 +32,13 @@ Credentials ParseAuthEntry(const json& entry) {
   credentials.username = plain->substr(0, colon);
   credentials.password = plain->substr(colon + 1);
   // Some versions of docker pad the decoded text with NULs.
-  while (!credentials.password.empty() && credentials.password.back() == '\0') credentials.password.pop_back();
+  while (!credentials.password.empty() && credentials.password.back() == '\0')
+    credentials.password.pop_back();
   return credentials;
 }
 
-// The host of a key such as "https://index.docker.io/v1/", "registry.example:5000" or "registry.example/team".
+// The host of a key such as "https://index.docker.io/v1/", "registry.example:5000" or
+// "registry.example/team".
 std::string KeyHost(std::string key) {
   for (const char* scheme : {"https://", "http://"}) {
     if (key.rfind(scheme, 0) == 0) key = key.substr(std::string_view(scheme).size());

@@ -1,5 +1,6 @@
-// Who we are to a registry: the static user of the configuration, else docker's config.json with its credential helpers.
-// The file is read anew when its modification time or size changed, so a `docker login` needs no restart.
+// Who we are to a registry: the static user of the configuration, else docker's config.json with its
+// credential helpers. The file is read anew when its modification time or size changed, so a `docker login`
+// needs no restart.
 #pragma once
 
 #include <sys/stat.h>
@@ -22,19 +23,19 @@ struct Credentials {
 };
 
 struct DockerConfig {
-  std::map<std::string, Credentials> auths;         // by the file's own key: host, or an old-style URL
-  std::map<std::string, std::string> helpers;       // credHelpers: host -> suffix of docker-credential-<suffix>
-  std::string default_helper;                       // credsStore
+  std::map<std::string, Credentials> auths;    // by the file's own key: host, or an old-style URL
+  std::map<std::string, std::string> helpers;  // credHelpers: host -> suffix of docker-credential-<suffix>
+  std::string default_helper;                  // credsStore
 };
-// docker's config.json. Unknown keys are ignored, an entry that makes no sense is left out; InvalidArgument only when the
-// whole is no JSON object. Messages never quote the content. Fuzzed.
+// docker's config.json. Unknown keys are ignored, an entry that makes no sense is left out; InvalidArgument
+// only when the whole is no JSON object. Messages never quote the content. Fuzzed.
 absl::StatusOr<DockerConfig> ParseDockerConfig(std::string_view text);
 
 // What a credential helper prints for `get`: {"Username": ..., "Secret": ...}.
 absl::StatusOr<Credentials> ParseHelperAnswer(std::string_view text);
 
-// Runs `docker-credential-<helper> get` with `server` on its standard input. Blocks up to `limit_nanos`, then kills it;
-// also when `*cancelled` becomes true. NotFound: the helper knows no such server.
+// Runs `docker-credential-<helper> get` with `server` on its standard input. Blocks up to `limit_nanos`, then
+// kills it; also when `*cancelled` becomes true. NotFound: the helper knows no such server.
 absl::StatusOr<Credentials> RunCredentialHelper(const std::string& helper, const std::string& server,
                                                 uint64_t limit_nanos, const std::atomic<bool>* cancelled);
 
@@ -48,7 +49,8 @@ class CredentialStore {
     Credentials stored;          // empty = anonymous
     std::string problem;         // why the file could not be used; "" also when there is no file
   };
-  // For a registry host as in ImageReference.host. Reads the file if it changed; never blocks on anything else.
+  // For a registry host as in ImageReference.host. Reads the file if it changed; never blocks on anything
+  // else.
   Source Find(const std::string& host);
 
   const std::string& path() const { return path_; }

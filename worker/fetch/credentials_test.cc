@@ -24,7 +24,8 @@ TEST(DockerConfigTest, ReadsEveryWayToStoreCredentials) {
   const DockerConfig config = ParseDockerConfig(R"({"auths":{
       "a":{"auth":"dXNlcjpwYTpzcw=="}, "b":{"username":"u","password":"p"}, "c":{"identitytoken":"t"},
       "d":{}, "e":{"auth":"%%%"}, "f":{"auth":"bm9jb2xvbg=="}, "g":7},
-      "credHelpers":{"h":"vault","i":5},"credsStore":"desktop","HttpHeaders":{}})").value();
+      "credHelpers":{"h":"vault","i":5},"credsStore":"desktop","HttpHeaders":{}})")
+                                  .value();
   EXPECT_EQ(config.auths.at("a").username, "user");
   EXPECT_EQ(config.auths.at("a").password, "pa:ss");
   EXPECT_EQ(config.auths.at("b").password, "p");
@@ -35,8 +36,9 @@ TEST(DockerConfigTest, ReadsEveryWayToStoreCredentials) {
 }
 
 TEST(DockerConfigTest, RefusesWhatIsNoObjectWithoutQuotingIt) {
-  for (const std::string& text : {std::string("secret"), std::string("[]"), std::string("{\"auths\":{\"secret"), std::string(),
-                                  std::string(100'000, '[')}) {
+  for (const std::string& text :
+       {std::string("secret"), std::string("[]"), std::string("{\"auths\":{\"secret"), std::string(),
+        std::string(100'000, '[')}) {
     const absl::StatusOr<DockerConfig> config = ParseDockerConfig(text);
     EXPECT_FALSE(config.ok());
     EXPECT_EQ(config.status().ToString().find("secret"), std::string::npos);
@@ -45,13 +47,21 @@ TEST(DockerConfigTest, RefusesWhatIsNoObjectWithoutQuotingIt) {
 }
 
 TEST(CredentialStoreTest, FindsAHostUnderAllItsNames) {
-  EXPECT_EQ(FindIn(R"({"auths":{"https://r.example:5000/v2/":{"username":"u","password":"p"}}})", "r.example:5000")
-                .stored.username, "u");
-  EXPECT_EQ(FindIn(R"({"auths":{"https://index.docker.io/v1/":{"username":"u","password":"p"}}})", "registry-1.docker.io")
-                .stored.username, "u");
-  EXPECT_EQ(FindIn(R"({"auths":{"docker.io":{"username":"u","password":"p"}}})", "registry-1.docker.io").stored.username, "u");
-  EXPECT_TRUE(FindIn(R"({"auths":{"r.example":{"username":"u","password":"p"}}})", "r.example.evil").stored.empty());
-  EXPECT_TRUE(FindIn(R"({"auths":{"r.example":{"username":"u","password":"p"}}})", "r.example:5000").stored.empty());
+  EXPECT_EQ(
+      FindIn(R"({"auths":{"https://r.example:5000/v2/":{"username":"u","password":"p"}}})", "r.example:5000")
+          .stored.username,
+      "u");
+  EXPECT_EQ(FindIn(R"({"auths":{"https://index.docker.io/v1/":{"username":"u","password":"p"}}})",
+                   "registry-1.docker.io")
+                .stored.username,
+            "u");
+  EXPECT_EQ(FindIn(R"({"auths":{"docker.io":{"username":"u","password":"p"}}})", "registry-1.docker.io")
+                .stored.username,
+            "u");
+  EXPECT_TRUE(
+      FindIn(R"({"auths":{"r.example":{"username":"u","password":"p"}}})", "r.example.evil").stored.empty());
+  EXPECT_TRUE(
+      FindIn(R"({"auths":{"r.example":{"username":"u","password":"p"}}})", "r.example:5000").stored.empty());
 }
 
 TEST(CredentialStoreTest, AHelperOfTheHostComesBeforeTheDefaultOne) {
@@ -68,7 +78,9 @@ TEST(CredentialStoreTest, ReadsTheFileAnewWhenItChangesAppearsOrGoes) {
   EXPECT_TRUE(store.Find("h").stored.empty());
   EXPECT_EQ(store.Find("h").problem, "");
   for (const char* name : {"one", "two"}) {
-    ASSERT_TRUE(WriteFileAtomic(path, std::string(R"({"auths":{"h":{"password":"p","username":")") + name + "\"}}}").ok());
+    ASSERT_TRUE(
+        WriteFileAtomic(path, std::string(R"({"auths":{"h":{"password":"p","username":")") + name + "\"}}}")
+            .ok());
     EXPECT_EQ(store.Find("h").stored.username, name);
   }
   ASSERT_TRUE(WriteFileAtomic(path, "broken").ok());
@@ -102,8 +114,10 @@ TEST(TokenAnswerTest, ReadsBothNamesAndBoundsTheLifetime) {
   EXPECT_EQ(ParseTokenAnswer(R"({"token":"a"})").value().lifetime_nanos, 60'000'000'000u);
   EXPECT_EQ(ParseTokenAnswer(R"({"access_token":"b","expires_in":300})").value().token, "b");
   EXPECT_EQ(ParseTokenAnswer(R"({"token":"a","expires_in":-5})").value().lifetime_nanos, 1'000'000'000u);
-  EXPECT_EQ(ParseTokenAnswer(R"({"token":"a","expires_in":1e300})").value().lifetime_nanos, 86'400'000'000'000u);
-  for (const char* text : {"", "{}", "[]", R"({"token":7})", R"({"token":""})", R"({"token":"a\r\nX-Evil: 1"})"}) {
+  EXPECT_EQ(ParseTokenAnswer(R"({"token":"a","expires_in":1e300})").value().lifetime_nanos,
+            86'400'000'000'000u);
+  for (const char* text :
+       {"", "{}", "[]", R"({"token":7})", R"({"token":""})", R"({"token":"a\r\nX-Evil: 1"})"}) {
     EXPECT_FALSE(ParseTokenAnswer(text).ok()) << text;
   }
 }

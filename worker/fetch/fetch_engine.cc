@@ -39,12 +39,12 @@ std::string SchemeFor(const ClientOptions& options, const std::string& host) {
 
 }  // namespace
 
-void FailJob(const FetchJob& job, const absl::Status& status) {
-  std::visit([&](const auto& done) { done(status); }, job.done);
+void FailJob(const FetchJob& job, absl::Status status) {
+  std::visit([&](const auto& done) { done(std::move(status)); }, job.done);
 }
 
-FetchEngine::FetchEngine(const ClientOptions& options, const std::string& docker_config, HttpTransport* transport,
-                         Authenticator::Post post, FetchCounters* counters)
+FetchEngine::FetchEngine(const ClientOptions& options, const std::string& docker_config,
+                         HttpTransport* transport, Authenticator::Post post, FetchCounters* counters)
     : options_(options),
       transport_(transport),
       counters_(counters),
@@ -69,10 +69,13 @@ void FetchEngine::Submit(FetchJob job) {
   if (valid.ok()) {
     const absl::StatusOr<Url> url = ParseUrl(SchemeFor(options_, host) + "://" + host + "/v2/" +
                                              op.job.blob.image.repository + "/blobs/" + op.job.blob.digest);
-    valid = url.status();
-    if (url.ok()) op.registry = *url;
+    if (url.ok()) {
+      op.registry = *url;
+    } else {
+      valid = InvalidArgument("malformed registry host");
+    }
   }
-  if (!valid.ok()) return Finish(id, valid);
+  if (!valid.ok()) return Finish(id, std::move(valid));
   if (op.wanted.length == 0 && !op.wanted.suffix) return Finish(id, std::string());
   op.deadline_timer = timers_.Add(op.job.deadline_nanos, [this, id] { OnDeadline(id); });
   queue_.Push(op.item);
@@ -206,7 +209,8 @@ void FetchEngine::OnRangeAnswer(Id id, Operation* op, HttpResult result) {
   Remember(op);
   if (op->learning_size) {
     if (op->blob_size) return OnSizeLearnt(id, op, *op->blob_size);
-    return Finish(id, Error(*op, absl::StatusCode::kFailedPrecondition, "the server does not tell the blob's size"));
+    return Finish(
+        id, Error(*op, absl::StatusCode::kFailedPrecondition, "the server does not tell the blob's size"));
   }
   if (op->plan.kind == AnswerPlan::Kind::kTakeAll) {
     const uint64_t length = std::min<uint64_t>(op->wanted.length, result.body.size());
@@ -233,13 +237,14 @@ bool FetchEngine::FallBackFromSuffix(Id id, Operation* op, const HttpHeaders& he
     OnSizeLearnt(id, op, 0);
     return true;
   }
-  if (!op->wanted.suffix || (headers.status != 416 && headers.status != 400 && headers.status != 501)) return false;
+  if (!op->wanted.suffix || (headers.status != 416 && headers.status != 400 && headers.status != 501))
+    return false;
   LearnSize(id, op);
   return true;
 }
 
-// With a GET of one byte rather than HEAD: signed URLs behind redirects are signed for GET, and several registries answer
-// HEAD differently.
+// With a GET of one byte rather than HEAD: signed URLs behind redirects are signed for GET, and several
+// registries answer HEAD differently.
 void FetchEngine::LearnSize(Id id, Operation* op) {
   op->learning_size = true;
   op->wanted = {0, 1, false};
@@ -300,7 +305,8 @@ void FetchEngine::Refuse(Id id, Operation* op, const std::string& why) {
 void FetchEngine::Fail(Id id, Operation* op, AttemptOutcome outcome, const std::string& why) {
   outcome.behind_redirect = op->behind_redirect();
   outcome.redirect_remembered = op->redirect_remembered;
-  if (outcome.failure == Failure::kBadAnswer || outcome.failure == Failure::kShortBody) op->history.bad_answers++;
+  if (outcome.failure == Failure::kBadAnswer || outcome.failure == Failure::kShortBody)
+    op->history.bad_answers++;
   const double random = std::uniform_real_distribution<double>(0, 1)(random_);
   const RetryLimits limits{options_.first_backoff_nanos, options_.max_backoff_nanos};
   const RetryDecision decision =
@@ -363,8 +369,8 @@ void FetchEngine::Finish(Id id, absl::StatusOr<std::string> bytes) {
   if (options_.trace != nullptr) {
     options_.trace->Record("fetch.range",
                            "blob=" + BlobTable::Key(op->job.blob) + " range=" + op->job.wanted.HeaderValue() +
-                               " retries=" + std::to_string(op->history.waits) +
-                               " result=" + std::string(FromAbsl(absl::StatusCodeToString(bytes.status().code()))),
+                               " retries=" + std::to_string(op->history.waits) + " result=" +
+                               std::string(FromAbsl(absl::StatusCodeToString(bytes.status().code()))),
                            options_.clock->BootNanos() - op->started_nanos);
   }
   if (const auto* done = std::get_if<RangeDone>(&op->job.done)) {
@@ -372,13 +378,13 @@ void FetchEngine::Finish(Id id, absl::StatusOr<std::string> bytes) {
     return;
   }
   const TailDone& done = std::get<TailDone>(op->job.done);
-  if (!bytes.ok()) return done(bytes.status());
+  if (!bytes.ok()) return done(std::move(bytes).status());
   done(RegistryClient::Tail{std::move(*bytes), op->blob_size.value_or(0)});
 }
 
 absl::Status FetchEngine::Error(const Operation& op, absl::StatusCode code, const std::string& why) const {
-  std::string message = op.job.blob.image.host + "/" + op.job.blob.image.repository + " " + op.job.blob.digest + " " +
-                        op.job.wanted.HeaderValue() + ": " + why;
+  std::string message = op.job.blob.image.host + "/" + op.job.blob.image.repository + " " +
+                        op.job.blob.digest + " " + op.job.wanted.HeaderValue() + ": " + why;
   if (op.history.waits > 0) message += " (after " + std::to_string(op.history.waits) + " retries)";
   return absl::Status(code, ToAbsl(message));
 }

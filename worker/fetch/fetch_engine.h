@@ -1,5 +1,5 @@
-// The life of each request, from queue to callback: authorization, redirects, checks of the answer, retries, deadline.
-// Used on the client's thread only.
+// The life of each request, from queue to callback: authorization, redirects, checks of the answer, retries,
+// deadline. Used on the client's thread only.
 #pragma once
 
 #include <atomic>
@@ -36,7 +36,7 @@ struct FetchJob {
   uint64_t deadline_nanos = 0;
   std::variant<RangeDone, TailDone> done;
 };
-void FailJob(const FetchJob& job, const absl::Status& status);
+void FailJob(const FetchJob& job, absl::Status status);
 
 struct FetchCounters {
   std::atomic<uint64_t> requests{0}, bytes{0}, failures{0}, retries{0}, in_flight{0};

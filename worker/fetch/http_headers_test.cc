@@ -17,9 +17,9 @@ TEST(ContentRangeTest, ReadsTheThreeForms) {
 }
 
 TEST(ContentRangeTest, RefusesWhatContradictsItself) {
-  for (const char* text : {"", "bytes", "bytes ", "bytes 1-0/10", "bytes 0-10/10", "bytes */*", "bytes -1/10", "items 0-1/10",
-                           "bytes 0-18446744073709551615/*", "bytes 0-99999999999999999999/*", "bytes 0x1-2/10", "bytes 0-1",
-                           "bytes +0-1/10", "bytes 0-1/10/10"}) {
+  for (const char* text : {"", "bytes", "bytes ", "bytes 1-0/10", "bytes 0-10/10", "bytes */*", "bytes -1/10",
+                           "items 0-1/10", "bytes 0-18446744073709551615/*", "bytes 0-99999999999999999999/*",
+                           "bytes 0x1-2/10", "bytes 0-1", "bytes +0-1/10", "bytes 0-1/10/10"}) {
     EXPECT_FALSE(ParseContentRange(text).has_value()) << text;
   }
 }
@@ -29,7 +29,8 @@ TEST(RetryAfterTest, ReadsSecondsAndDates) {
   EXPECT_EQ(ParseRetryAfter("Thu, 01 Jan 1970 00:01:00 GMT", 50'000'000'000), 10'000'000'000u);
   EXPECT_EQ(ParseRetryAfter("Thu, 01 Jan 1970 00:00:01 GMT", 50'000'000'000), 0u);
   EXPECT_EQ(ParseRetryAfter("99999999999999999999999999", 0), 365ull * 86400 * 1'000'000'000);
-  for (const char* text : {"", "-5", "soon", "1.5.5.5 never"}) EXPECT_FALSE(ParseRetryAfter(text, 0).has_value()) << text;
+  for (const char* text : {"", "-5", "soon", "1.5.5.5 never"})
+    EXPECT_FALSE(ParseRetryAfter(text, 0).has_value()) << text;
 }
 
 TEST(AddHeaderLineTest, KeepsWhatMattersWhateverTheCase) {

@@ -38,9 +38,9 @@ struct Exchange {
   std::unique_ptr<curl_slist, ListFreer> header_list;
   std::unique_ptr<CURL, EasyFreer> easy;
   uint64_t last_progress = 0;
-  bool connected = false;       // from here on silence is a stall; before, the connect timeout rules
-  bool stopped_by_plan = false; // we ended it: all we wanted is there
-  uint64_t seen = 0;            // body bytes so far
+  bool connected = false;        // from here on silence is a stall; before, the connect timeout rules
+  bool stopped_by_plan = false;  // we ended it: all we wanted is there
+  uint64_t seen = 0;             // body bytes so far
   BodyPlan plan;
   HttpResult result;
 };
@@ -157,7 +157,11 @@ void Judge(CURLcode code, bool connected, CURL* easy, HttpResult* result) {
 class CurlTransport final : public HttpTransport {
  public:
   CurlTransport(const HttpLimits& limits, const Clock* clock, OnBytes on_bytes)
-      : limits_(limits), clock_(clock), on_bytes_(std::move(on_bytes)), share_(curl_share_init()), multi_(curl_multi_init()) {}
+      : limits_(limits),
+        clock_(clock),
+        on_bytes_(std::move(on_bytes)),
+        share_(curl_share_init()),
+        multi_(curl_multi_init()) {}
 
   ~CurlTransport() override {
     for (auto& [id, exchange] : exchanges_) curl_multi_remove_handle(multi_.get(), exchange->easy.get());
@@ -284,9 +288,11 @@ class CurlTransport final : public HttpTransport {
       std::unique_ptr<Exchange> exchange = Take(id);
       if (exchange == nullptr) continue;
       HttpResult& result = exchange->result;
-      result.complete = result.answered && (code == CURLE_OK || exchange->stopped_by_plan || exchange->plan.discard);
+      result.complete =
+          result.answered && (code == CURLE_OK || exchange->stopped_by_plan || exchange->plan.discard);
       if (!result.complete) {
-        Judge(code == CURLE_OK ? CURLE_GOT_NOTHING : code, exchange->connected, exchange->easy.get(), &result);
+        Judge(code == CURLE_OK ? CURLE_GOT_NOTHING : code, exchange->connected, exchange->easy.get(),
+              &result);
       }
       if (result.complete && !exchange->plan.discard && result.body.size() < exchange->plan.take) {
         result.complete = false;
@@ -303,15 +309,17 @@ class CurlTransport final : public HttpTransport {
     std::vector<uint64_t> stalled;
     const uint64_t now = clock_->BootNanos();
     for (const auto& [id, exchange] : exchanges_) {
-      if (exchange->connected && now - exchange->last_progress >= limits_.stall_timeout_nanos) stalled.push_back(id);
+      if (exchange->connected && now - exchange->last_progress >= limits_.stall_timeout_nanos)
+        stalled.push_back(id);
     }
     for (const uint64_t id : stalled) {
       std::unique_ptr<Exchange> exchange = Take(id);
       if (exchange == nullptr) continue;
       exchange->result.complete = false;
       exchange->result.failure = Failure::kTimeout;
-      exchange->result.why = exchange->result.answered ? "the answer stalled after " + std::to_string(exchange->seen) + " bytes"
-                                                       : std::string("no answer in time");
+      exchange->result.why = exchange->result.answered
+                                 ? "the answer stalled after " + std::to_string(exchange->seen) + " bytes"
+                                 : std::string("no answer in time");
       Deliver(std::move(exchange));
     }
     return static_cast<int>(stalled.size());
@@ -323,7 +331,8 @@ class CurlTransport final : public HttpTransport {
     for (const auto& [id, exchange] : exchanges_) {
       if (!exchange->connected) continue;
       const uint64_t quiet = now - exchange->last_progress;
-      earliest = std::min(earliest, quiet >= limits_.stall_timeout_nanos ? 0 : limits_.stall_timeout_nanos - quiet);
+      earliest =
+          std::min(earliest, quiet >= limits_.stall_timeout_nanos ? 0 : limits_.stall_timeout_nanos - quiet);
     }
     return earliest / 1'000'000 + 1;
   }
@@ -342,8 +351,8 @@ class CurlTransport final : public HttpTransport {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<HttpTransport>> HttpTransport::Create(const HttpLimits& limits, const Clock* clock,
-                                                                     OnBytes on_bytes) {
+absl::StatusOr<std::unique_ptr<HttpTransport>> HttpTransport::Create(const HttpLimits& limits,
+                                                                     const Clock* clock, OnBytes on_bytes) {
   static std::once_flag once;
   std::call_once(once, [] { curl_global_init(CURL_GLOBAL_DEFAULT); });
   auto transport = std::make_unique<CurlTransport>(limits, clock, std::move(on_bytes));

@@ -1,5 +1,6 @@
-// Single HTTP exchanges on libcurl's multi interface. No policy: no retries, no redirects followed, no authentication of
-// its own. Everything runs, and every callback is called, on the thread that calls Poll; only Wake is thread-safe.
+// Single HTTP exchanges on libcurl's multi interface. No policy: no retries, no redirects followed, no
+// authentication of its own. Everything runs, and every callback is called, on the thread that calls Poll;
+// only Wake is thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +33,7 @@ struct HttpResult {
   bool answered = false;  // the headers of a final answer came
   bool complete = false;  // and the body as planned; else `failure`
   Failure failure = Failure::kCut;
-  std::string why;        // for people; holds no URL
+  std::string why;  // for people; holds no URL
   HttpHeaders headers;
   std::string body;
 };

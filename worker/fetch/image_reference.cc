@@ -50,7 +50,8 @@ bool IsValidRegistryHost(std::string_view host) {
     name = host.substr(0, colon);
   }
   return !name.empty() && IsAlnum(name.front()) && IsAlnum(name.back()) &&
-         std::all_of(name.begin(), name.end(), [](char c) { return IsAlnum(c) || c == '-' || c == '.' || c == '_'; });
+         std::all_of(name.begin(), name.end(),
+                     [](char c) { return IsAlnum(c) || c == '-' || c == '.' || c == '_'; });
 }
 
 bool IsValidRepository(std::string_view repository) {
@@ -71,14 +72,16 @@ bool IsValidDigest(std::string_view digest) {
 
 bool IsValidTag(std::string_view tag) {
   return !tag.empty() && tag.size() <= 128 && (IsAlnum(tag[0]) || tag[0] == '_') &&
-         std::all_of(tag.begin(), tag.end(), [](char c) { return IsAlnum(c) || c == '_' || c == '.' || c == '-'; });
+         std::all_of(tag.begin(), tag.end(),
+                     [](char c) { return IsAlnum(c) || c == '_' || c == '.' || c == '-'; });
 }
 
 absl::StatusOr<ImageReference> ParseImageReference(const std::string& reference) {
   // The text may hold anything; it is shown only as far as it is harmless.
   const auto refuse = [&](const char* why) {
     std::string shown = reference.substr(0, 200);
-    std::replace_if(shown.begin(), shown.end(), [](char c) { return c < 0x20 || c == 0x7f; }, '?');
+    std::replace_if(
+        shown.begin(), shown.end(), [](char c) { return c < 0x20 || c == 0x7f; }, '?');
     return InvalidArgument("image reference '" + shown + "': " + why);
   };
   ImageReference image;
@@ -92,9 +95,10 @@ absl::StatusOr<ImageReference> ParseImageReference(const std::string& reference)
   }
   const size_t slash = rest.find('/');
   const std::string first = rest.substr(0, slash);
-  const bool has_host = slash != std::string::npos &&
-                        (first.find_first_of(".:") != std::string::npos || first == "localhost" ||
-                         std::any_of(first.begin(), first.end(), [](char c) { return c >= 'A' && c <= 'Z'; }));
+  const bool has_host =
+      slash != std::string::npos &&
+      (first.find_first_of(".:") != std::string::npos || first == "localhost" ||
+       std::any_of(first.begin(), first.end(), [](char c) { return c >= 'A' && c <= 'Z'; }));
   image.host = has_host ? first : "docker.io";
   if (has_host) rest = rest.substr(slash + 1);
   if (const size_t colon = rest.find(':'); colon != std::string::npos) {

@@ -1,5 +1,5 @@
-// What may appear in a request's path: checks on text that an image's author may have crafted (containerd labels).
-// ParseImageReference itself is declared in registry_client.h. Pure functions.
+// What may appear in a request's path: checks on text that an image's author may have crafted (containerd
+// labels). ParseImageReference itself is declared in registry_client.h. Pure functions.
 #pragma once
 
 #include <string_view>

@@ -74,7 +74,8 @@ TEST_F(BearerTest, WrongCredentialsAreRefusedInWordsAndNeverShown) {
 }
 
 TEST_F(BearerTest, MissingCredentialsAreNamed) {
-  EXPECT_THAT(Fetch(Blob("content"), 0, 7), FailsWith(StatusCode::kPermissionDenied, "no credentials are configured"));
+  EXPECT_THAT(Fetch(Blob("content"), 0, 7),
+              FailsWith(StatusCode::kPermissionDenied, "no credentials are configured"));
 }
 
 TEST_F(BearerTest, ABrokenDockerConfigIsNamedWhenItMatters) {
@@ -255,14 +256,15 @@ TEST_F(RedirectTest, AnEndlessChainIsRefused) {
     fault.headers.emplace_back("Location", "/next/" + std::to_string(++hops));
     return fault;
   });
-  EXPECT_THAT(Fetch(StoredBlob("content"), 0, 7), FailsWith(StatusCode::kFailedPrecondition, "more than 5 redirects"));
+  EXPECT_THAT(Fetch(StoredBlob("content"), 0, 7),
+              FailsWith(StatusCode::kFailedPrecondition, "more than 5 redirects"));
   EXPECT_LE(hops, 5);
 }
 
 TEST_F(RedirectTest, BadLocationsAreRefused) {
   const BlobRef blob = StoredBlob("content");
-  for (const char* location : {"http://registry.example/x", "file:///etc/passwd", "gopher://127.0.0.1/", "http://u:p@127.0.0.1/",
-                               "http://127.0.0.1.evil.example/"}) {
+  for (const char* location : {"http://registry.example/x", "file:///etc/passwd", "gopher://127.0.0.1/",
+                               "http://u:p@127.0.0.1/", "http://127.0.0.1.evil.example/"}) {
     RegistryFault fault = Status(307);
     fault.headers.emplace_back("Location", location);
     storage_.FailNext(fault);
@@ -312,8 +314,10 @@ TEST_F(TlsTest, AHostsOwnAuthorityIsTrusted) {
 TEST_F(TlsTest, AnyOtherAuthorityIsRefusedAtOnceInWords) {
   const TempDir other;
   ASSERT_TRUE(test::MakeTestCertificates(other.path()).ok());
-  EXPECT_THAT(Fetch(other.path() + "/ca.pem", 60 * kSecond), FailsWith(StatusCode::kFailedPrecondition, "not trusted"));
-  EXPECT_THAT(Fetch(other.path() + "/missing.pem", 60 * kSecond), FailsWith(StatusCode::kFailedPrecondition, "CA file"));
+  EXPECT_THAT(Fetch(other.path() + "/ca.pem", 60 * kSecond),
+              FailsWith(StatusCode::kFailedPrecondition, "not trusted"));
+  EXPECT_THAT(Fetch(other.path() + "/missing.pem", 60 * kSecond),
+              FailsWith(StatusCode::kFailedPrecondition, "CA file"));
   EXPECT_EQ(registry_->requests(), 0u);
 }
 

@@ -26,7 +26,8 @@ std::string DockerConfigPath(const ClientOptions& options) {
 // What the client and the sources it gave out share. Outlives the client's thread if a source is kept longer.
 class Core {
  public:
-  Core(const ClientOptions& options, std::unique_ptr<HttpTransport> transport, std::unique_ptr<FetchCounters> counters)
+  Core(const ClientOptions& options, std::unique_ptr<HttpTransport> transport,
+       std::unique_ptr<FetchCounters> counters)
       : options_(options), counters_(std::move(counters)), transport_(std::move(transport)) {}
 
   void Start() {
@@ -61,7 +62,8 @@ class Core {
   }
 
   FetchStats stats() const {
-    return {counters_->requests, counters_->bytes, counters_->failures, counters_->retries, counters_->in_flight};
+    return {counters_->requests, counters_->bytes, counters_->failures, counters_->retries,
+            counters_->in_flight};
   }
 
  private:
@@ -116,7 +118,8 @@ class Source final : public cache::BlobSource {
 
   void Fetch(uint64_t offset, uint64_t length, cache::Priority priority, uint64_t deadline_boot_nanos,
              std::function<void(absl::StatusOr<std::string>)> done) override {
-    core_->Submit({blob_, {offset, length, false}, priority, deadline_boot_nanos, RangeDone(std::move(done))});
+    core_->Submit(
+        {blob_, {offset, length, false}, priority, deadline_boot_nanos, RangeDone(std::move(done))});
   }
 
  private:
@@ -130,14 +133,16 @@ class Client final : public RegistryClient {
   ~Client() override { core_->Stop(); }
 
   void FetchRange(const BlobRef& blob, uint64_t offset, uint64_t length, cache::Priority priority,
-                  uint64_t deadline_boot_nanos, std::function<void(absl::StatusOr<std::string>)> done) override {
+                  uint64_t deadline_boot_nanos,
+                  std::function<void(absl::StatusOr<std::string>)> done) override {
     core_->Submit({blob, {offset, length, false}, priority, deadline_boot_nanos, RangeDone(std::move(done))});
   }
 
   void FetchTail(const BlobRef& blob, uint64_t length, uint64_t deadline_boot_nanos,
                  std::function<void(absl::StatusOr<Tail>)> done) override {
     // The start of everything a mount waits for.
-    core_->Submit({blob, {0, length, true}, cache::Priority::kDemand, deadline_boot_nanos, TailDone(std::move(done))});
+    core_->Submit(
+        {blob, {0, length, true}, cache::Priority::kDemand, deadline_boot_nanos, TailDone(std::move(done))});
   }
 
   std::shared_ptr<cache::BlobSource> Source(const BlobRef& blob) override {

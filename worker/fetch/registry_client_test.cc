@@ -39,7 +39,8 @@ TEST_F(RegistryClientTest, TwoHundredConcurrentRangesAllArriveIntactOverFewConne
   for (size_t i = 0; i < waiters.size(); i++) {
     client().FetchRange(blob, i * 2000, 2000, Priority::kDemand, In(20 * kSecond), waiters[i].Callback());
   }
-  for (size_t i = 0; i < waiters.size(); i++) EXPECT_EQ(waiters[i].Get().value(), bytes.substr(i * 2000, 2000));
+  for (size_t i = 0; i < waiters.size(); i++)
+    EXPECT_EQ(waiters[i].Get().value(), bytes.substr(i * 2000, 2000));
   EXPECT_LE(registry_.connections(), 8u);
   EXPECT_EQ(client().stats().requests, 200u);
 }
@@ -114,7 +115,8 @@ TEST_F(RegistryClientTest, A200ToARangeFarIntoALargeBlobIsRefused) {
   RegistryFault fault;
   fault.ignore_range = true;
   registry_.FailNext(fault);
-  EXPECT_THAT(Fetch(blob, 17 << 20, 1000), FailsWith(StatusCode::kFailedPrecondition, "does not serve ranges"));
+  EXPECT_THAT(Fetch(blob, 17 << 20, 1000),
+              FailsWith(StatusCode::kFailedPrecondition, "does not serve ranges"));
   EXPECT_LT(client().stats().bytes, 1u << 20);
 }
 
@@ -142,7 +144,8 @@ TEST_F(RegistryClientTest, ABodyLongerThanAskedIsCutOff) {
 
 TEST_F(RegistryClientTest, AWrongContentRangeIsAskedForAgainAndAtLastDataLoss) {
   const std::string bytes = Pattern(10'000);
-  for (const char* wrong : {"bytes 0-9/10000", "bytes 100-199/9999", "bytes 100-199", "rubbish", "bytes 199-100/10000"}) {
+  for (const char* wrong :
+       {"bytes 0-9/10000", "bytes 100-199/9999", "bytes 100-199", "rubbish", "bytes 199-100/10000"}) {
     RegistryFault fault;
     fault.content_range = wrong;
     ASSERT_TRUE(Fetch(Blob(bytes), 0, 10).ok());  // the size is known from here
@@ -176,7 +179,8 @@ TEST_F(RegistryClientTest, ForbiddenIsFinalAndNamesHostRepositoryAndDigest) {
   registry_.FailNext(Status(403));
   const absl::StatusOr<std::string> result = Fetch(blob, 0, 1);
   EXPECT_THAT(result, FailsWith(StatusCode::kPermissionDenied, "HTTP 403"));
-  EXPECT_THAT(result, FailsWith(StatusCode::kPermissionDenied, registry_.host() + "/demo/app " + blob.digest));
+  EXPECT_THAT(result,
+              FailsWith(StatusCode::kPermissionDenied, registry_.host() + "/demo/app " + blob.digest));
 }
 
 TEST_F(RegistryClientTest, BusyAndBrokenServersAreAskedAgain) {
@@ -235,7 +239,8 @@ TEST_F(RegistryClientTest, AServerThatIsDownIsUnavailableAtTheDeadline) {
 TEST_F(RegistryClientTest, AnUnknownHostNameIsTriedUntilTheDeadlineAndSaysSo) {
   BlobRef blob = Blob("x");
   blob.image.host = "registry.invalid:5000";
-  EXPECT_THAT(Fetch(blob, 0, 1, 2 * kSecond), FailsWith(StatusCode::kUnavailable, "cannot be resolved (DNS)"));
+  EXPECT_THAT(Fetch(blob, 0, 1, 2 * kSecond),
+              FailsWith(StatusCode::kUnavailable, "cannot be resolved (DNS)"));
   EXPECT_GE(client().stats().retries, 1u);
 }
 
@@ -287,7 +292,8 @@ TEST_F(RegistryClientTest, DemandOvertakesQueuedPrefetchAndAlwaysFindsAConnectio
   client().FetchRange(blob, 7, 1, Priority::kDemand, In(20 * kSecond), demand.Callback());
   EXPECT_TRUE(registry_.WaitFor([&] {
     const std::vector<RegistryLogEntry> log = registry_.log();
-    return std::any_of(log.begin(), log.end(), [](const RegistryLogEntry& e) { return e.range == "bytes=7-7"; });
+    return std::any_of(log.begin(), log.end(),
+                       [](const RegistryLogEntry& e) { return e.range == "bytes=7-7"; });
   }));
   EXPECT_EQ(registry_.in_flight(), 7);
   registry_.SetBlackHole(false);
@@ -315,7 +321,8 @@ TEST_F(RegistryClientTest, ATenantWithALongQueueDelaysAnotherByOneTurn) {
 
 TEST_F(RegistryClientTest, CraftedNamesNeverReachTheNetwork) {
   const BlobRef good = Blob("x");
-  for (const char* repository : {"../../etc", "a/../b", "A", "a?b", "a b", "a\r\nX: y", "", "a//b", "a#b", "%2e%2e"}) {
+  for (const char* repository :
+       {"../../etc", "a/../b", "A", "a?b", "a b", "a\r\nX: y", "", "a//b", "a#b", "%2e%2e"}) {
     BlobRef blob = good;
     blob.image.repository = repository;
     EXPECT_THAT(Fetch(blob, 0, 1), FailsWith(StatusCode::kInvalidArgument, "repository")) << repository;

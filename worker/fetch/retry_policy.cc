@@ -30,7 +30,8 @@ RetryDecision Wait(const AttemptOutcome& outcome, const RetryHistory& history, c
     return wait < remaining ? RetryDecision{RetryAction::kWait, wait, code} : Fail(code);
   }
   if (backoff < remaining) return {RetryAction::kWait, backoff, code};
-  // Not enough time for the whole back-off: the rest of it is worth another try, unless it is next to nothing.
+  // Not enough time for the whole back-off: the rest of it is worth another try, unless it is next to
+  // nothing.
   if (remaining / 2 < limits.first_backoff_nanos) return Fail(code);
   return {RetryAction::kWait, remaining / 2, code};
 }
@@ -56,8 +57,9 @@ absl::StatusCode FinalCode(int status) {
 
 }  // namespace
 
-RetryDecision DecideRetry(const AttemptOutcome& outcome, const RetryHistory& history, const RetryLimits& limits,
-                          uint64_t now_nanos, uint64_t deadline_nanos, double random) {
+RetryDecision DecideRetry(const AttemptOutcome& outcome, const RetryHistory& history,
+                          const RetryLimits& limits, uint64_t now_nanos, uint64_t deadline_nanos,
+                          double random) {
   const auto wait = [&](absl::StatusCode code) {
     return Wait(outcome, history, limits, now_nanos, deadline_nanos, random, code);
   };
@@ -80,8 +82,8 @@ RetryDecision DecideRetry(const AttemptOutcome& outcome, const RetryHistory& his
   }
   const int status = outcome.http_status;
   if (IsTransient(status)) return wait(absl::StatusCode::kUnavailable);
-  // A signed URL that ran out answers 401 or 403, on some stores 400, and once its object moved 404: the registry knows
-  // the new one. For a URL it gave a moment ago only the former are worth asking again.
+  // A signed URL that ran out answers 401 or 403, on some stores 400, and once its object moved 404: the
+  // registry knows the new one. For a URL it gave a moment ago only the former are worth asking again.
   const bool stale = status == 401 || status == 403 || (outcome.redirect_remembered && status >= 400);
   if (outcome.behind_redirect && stale && !history.resolved_anew) {
     return {RetryAction::kResolveRedirect, 0, FinalCode(status)};

@@ -38,9 +38,12 @@ TEST(RetryPolicyTest, EveryStatusHasItsRule) {
   for (const int status : {408, 425, 429, 500, 502, 503, 504, 521}) {
     EXPECT_EQ(After(HttpStatus(status)).action, RetryAction::kWait) << status;
   }
-  for (const auto& [status, code] : {std::pair{403, StatusCode::kPermissionDenied}, {404, StatusCode::kNotFound},
-                                     {410, StatusCode::kNotFound}, {416, StatusCode::kDataLoss},
-                                     {400, StatusCode::kFailedPrecondition}, {501, StatusCode::kFailedPrecondition},
+  for (const auto& [status, code] : {std::pair{403, StatusCode::kPermissionDenied},
+                                     {404, StatusCode::kNotFound},
+                                     {410, StatusCode::kNotFound},
+                                     {416, StatusCode::kDataLoss},
+                                     {400, StatusCode::kFailedPrecondition},
+                                     {501, StatusCode::kFailedPrecondition},
                                      {204, StatusCode::kFailedPrecondition}}) {
     EXPECT_EQ(After(HttpStatus(status)).action, RetryAction::kFail) << status;
     EXPECT_EQ(After(HttpStatus(status)).code, code) << status;
@@ -67,8 +70,8 @@ TEST(RetryPolicyTest, AStaleRedirectIsResolvedOnce) {
 }
 
 TEST(RetryPolicyTest, BrokenConnectionsAreTriedAgainAndRefusalsAreNot) {
-  for (const Failure failure : {Failure::kDns, Failure::kConnect, Failure::kCut, Failure::kAuth, Failure::kTimeout,
-                                Failure::kShortBody, Failure::kBadAnswer}) {
+  for (const Failure failure : {Failure::kDns, Failure::kConnect, Failure::kCut, Failure::kAuth,
+                                Failure::kTimeout, Failure::kShortBody, Failure::kBadAnswer}) {
     EXPECT_EQ(After(Broken(failure)).action, RetryAction::kWait);
   }
   EXPECT_EQ(After(Broken(Failure::kRefused)).action, RetryAction::kFail);
@@ -146,7 +149,8 @@ TEST(BlobTableTest, ForgetsTargetsInTimeAndTheLeastUsedWhenFull) {
   EXPECT_FALSE(table.Find(blob, 20'000)->size.has_value());
 }
 
-TransferQueue::Item Item(uint64_t id, Priority priority, const std::string& tenant = "t", const std::string& host = "h") {
+TransferQueue::Item Item(uint64_t id, Priority priority, const std::string& tenant = "t",
+                         const std::string& host = "h") {
   return {id, priority, tenant, host};
 }
 

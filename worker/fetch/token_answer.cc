@@ -33,7 +33,8 @@ absl::StatusOr<TokenAnswer> ParseTokenAnswer(std::string_view text) {
     return InvalidArgument("the answer is not valid JSON");
   }
   // It goes into a header line.
-  const bool printable = std::all_of(answer.token.begin(), answer.token.end(), [](char c) { return c > 0x20 && c < 0x7f; });
+  const bool printable =
+      std::all_of(answer.token.begin(), answer.token.end(), [](char c) { return c > 0x20 && c < 0x7f; });
   if (answer.token.empty() || !printable) return InvalidArgument("the answer has no usable token");
   return answer;
 }

@@ -7,7 +7,9 @@ namespace holdfast::fetch {
 using cache::Priority;
 
 TransferQueue::Limits::Limits(int limit)
-    : all(std::max(limit, 1)), optional(std::max(all - std::max(all / 4, 1), 1)), background(std::max(all / 2, 1)) {}
+    : all(std::max(limit, 1)),
+      optional(std::max(all - std::max(all / 4, 1), 1)),
+      background(std::max(all / 2, 1)) {}
 
 TransferQueue::TransferQueue(int max_requests, int max_per_host)
     : total_limits_(max_requests), host_limits_(max_per_host) {}
@@ -39,7 +41,8 @@ std::optional<TransferQueue::Item> TransferQueue::Pop() {
     uint64_t best_turn = 0;
     for (auto lane = lanes.begin(); lane != lanes.end(); ++lane) {
       const Priority priority = lane->items.front().priority;
-      if (!HasRoom(total_, total_limits_, priority) || !HasRoom(hosts_[lane->host], host_limits_, priority)) continue;
+      if (!HasRoom(total_, total_limits_, priority) || !HasRoom(hosts_[lane->host], host_limits_, priority))
+        continue;
       const auto seen = last_turn_.find(lane->tenant);
       const uint64_t turn = seen == last_turn_.end() ? 0 : seen->second;
       if (best == lanes.end() || turn < best_turn) {

@@ -1,6 +1,7 @@
-// Which request goes next. Demand before prefetch before background; within a priority the tenants take turns, so one
-// with ten thousand queued requests delays another by one. Limits: in all and per host; what nobody waits for may not
-// fill either, so a demand request always finds a connection free. Used by one thread.
+// Which request goes next. Demand before prefetch before background; within a priority the tenants take
+// turns, so one with ten thousand queued requests delays another by one. Limits: in all and per host; what
+// nobody waits for may not fill either, so a demand request always finds a connection free. Used by one
+// thread.
 #pragma once
 
 #include <array>
@@ -38,8 +39,8 @@ class TransferQueue {
     std::deque<Item> items;
   };
   struct Running {
-    int all = 0;         // of every priority
-    int optional = 0;    // prefetch and background
+    int all = 0;       // of every priority
+    int optional = 0;  // prefetch and background
     int background = 0;
   };
   // How many may run at once.
@@ -51,7 +52,7 @@ class TransferQueue {
   static void Count(Running* running, cache::Priority priority, int by);
 
   const Limits total_limits_, host_limits_;
-  std::array<std::list<Lane>, 3> lanes_;  // by priority; never empty lanes
+  std::array<std::list<Lane>, 3> lanes_;       // by priority; never empty lanes
   std::map<std::string, uint64_t> last_turn_;  // by tenant; of those with lanes
   uint64_t turn_ = 0;
   size_t queued_ = 0;

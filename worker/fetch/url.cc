@@ -48,10 +48,12 @@ bool HasControl(const std::string& text) {
 }
 
 absl::StatusOr<Url> Parse(const std::string* base, const std::string& text) {
-  if (text.size() > 16384 || HasControl(text)) return InvalidArgument("URL is too long or has control characters");
+  if (text.size() > 16384 || HasControl(text))
+    return InvalidArgument("URL is too long or has control characters");
   UrlHandle handle(curl_url());
   if (base != nullptr) curl_url_set(handle.get(), CURLUPART_URL, base->c_str(), 0);
-  if (curl_url_set(handle.get(), CURLUPART_URL, text.c_str(), 0) != CURLUE_OK) return InvalidArgument("not a URL");
+  if (curl_url_set(handle.get(), CURLUPART_URL, text.c_str(), 0) != CURLUE_OK)
+    return InvalidArgument("not a URL");
   return Finish(handle.get());
 }
 
@@ -59,7 +61,9 @@ absl::StatusOr<Url> Parse(const std::string* base, const std::string& text) {
 
 absl::StatusOr<Url> ParseUrl(const std::string& text) { return Parse(nullptr, text); }
 
-absl::StatusOr<Url> ResolveUrl(const Url& base, const std::string& location) { return Parse(&base.full, location); }
+absl::StatusOr<Url> ResolveUrl(const Url& base, const std::string& location) {
+  return Parse(&base.full, location);
+}
 
 bool IsLoopback(std::string_view authority) {
   std::string host(authority);

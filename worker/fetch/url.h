@@ -1,5 +1,5 @@
-// URLs as the client needs them: taken apart and resolved by libcurl's parser, compared by origin, shown without secrets.
-// Pure functions.
+// URLs as the client needs them: taken apart and resolved by libcurl's parser, compared by origin, shown
+// without secrets. Pure functions.
 #pragma once
 
 #include <string>
@@ -16,7 +16,8 @@ struct Url {
   bool SameOrigin(const Url& other) const { return scheme == other.scheme && authority == other.authority; }
 };
 
-// Only http and https, without user information. InvalidArgument otherwise; messages never contain the URL's query.
+// Only http and https, without user information. InvalidArgument otherwise; messages never contain the URL's
+// query.
 absl::StatusOr<Url> ParseUrl(const std::string& text);
 // `location` is absolute or relative to `base`.
 absl::StatusOr<Url> ResolveUrl(const Url& base, const std::string& location);

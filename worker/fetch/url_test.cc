@@ -17,8 +17,8 @@ TEST(UrlTest, TakesAUrlApartAndDropsDefaultPorts) {
 }
 
 TEST(UrlTest, RefusesOtherSchemesUserNamesAndControlCharacters) {
-  for (const char* text : {"ftp://h/", "file:///x", "https://user@h/", "https://u:p@h/", "https://h/a b", "https://h/\r\nX: y",
-                           "", "nonsense", "https://"}) {
+  for (const char* text : {"ftp://h/", "file:///x", "https://user@h/", "https://u:p@h/", "https://h/a b",
+                           "https://h/\r\nX: y", "", "nonsense", "https://"}) {
     EXPECT_FALSE(ParseUrl(text).ok()) << text;
   }
 }
@@ -33,10 +33,12 @@ TEST(UrlTest, ResolvesRelativeLocations) {
 }
 
 TEST(UrlTest, OnlyRealLoopbackIsLoopback) {
-  for (const char* host : {"127.0.0.1", "127.0.0.1:5000", "127.255.0.3", "localhost", "localhost:1", "[::1]", "[::1]:5000"}) {
+  for (const char* host :
+       {"127.0.0.1", "127.0.0.1:5000", "127.255.0.3", "localhost", "localhost:1", "[::1]", "[::1]:5000"}) {
     EXPECT_TRUE(IsLoopback(host)) << host;
   }
-  for (const char* host : {"127.0.0.1.evil.example", "128.0.0.1", "localhost.evil.example", "10.0.0.1", "[::2]:1", "", "[", "0.0.0.0"}) {
+  for (const char* host : {"127.0.0.1.evil.example", "128.0.0.1", "localhost.evil.example", "10.0.0.1",
+                           "[::2]:1", "", "[", "0.0.0.0"}) {
     EXPECT_FALSE(IsLoopback(host)) << host;
   }
 }
@@ -73,10 +75,29 @@ TEST(ImageReferenceTest, FollowsDockersRules) {
 }
 
 TEST(ImageReferenceTest, RefusesWhatCouldEscapeFromAUrl) {
-  for (const char* text : {"", "/", "a/", "/a", "h.example//a", "h.example/a/../b", "h.example/a?b", "h.example/a#b", "UPPER",
-                           "h.example/a b", "h.example/a:", "h.example/a:t/x", "a@sha256:123", "a@md5:0", "u@h.example/a",
-                           "h.example:0/a", "h.example:99999/a", "h.example/%2e%2e/a", "h.example/a\r\nb", "-.example/a",
-                           "h.example/a..b", "h.example/a___b", "h.example/-a"}) {
+  for (const char* text : {"",
+                           "/",
+                           "a/",
+                           "/a",
+                           "h.example//a",
+                           "h.example/a/../b",
+                           "h.example/a?b",
+                           "h.example/a#b",
+                           "UPPER",
+                           "h.example/a b",
+                           "h.example/a:",
+                           "h.example/a:t/x",
+                           "a@sha256:123",
+                           "a@md5:0",
+                           "u@h.example/a",
+                           "h.example:0/a",
+                           "h.example:99999/a",
+                           "h.example/%2e%2e/a",
+                           "h.example/a\r\nb",
+                           "-.example/a",
+                           "h.example/a..b",
+                           "h.example/a___b",
+                           "h.example/-a"}) {
     EXPECT_FALSE(ParseImageReference(text).ok()) << text;
   }
   EXPECT_FALSE(ParseImageReference("h.example/" + std::string(300, 'a')).ok());

@@ -10,7 +10,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace holdfast::fetch;
   const std::string_view text(reinterpret_cast<const char*>(data), size);
   const auto range = ParseContentRange(text);
-  if (range && range->satisfied && (range->last < range->first || (range->total && range->last >= *range->total))) {
+  if (range && range->satisfied &&
+      (range->last < range->first || (range->total && range->last >= *range->total))) {
     std::abort();
   }
   ParseRetryAfter(text, 1'700'000'000'000'000'000);

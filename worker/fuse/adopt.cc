@@ -103,8 +103,8 @@ Recovery RecoverRequest(const LedgerView& view, uint32_t index, bool final_walk,
   memcpy(out->bytes.data(), slot->request, out->length);
   if (state == HF_SLOT_RECEIVING) return Sane(*out) ? Recovery::kRequest : Recovery::kBad;
   // A living owner may have gone on to its next request while we copied.
-  std::atomic_thread_fence(std::memory_order_acquire);
-  bool same = Shared(slot->state).load(std::memory_order_acquire) == state &&
+  // (The addition of nothing keeps the copy before the look.)
+  bool same = Shared(slot->state).fetch_add(0, std::memory_order_acq_rel) == state &&
               Shared(slot->mount_id).load(std::memory_order_acquire) == out->mount_id &&
               Shared(slot->received_ns).load(std::memory_order_acquire) == received;
   if (!same && !final_walk) return Recovery::kLater;
@@ -166,6 +166,13 @@ bool ServerCore::Drained(uint64_t generation) {
     old_.erase(it);
   }
   return true;
+}
+
+std::vector<std::shared_ptr<LedgerView>> ServerCore::OldLedgers() const {
+  MutexLock lock(&old_mutex_);
+  std::vector<std::shared_ptr<LedgerView>> views;
+  for (const auto& [generation, old] : old_) views.push_back(old->view);
+  return views;
 }
 
 void ServerCore::Dropped(uint64_t generation, uint64_t mount_id, const char* why) {

@@ -30,6 +30,15 @@ std::shared_ptr<FakeIndex> MakeIndex(uint64_t) {
   return index;
 }
 
+// The handler hands on to whoever had the signal before: a sanitizer ends the process in its own way.
+bool DiedOf(int result, int signal) {
+#ifdef HOLDFAST_SANITIZED
+  return result > 0;
+#else
+  return result == 1000 + signal;
+#endif
+}
+
 class FuseHandoverTest : public testing::Test {
  protected:
   ServerSetup NewSetup(uint64_t generation) {
@@ -275,6 +284,24 @@ TEST_F(FuseHandoverTest, AServerThatResumesTakesUpItsOwnReadsEvenThoseASuccessor
   EXPECT_EQ(first->Number("drained 2"), 1u);
 }
 
+TEST_F(FuseHandoverTest, AServerThatResumesStillOwesTheReadsItHadAdopted) {
+  std::string root = bench_.Mount().path;
+  auto first = Start(NewSetup(1), true);
+  auto reader = MissReader(root, 1);
+  ASSERT_TRUE(Eventually([&] { return first->Number("waiting 100") == 1; }));
+  first->Kill();
+  auto second = Start(NewSetup(2), true);
+  EXPECT_EQ(second->Number("adopt 1 1"), 1u);
+  ASSERT_EQ(second->Call("park"), "ok");
+  ASSERT_EQ(second->Call("release 100"), "ok");
+  EXPECT_EQ(reader->Wait(0.1), -1);
+  ASSERT_EQ(second->Call("resume"), "ok");
+  ASSERT_TRUE(Eventually([&] { return second->Number("waiting 100") == 1; }));
+  ASSERT_EQ(second->Call("release 100"), "ok");
+  EXPECT_EQ(reader->Wait(10), 0);
+  EXPECT_TRUE(Eventually([&] { return second->Number("drained 1") == 1; }));
+}
+
 TEST_F(FuseHandoverTest, AnInterruptedReadStaysInterruptedForTheSuccessor) {
   std::string root = bench_.Mount().path;
   auto first = Start(NewSetup(1), true);
@@ -313,7 +340,7 @@ TEST_F(FuseHandoverTest, AFatalSignalNamesItsSlotAndARequestThatKillsTwiceIsEio)
   auto reader = Reader([&] { return CheckFile(root + "/stored", kStored, 0, 4096, true); });
   ASSERT_EQ(first->Call("fired fuse.received 1"), "ok");
   syscall(SYS_tgkill, first->process().pid(), first->ThreadNamed("fuse-0"), SIGSEGV);
-  EXPECT_EQ(first->process().Wait(10), 1000 + SIGSEGV);
+  EXPECT_TRUE(DiedOf(first->process().Wait(10), SIGSEGV));
   hf_ledger_header* header = bench_.ledgers[1]->header;
   EXPECT_EQ(header->exit_cause, uint32_t{HF_EXIT_FATAL_SIGNAL});
   EXPECT_EQ(header->exit_signal, uint32_t{SIGSEGV});
@@ -329,7 +356,7 @@ TEST_F(FuseHandoverTest, AFatalSignalNamesItsSlotAndARequestThatKillsTwiceIsEio)
     return wchan.ok() && wchan->find("futex") != std::string::npos;
   }));
   syscall(SYS_tgkill, main_thread, main_thread, SIGABRT);
-  EXPECT_EQ(second->process().Wait(10), 1000 + SIGABRT);
+  EXPECT_TRUE(DiedOf(second->process().Wait(10), SIGABRT));
   EXPECT_EQ(bench_.ledgers[1]->slot(0)->strikes, 2u);
 
   auto third = Start(NewSetup(3));

@@ -96,7 +96,7 @@ class FuseServer {
   // Stops reading and answering; on return no thread holds a request, and all unanswered ones are in the
   // ledger. Fetches that finish later only fill the cache.
   virtual void Park() = 0;
-  // Reads again; unanswered records of the own ledger are taken up.
+  // Reads again; unanswered records of the own ledger, and of adopted ones, are taken up.
   virtual void Resume() = 0;
 
   virtual ServerStats stats() const = 0;

@@ -1,6 +1,7 @@
 #include "worker/fuse/ledger_view.h"
 
 #include <fcntl.h>
+#include <sys/eventfd.h>
 
 #include "gtest/gtest.h"
 #include "worker/fuse/crc32c.h"
@@ -102,6 +103,31 @@ TEST_F(RecordAllocatorTest, AStateChangesOnlyFromWhatWasExpected) {
   EXPECT_EQ(expected.owner, 4u);
   EXPECT_TRUE(ChangeState(view_->record(0), &expected, {HF_RECORD_FREE, 0}));
   EXPECT_EQ(ledger_.record(0)->state, uint32_t{HF_RECORD_FREE});
+}
+
+TEST(FuseServerCreateTest, AThreadNeedsASlot) {
+  Bench bench;
+  ServerOptions options;
+  options.generation = 1;
+  options.threads = HF_LEDGER_SLOTS + 1;
+  EXPECT_EQ(FuseServer::Create(options, DupLedger(bench.MakeLedger(1))).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+TEST(FuseServerCreateTest, AMountWhoseSavedInitIsNoneIsRefused) {
+  Bench bench;
+  ServerOptions options;
+  options.generation = 1;
+  auto server = FuseServer::Create(options, DupLedger(bench.MakeLedger(1)));
+  ASSERT_TRUE(server.ok()) << server.status();
+  for (const std::string& init : {std::string(), std::string(104, 'x')}) {
+    MountSpec spec;
+    spec.mount_id = 1;
+    spec.device.Reset(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
+    spec.init_request = init;
+    spec.open_layer = []() -> absl::StatusOr<std::shared_ptr<layer::Layer>> { return Internal("never"); };
+    EXPECT_EQ((*server)->AddMount(std::move(spec)).code(), absl::StatusCode::kInvalidArgument);
+  }
 }
 
 }  // namespace

@@ -214,7 +214,8 @@ void GetXattr(fuse_req_t req, fuse_ino_t ino, const char* name, size_t size) {
 
 void ListXattr(fuse_req_t req, fuse_ino_t ino, size_t size) {
   if (Current().mount->flags().no_xattrs) {
-    ReplyValue(req, "", size);  // ENOSYS would make listxattr(2) fail where an ordinary unpack has an empty list
+    ReplyValue(req, "",
+               size);  // ENOSYS would make listxattr(2) fail where an ordinary unpack has an empty list
     return;
   }
   const NodeRecord* node = NodeOrReply(req, ino);

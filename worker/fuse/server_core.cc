@@ -90,6 +90,7 @@ void ServerCore::Resume() {
     if (!gate) return;
     BorrowedPipe pipe(this);
     AdoptRecords(ledger_, false, pipe.get());
+    for (const auto& view : OldLedgers()) AdoptRecords(view, false, pipe.get());
   }
   for (const auto& mount : AllMounts()) UpdateArmed(*mount);
 }

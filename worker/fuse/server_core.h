@@ -136,6 +136,7 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   bool AdoptRecord(const std::shared_ptr<LedgerView>& view, uint32_t index, bool final_walk, ReplyPipe* pipe);
   uint64_t AdoptSlots(OldLedger& old, bool final_walk, ReplyPipe* pipe);
   bool AdoptRequest(const RecoveredRequest& request, hf_slot* slot, ReplyPipe* pipe);
+  std::vector<std::shared_ptr<LedgerView>> OldLedgers() const;
   void Dropped(uint64_t generation, uint64_t mount_id, const char* why);
 
   const ServerOptions options_;

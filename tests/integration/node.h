@@ -1,0 +1,79 @@
+// A whole holdfast for one test: real supervisor, real worker, in a temporary folder, with the registry in the test's process.
+// Everything it started is gone after the destructor, also when the test failed: processes by pid, mounts by path.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/io.h"
+#include "common/status.h"
+#include "worker/ctl/control_client.h"
+
+namespace holdfast::test {
+
+using Labels = std::map<std::string, std::string>;
+
+// containerd's side of the snapshots API.
+class SnapshotsClient {
+ public:
+  struct Mount {
+    std::string type, source;
+    std::vector<std::string> options;
+  };
+  virtual ~SnapshotsClient() = default;
+  static std::unique_ptr<SnapshotsClient> Connect(const std::string& socket);
+  // Errors keep the gRPC code.
+  virtual absl::StatusOr<std::vector<Mount>> Prepare(const std::string& key, const std::string& parent,
+                                                     const Labels& labels) = 0;
+  virtual absl::StatusOr<std::vector<std::string>> List(const std::string& filter) = 0;  // names
+  virtual absl::Status Stat(const std::string& key) = 0;
+  virtual absl::Status Remove(const std::string& key) = 0;
+  virtual absl::Status Cleanup() = 0;
+};
+
+class Node {
+ public:
+  // `config`: text of config.toml.
+  explicit Node(const std::string& config);
+  ~Node();
+  Node(const Node&) = delete;
+  Node& operator=(const Node&) = delete;
+
+  const std::string& root() const { return root_.path(); }
+  std::string control_socket() const { return root() + "/run/supervisor.sock"; }
+  SnapshotsClient* snapshots() { return snapshots_.get(); }
+
+  // A fresh connection, so any thread may have its own.
+  std::unique_ptr<ctl::ControlClient> Control() const;
+  // False when the worker was not (again) the owner within the time.
+  bool WaitRunning(int seconds = 20) const;
+  pid_t WorkerPid() const;  // of the owner; 0 = none
+  // SIGKILL to the owner; its pid.
+  pid_t KillWorker();
+
+  // Mounts what Prepare returned; unmounted by the destructor at the latest. Returns the folder.
+  std::string MountAll(const std::vector<SnapshotsClient::Mount>& mounts);
+  void UnmountAll();
+
+  // SIGTERM to the supervisor; its exit status, or -1 when it did not end in time.
+  int Stop(int seconds = 30);
+  // Paths of mounts under root().
+  std::vector<std::string> MountsLeft() const;
+
+ private:
+  void Start(const std::string& config);
+  void NoteWorkers();
+
+  TempDir root_;
+  pid_t supervisor_ = 0;
+  std::vector<pid_t> workers_;  // all seen
+  std::vector<std::string> mounted_;
+  std::unique_ptr<SnapshotsClient> snapshots_;
+};
+
+}  // namespace holdfast::test

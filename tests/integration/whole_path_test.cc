@@ -1,0 +1,292 @@
+// The whole path on real parts: a lazily pulled image of two layers is prepared through the gRPC API, its overlay is mounted,
+// and every byte is compared, while the worker is killed or upgraded.
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <map>
+#include <random>
+#include <thread>
+
+#include "common/mutex.h"
+#include "gtest/gtest.h"
+#include "tests/integration/node.h"
+#include "tests/support/registry_server.h"
+#include "worker/layer/digest.h"
+#include "worker/toc/testing/estargz_writer.h"
+
+namespace holdfast::test {
+namespace {
+
+using toc::testing::Dir;
+using toc::testing::EstargzLayer;
+using toc::testing::File;
+using toc::testing::Hardlink;
+using toc::testing::Symlink;
+using toc::testing::WriteEstargz;
+using toc::testing::WriterEntry;
+
+constexpr int kSmallFiles = 200;
+constexpr size_t kLargeBytes = 6u << 20;
+
+// Bytes that do not compress, so the blob is as large as its content.
+std::string RandomBytes(uint64_t seed, size_t size) {
+  std::mt19937_64 random(seed);
+  std::string bytes(size, '\0');
+  for (char& byte : bytes) byte = static_cast<char>(random());
+  return bytes;
+}
+
+struct Image {
+  EstargzLayer lower, upper;
+  std::map<std::string, std::string> files;  // path -> content, of the merged tree
+};
+
+// The upper layer holds a file in a folder that only the lower one describes, a whiteout, and a replaced file.
+Image MakeImage(uint64_t seed) {
+  Image image;
+  toc::testing::WriterOptions options;
+  options.chunk_size = 256 * 1024;
+  std::vector<WriterEntry> lower = {Dir("etc"), Dir("data")};
+  WriterEntry secret = Dir("private", 0700);
+  secret.uid = 1;
+  secret.gid = 2;
+  lower.push_back(secret);
+  auto add = [&image](std::vector<WriterEntry>* layer, const std::string& name, const std::string& content) {
+    layer->push_back(File(name, content));
+    image.files[name] = content;
+  };
+  for (int i = 0; i < kSmallFiles; ++i) {
+    const uint64_t own = seed * 1000 + static_cast<uint64_t>(i);
+    add(&lower, "data/f" + std::to_string(i), RandomBytes(own, 1000 + own % 20000));
+  }
+  add(&lower, "data/large", RandomBytes(seed, kLargeBytes));
+  add(&lower, "etc/kept", "kept");
+  add(&lower, "etc/empty", "");
+  lower.push_back(File("etc/deleted", "deleted"));
+  lower.push_back(File("etc/replaced", "old"));
+  lower.push_back(Symlink("etc/link", "kept"));
+  lower.push_back(Hardlink("etc/hard", "etc/kept"));
+  image.files["etc/hard"] = "kept";
+  image.lower = WriteEstargz(lower, options);
+
+  std::vector<WriterEntry> upper;
+  add(&upper, "private/file", "in a folder that this layer only implies");
+  upper.push_back(Dir("etc"));
+  upper.push_back(File("etc/.wh.deleted", ""));
+  add(&upper, "etc/replaced", "new");
+  image.upper = WriteEstargz(upper, options);
+  return image;
+}
+
+std::string ReadWhole(const std::string& path, size_t step = 65536) {
+  auto fd = OpenFile(path, O_RDONLY);
+  if (!fd.ok()) return "error: " + fd.status().ToString();
+  std::string content;
+  std::string buffer(step, '\0');
+  while (true) {
+    ssize_t n = read(fd->get(), buffer.data(), buffer.size());
+    if (n < 0) return "error: " + std::string(strerror(errno));
+    if (n == 0) return content;
+    content.append(buffer.data(), static_cast<size_t>(n));
+  }
+}
+
+class WholePathTest : public ::testing::Test {
+ protected:
+  WholePathTest() : node_("[cache]\nfree_floor = 0\n[fetch]\nmiss_timeout = \"50s\"\n") {}
+
+  // As containerd's unpacker asks for layer after layer. Returns the merged tree's folder.
+  std::string PullAndMount(const Image& image, const std::string& name) {
+    const std::string first = registry_.AddBlob(image.lower.blob);
+    const std::string second = registry_.AddBlob(image.upper.blob);
+    std::string parent = PrepareLazy(image.lower, "", name, first + "," + second);
+    parent = PrepareLazy(image.upper, parent, name, second);
+    committed_.push_back(parent);
+    auto mounts = node_.snapshots()->Prepare("default/9/" + name, parent, {});
+    EXPECT_TRUE(mounts.ok()) << mounts.status();
+    if (!mounts.ok()) return "";
+    return node_.MountAll(*mounts);
+  }
+
+  // Returns the name of the committed snapshot.
+  std::string PrepareLazy(const EstargzLayer& layer, const std::string& parent, const std::string& image,
+                          const std::string& layers) {
+    const std::string chain = layer::Sha256Name(parent + layer.diff_id + image);
+    Labels labels = {{"containerd.io/snapshot.ref", chain},
+                     {"containerd.io/snapshot/cri.image-ref", registry_.host() + "/test/" + image + ":latest"},
+                     {"containerd.io/snapshot/cri.layer-digest", layer.layer_digest},
+                     {"containerd.io/snapshot/cri.image-layers", layers},
+                     {"containerd.io/snapshot/stargz/toc.digest", layer.toc_digest}};
+    auto prepared = node_.snapshots()->Prepare("default/1/extract-1 " + chain, parent, labels);
+    EXPECT_EQ(prepared.status().code(), absl::StatusCode::kAlreadyExists) << prepared.status();
+    auto found = node_.snapshots()->List("labels.\"containerd.io/snapshot.ref\"==" + chain + ",parent==\"" + parent + "\"");
+    EXPECT_TRUE(found.ok()) << found.status();
+    if (!found.ok() || found->size() != 1) {
+      ADD_FAILURE() << "the committed snapshot of " << chain << " is not listed";
+      return "";
+    }
+    return found->front();
+  }
+
+  // Reads every file of the image from several threads and counts what is wrong.
+  void ReadEverything(const Image& image, const std::string& root) {
+    std::vector<std::string> names;
+    for (const auto& [name, content] : image.files) names.push_back(name);
+    std::atomic<size_t> next{0};
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 4; ++i) {
+      threads.emplace_back([&] {
+        for (size_t at = next++; at < names.size(); at = next++) {
+          const std::string content = ReadWhole(root + "/" + names[at]);
+          if (content == image.files.at(names[at])) continue;
+          wrong_++;
+          MutexLock lock(&mutex_);
+          if (first_error_.empty()) first_error_ = names[at] + ": " + content.substr(0, 60);
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    finished_ = true;
+  }
+
+  uint64_t CarriedOver() {
+    auto control = node_.Control();
+    if (control == nullptr) return 0;
+    auto status = control->Status();
+    return status.ok() ? status->carried_over_total : 0;
+  }
+
+  RegistryServer registry_;
+  Node node_;
+  std::vector<std::string> committed_;
+  std::atomic<int> wrong_{0};
+  std::atomic<bool> finished_{false};
+  Mutex mutex_;
+  std::string first_error_ ABSL_GUARDED_BY(mutex_);
+};
+
+TEST_F(WholePathTest, AnImageIsReadBeforeItIsDownloadedAndEveryByteIsRight) {
+  const Image image = MakeImage(1);
+  const std::string root = PullAndMount(image, "plain");
+  ASSERT_FALSE(root.empty());
+  EXPECT_LT(registry_.body_bytes(), image.lower.blob.size() / 2) << "the layers were downloaded, not mounted";
+  EXPECT_EQ(ReadWhole(root + "/etc/kept"), "kept");
+  EXPECT_LT(registry_.body_bytes(), image.lower.blob.size() / 2) << "one small file brought the whole layer";
+
+  struct stat st;
+  ASSERT_EQ(stat((root + "/private").c_str(), &st), 0);
+  EXPECT_EQ(st.st_mode & 07777, 0700u) << "an implied folder must not become public";
+  EXPECT_EQ(st.st_uid, 1u);
+  EXPECT_EQ(st.st_gid, 2u);
+  EXPECT_EQ(access((root + "/etc/deleted").c_str(), F_OK), -1);
+  char target[64] = {};
+  EXPECT_EQ(readlink((root + "/etc/link").c_str(), target, sizeof target - 1), 4);
+  EXPECT_STREQ(target, "kept");
+
+  ReadEverything(image, root);
+  EXPECT_EQ(wrong_, 0) << first_error_;
+}
+
+TEST_F(WholePathTest, KillingTheWorkerInTheMiddleOfReadsFailsNone) {
+  registry_.SetDelay(10'000'000);
+  const Image image = MakeImage(2);
+  const std::string root = PullAndMount(image, "killed");
+  ASSERT_FALSE(root.empty());
+  std::thread reader([&] { ReadEverything(image, root); });
+  int kills = 0;
+  while (!finished_ && kills < 8) {
+    const uint64_t before = registry_.blob_requests();
+    registry_.WaitFor([&] { return finished_ || (registry_.in_flight() > 0 && registry_.blob_requests() > before + 2); });
+    if (finished_) break;
+    if (node_.KillWorker() > 0) kills++;
+    EXPECT_TRUE(node_.WaitRunning()) << "no successor after kill " << kills;
+  }
+  reader.join();
+  EXPECT_EQ(wrong_, 0) << first_error_;
+  EXPECT_GT(kills, 1) << "the reads were over before they could be disturbed";
+  EXPECT_GT(CarriedOver(), 0u) << "no kill hit a request in flight";
+}
+
+TEST_F(WholePathTest, AnUpgradeInTheMiddleOfReadsFailsNeitherReadsNorCalls) {
+  registry_.SetDelay(10'000'000);
+  const Image image = MakeImage(3);
+  const std::string root = PullAndMount(image, "upgraded");
+  ASSERT_FALSE(root.empty());
+  std::atomic<int> calls{0}, failed_calls{0};
+  std::thread caller([&] {
+    auto client = SnapshotsClient::Connect(node_.root() + "/run/snapshotter.sock");
+    while (!finished_) {
+      calls++;
+      if (!client->Stat(committed_.front()).ok()) failed_calls++;
+    }
+  });
+  std::thread reader([&] { ReadEverything(image, root); });
+  int upgrades = 0;
+  uint64_t longest_pause = 0;
+  while (!finished_ && upgrades < 4) {
+    registry_.WaitFor([&] { return finished_ || registry_.in_flight() > 0; });
+    if (finished_) break;
+    auto result = node_.Control()->Upgrade("", /*force=*/true);
+    EXPECT_TRUE(result.ok()) << result.status();
+    if (!result.ok()) break;
+    EXPECT_TRUE(result->changed);
+    longest_pause = std::max(longest_pause, result->swap.pause_nanos);
+    upgrades++;
+  }
+  reader.join();
+  caller.join();
+  EXPECT_EQ(wrong_, 0) << first_error_;
+  EXPECT_GT(upgrades, 1);
+  EXPECT_GT(calls, 0);
+  EXPECT_EQ(failed_calls, 0);
+  EXPECT_LT(longest_pause, 1'000'000'000u);
+  printf("upgrades=%d longest_pause_us=%lu calls=%d carried_over=%lu\n", upgrades,
+         static_cast<unsigned long>(longest_pause / 1000), calls.load(), static_cast<unsigned long>(CarriedOver()));
+}
+
+TEST_F(WholePathTest, AKilledWorkersSuccessorServesWithoutTheRegistryWhatWasRead) {
+  const Image image = MakeImage(4);
+  const std::string root = PullAndMount(image, "offline");
+  ASSERT_FALSE(root.empty());
+  ReadEverything(image, root);
+  ASSERT_EQ(wrong_, 0) << first_error_;
+  registry_.Stop();
+  const uint64_t fetched = registry_.body_bytes();
+  ASSERT_GT(node_.KillWorker(), 0);
+  ASSERT_TRUE(node_.WaitRunning());
+  // The kernel's caches would answer for a dead worker.
+  ASSERT_TRUE(WriteFileAtomic(node_.root() + "/unused", "").ok());
+  auto drop = OpenFile("/proc/sys/vm/drop_caches", O_WRONLY);
+  ASSERT_TRUE(drop.ok());
+  ASSERT_TRUE(PwriteFull(drop->get(), "3", 1, 0).ok());
+  ReadEverything(image, root);
+  EXPECT_EQ(wrong_, 0) << first_error_;
+  EXPECT_EQ(registry_.body_bytes(), fetched);
+}
+
+TEST_F(WholePathTest, RemovingEverythingLeavesNoMountAndStoppingLeavesNoProcess) {
+  const Image image = MakeImage(5);
+  ASSERT_FALSE(PullAndMount(image, "removed").empty());
+  node_.UnmountAll();
+  ASSERT_TRUE(node_.snapshots()->Remove("default/9/removed").ok());
+  ASSERT_TRUE(node_.snapshots()->Remove(committed_.front()).ok());
+  auto left = node_.snapshots()->List("");
+  ASSERT_TRUE(left.ok());
+  for (const std::string& name : *left) ASSERT_TRUE(node_.snapshots()->Remove(name).ok());
+  ASSERT_TRUE(node_.snapshots()->Cleanup().ok());
+  auto mounts = node_.Control()->Mounts();
+  ASSERT_TRUE(mounts.ok()) << mounts.status();
+  EXPECT_TRUE(mounts->empty());
+  EXPECT_TRUE(node_.MountsLeft().empty());
+  const pid_t worker = node_.WorkerPid();
+  EXPECT_EQ(node_.Stop(), 0);
+  EXPECT_NE(kill(worker, 0), 0) << "the worker outlived an orderly stop";
+}
+
+}  // namespace
+}  // namespace holdfast::test

@@ -229,17 +229,20 @@ class Containerd:
 
     @contextlib.contextmanager
     def mounted_view(self, chain_id: str, snapshotter: str, namespace: str | None = None) -> Iterator[Path]:
-        """A read-only mount of the snapshot `chain_id`, gone at the end of the block."""
+        """A read-only mount of the snapshot `chain_id`, gone at the end of the block.
+
+        Of an active snapshot: `ctr snapshots view` makes one that the next garbage collection removes.
+        """
         key = self.new_name("view")
         words = ("snapshots", "--snapshotter", snapshotter)
         target = self._box.root / "views" / f"{snapshotter}-{key}"
         target.mkdir(parents=True)
-        self.ctr(*words, "view", key, chain_id, namespace=namespace)
+        self.ctr(*words, "prepare", key, chain_id, namespace=namespace)
         try:
             line = self.ctr(*words, "mounts", target, key, namespace=namespace).stdout
             if not line.startswith("mount "):
                 raise HarnessError(f"no mount command for {key}: {line}")
-            run(shlex.split(line))
+            run(["mount", "--read-only", *shlex.split(line)[1:]])
             yield target
         finally:
             mounts.unmount(str(target))

@@ -67,8 +67,9 @@ class _Writer:
     def link(self, name: str, target: str, **more: object) -> None:
         self.add(name, tarfile.SYMTYPE, 0o777, linkname=target, **more)
 
-    def hard(self, name: str, target: str) -> None:
-        self.add(name, tarfile.LNKTYPE, linkname=target)
+    def hard(self, name: str, target: str, mode: int = 0o644) -> None:
+        """With the attributes of its target, as every tar writer has it: an unpack applies them to the shared inode."""
+        self.add(name, tarfile.LNKTYPE, mode, linkname=target)
 
     def noise(self, size: int) -> bytes:
         return self.random.randbytes(size)
@@ -95,7 +96,7 @@ def _kinds(w: _Writer) -> None:
     w.folder("kinds/elsewhere")
     w.hard("kinds/elsewhere/hard-c", "kinds/hard-b")  # a link to a link
     w.hard("kinds/hard-empty", "kinds/empty")
-    w.hard("kinds/hard-fifo", "kinds/fifo")
+    w.hard("kinds/hard-fifo", "kinds/fifo", 0o622)
 
 
 def _modes_and_owners(w: _Writer) -> None:

@@ -46,7 +46,8 @@ class FakeSource final : public cache::BlobSource {
   using Answer = std::function<absl::StatusOr<std::string>(size_t n, std::string bytes)>;
 
   explicit FakeSource(std::string blob) : blob_(std::move(blob)), thread_([this] { Serve(); }) {}
-  ~FakeSource() override {
+  // Answers what is left and ends the thread. Explicit, because the last reference may go on that very thread.
+  void Stop() {
     {
       MutexLock lock(&mutex_);
       stopping_ = true;
@@ -155,9 +156,7 @@ class LayerTest : public testing::Test {
   }
   ~LayerTest() override {
     // Whatever a test left held is answered before what it refers to goes.
-    layer_.reset();
-    reader_.reset();
-    source_.reset();
+    End();
   }
 
   void MakeBlob(std::vector<toc::testing::WriterEntry> entries, const toc::testing::WriterOptions& options = {}) {
@@ -178,8 +177,7 @@ class LayerTest : public testing::Test {
 
   // A new worker process: store, reader, layer and source anew, over the same folder.
   void Start() {
-    layer_.reset();
-    reader_.reset();
+    End();
     content_.reset();
     store_.reset();
     auto store = cache::ContentStore::Open(store_options_);
@@ -191,6 +189,13 @@ class LayerTest : public testing::Test {
     source_ = std::make_shared<FakeSource>(made_.blob);
     reader_ = LayerReader::Create(reader_options_);
     layer_ = reader_->Open(index_, content_, source_);
+  }
+
+  void End() {
+    layer_.reset();
+    reader_.reset();
+    if (source_ != nullptr) source_->Stop();
+    source_.reset();
   }
 
   uint64_t NodeOf(const std::string& name) const { return index_->LookupPath(name); }

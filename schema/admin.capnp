@@ -15,6 +15,7 @@ struct LayerInfo {
   fetchedBytes @7 :UInt64;     # from the network, since the worker started
   indexDigest @8 :Text;        # SHA-256 of the LayerIndex
   files @9 :UInt64;
+  touchedBytes @10 :UInt64;    # compressed bytes of the distinct chunks that applications read, since the worker started
 }
 
 struct SnapshotInfo {

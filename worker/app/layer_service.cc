@@ -293,7 +293,10 @@ std::vector<handover::LayerInfo> LayerService::Layers() const {
   }
   for (const std::shared_ptr<layer::Layer>& layer : open) {
     auto it = by_digest.find(layer->index().info().layer_digest);
-    if (it != by_digest.end()) it->second.fetched_bytes += layer->stats().fetched_bytes;
+    if (it == by_digest.end()) continue;
+    layer::LayerStats stats = layer->stats();
+    it->second.fetched_bytes += stats.fetched_bytes;
+    it->second.touched_bytes += stats.touched_compressed_bytes;
   }
   std::vector<handover::LayerInfo> layers;
   for (auto& [digest, info] : by_digest) {

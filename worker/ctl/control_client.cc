@@ -188,6 +188,7 @@ class ClientImpl final : public ControlClient {
         to.content_bytes = from.getContentBytes();
         to.cached_bytes = from.getCachedBytes();
         to.fetched_bytes = from.getFetchedBytes();
+        to.touched_bytes = from.getTouchedBytes();
         to.files = from.getFiles();
         to.mounts = from.getMounts();
         to.last_access_wall_nanos = from.getLastAccessWallNanos();

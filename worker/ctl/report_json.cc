@@ -98,6 +98,7 @@ std::string LayersJson(const std::vector<LayerInfo>& layers) {
                               {"content_bytes", layer.content_bytes},
                               {"cached_bytes", layer.cached_bytes},
                               {"fetched_bytes", layer.fetched_bytes},
+                              {"touched_bytes", layer.touched_bytes},
                               {"files", layer.files},
                               {"mounts", layer.mounts},
                               {"last_access_wall_ns", layer.last_access_wall_nanos},

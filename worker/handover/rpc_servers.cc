@@ -132,6 +132,7 @@ class AdminServer final : public schema::WorkerAdmin::Server {
     out.setMounts(layer.mounts);
     out.setLastAccessWallNanos(layer.last_access_wall_nanos);
     out.setFetchedBytes(layer.fetched_bytes);
+    out.setTouchedBytes(layer.touched_bytes);
     out.setIndexDigest(layer.index_digest.c_str());
     out.setFiles(layer.files);
   }

@@ -11,8 +11,11 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <optional>
+#include <iterator>
+#include <sstream>
 #include <utility>
+
+#include "absl/strings/escaping.h"
 
 namespace holdfast::supervisor {
 namespace {
@@ -20,26 +23,8 @@ namespace {
 constexpr uint32_t kInitExt = 1u << 30;   // FUSE_INIT_EXT: flags2 is valid
 constexpr uint32_t kMaxPages = 1u << 22;  // FUSE_MAX_PAGES
 constexpr uint32_t kProtocolMinor = 45;   // the newest whose fields are filled below
-constexpr uint32_t kMaxWrite = 4096;      // nothing is ever written; keeps the kernel's demand on read buffers small
-
-// struct fuse_init_out of protocol 7.45 (Debian 12's header is 7.38).
-struct InitOut {
-  uint32_t major;
-  uint32_t minor;
-  uint32_t max_readahead;
-  uint32_t flags;
-  uint16_t max_background;
-  uint16_t congestion_threshold;
-  uint32_t max_write;
-  uint32_t time_gran;
-  uint16_t max_pages;
-  uint16_t map_alignment;
-  uint32_t flags2;
-  uint32_t max_stack_depth;
-  uint16_t request_timeout;
-  uint16_t unused[11];
-};
-static_assert(sizeof(InitOut) == 64);
+constexpr uint32_t kMaxWrite =
+    4096;  // nothing is ever written; keeps the kernel's demand on read buffers small
 
 absl::StatusOr<UniqueFd> OpenMountPoint(int state_fd, const std::string& state_dir, const std::string& path) {
   if (!IsUnder(path, state_dir) || path.size() <= state_dir.size() + 1) {
@@ -53,7 +38,8 @@ absl::StatusOr<UniqueFd> OpenMountPoint(int state_fd, const std::string& state_d
     auto fd = static_cast<int>(syscall(SYS_openat2, state_fd, relative.c_str(), &how, sizeof(how)));
     if (fd >= 0) return UniqueFd(fd);
     if (errno == EINTR || errno == EAGAIN) continue;
-    if (errno == EXDEV) return FailedPrecondition("mount point " + path + " is, or lies below, a mount already");
+    if (errno == EXDEV)
+      return FailedPrecondition("mount point " + path + " is, or lies below, a mount already");
     return ErrnoStatus(errno, "mount point " + path);
   }
 }
@@ -75,63 +61,31 @@ absl::Status AnswerInit(const InitOptions& options, FuseMount* mount) {
   return absl::OkStatus();
 }
 
-// The name of the mount's bdi, from the descriptor if the kernel tells, else from mountinfo.
-std::optional<std::string> BdiName(int device, const std::string& path) {
-  auto fdinfo = ReadFile("/proc/self/fdinfo/" + std::to_string(device));
-  if (fdinfo.ok()) {
-    static constexpr std::string_view kKey = "fuse_connection:\t";
-    size_t at = fdinfo->find(kKey);
-    if (at != std::string::npos) {
-      at += kKey.size();
-      return "0:" + fdinfo->substr(at, fdinfo->find('\n', at) - at);
-    }
+absl::Status SetReadAhead(const std::string& path, uint32_t kib) {
+  HF_ASSIGN_OR_RETURN(std::vector<MountInfo> mounts, ReadMountInfo());
+  for (const MountInfo& mount : mounts) {
+    if (mount.path != path || mount.type != kFuseType) continue;
+    HF_ASSIGN_OR_RETURN(UniqueFd file,
+                        OpenFile("/sys/class/bdi/" + mount.device + "/read_ahead_kb", O_WRONLY));
+    std::string text = std::to_string(kib);
+    return PwriteFull(file.get(), text.data(), text.size(), 0);
   }
-  auto mounts = ReadMountInfo();
-  if (!mounts.ok()) return std::nullopt;
-  auto it = std::find_if(mounts->rbegin(), mounts->rend(), [&](const MountInfo& m) { return m.path == path; });
-  if (it == mounts->rend()) return std::nullopt;
-  return it->device;
-}
-
-absl::Status SetReadAhead(int device, const std::string& path, uint32_t kib) {
-  auto bdi = BdiName(device, path);
-  if (!bdi.has_value()) return NotFound("the device number of " + path);
-  HF_ASSIGN_OR_RETURN(UniqueFd file, OpenFile("/sys/class/bdi/" + *bdi + "/read_ahead_kb", O_WRONLY));
-  std::string text = std::to_string(kib);
-  if (write(file.get(), text.data(), text.size()) < 0) return ErrnoStatus(errno, "setting read_ahead_kb");
-  return absl::OkStatus();
+  return NotFound("the mount " + path);
 }
 
 absl::Status SetUp(const InitOptions& options, const std::string& path, FuseMount* mount) {
   HF_RETURN_IF_ERROR(AnswerInit(options, mount));
   int flags = fcntl(mount->device.get(), F_GETFL);
-  if (flags < 0 || fcntl(mount->device.get(), F_SETFL, flags | O_NONBLOCK) != 0) return ErrnoStatus(errno, "O_NONBLOCK");
+  if (flags < 0 || fcntl(mount->device.get(), F_SETFL, flags | O_NONBLOCK) != 0)
+    return ErrnoStatus(errno, "O_NONBLOCK");
   // Only speed depends on it: a sandbox with a read-only /sys still works.
-  if (options.read_ahead_kib != 0) SetReadAhead(mount->device.get(), path, options.read_ahead_kib).IgnoreError();
+  if (options.read_ahead_kib != 0) SetReadAhead(path, options.read_ahead_kib).IgnoreError();
   return absl::OkStatus();
 }
 
-std::string Unescape(std::string_view text) {  // \040 and the like
+std::string Unescape(const std::string& text) {  // mountinfo writes a space as \\040
   std::string out;
-  for (size_t i = 0; i < text.size(); ++i) {
-    if (text[i] == '\\' && i + 3 < text.size()) {
-      out += static_cast<char>((text[i + 1] - '0') * 64 + (text[i + 2] - '0') * 8 + (text[i + 3] - '0'));
-      i += 3;
-    } else {
-      out += text[i];
-    }
-  }
-  return out;
-}
-
-std::vector<std::string_view> Split(std::string_view text, std::string_view separators) {
-  std::vector<std::string_view> parts;
-  for (;;) {
-    size_t at = text.find_first_of(separators);
-    if (at != 0 && !text.empty()) parts.push_back(text.substr(0, at));
-    if (at == std::string_view::npos) return parts;
-    text.remove_prefix(at + 1);
-  }
+  return absl::CUnescape(text, &out) ? out : text;
 }
 
 }  // namespace
@@ -145,8 +99,8 @@ absl::StatusOr<FuseMount> MountFuse(int state_fd, const std::string& state_dir, 
                      ",rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions";
   // By descriptor: nobody can swap the folder between the check and the mount.
   std::string target = "/proc/self/fd/" + std::to_string(point.get());
-  // Not MS_NOSUID, not MS_NOEXEC: it holds container images. MS_RDONLY also keeps reads from invalidating atimes. mount()
-  // returns before INIT is answered, which the kernel has queued by then.
+  // Not MS_NOSUID, not MS_NOEXEC: it holds container images. MS_RDONLY also keeps reads from invalidating
+  // atimes. mount() returns before INIT is answered, which the kernel has queued by then.
   if (::mount("holdfast", target.c_str(), kFuseType, MS_RDONLY | MS_NODEV, data.c_str()) != 0) {
     return ErrnoStatus(errno, "mount on " + path);
   }
@@ -167,16 +121,18 @@ absl::StatusOr<std::string> BuildInitReply(std::string_view request, const InitO
     return InvalidArgument("the first FUSE request is not FUSE_INIT");
   }
   memcpy(&init, request.data() + sizeof(in), std::min(sizeof(init), request.size() - sizeof(in)));
-  if (init.major != FUSE_KERNEL_VERSION) return InvalidArgument("FUSE protocol " + std::to_string(init.major));
+  if (init.major != FUSE_KERNEL_VERSION)
+    return InvalidArgument("FUSE protocol " + std::to_string(init.major));
   uint64_t offered = init.flags;
   if ((init.flags & kInitExt) != 0) offered |= uint64_t{init.flags2} << 32;
   uint64_t agreed = options.flags & offered;
   if ((agreed >> 32) != 0) agreed |= kInitExt;
 
-  InitOut out{};
+  fuse_init_out out{};
   out.major = FUSE_KERNEL_VERSION;
   out.minor = std::min(init.minor, kProtocolMinor);
-  out.max_readahead = options.max_readahead == 0 ? init.max_readahead : std::min(init.max_readahead, options.max_readahead);
+  out.max_readahead =
+      options.max_readahead == 0 ? init.max_readahead : std::min(init.max_readahead, options.max_readahead);
   out.flags = static_cast<uint32_t>(agreed);
   out.flags2 = static_cast<uint32_t>(agreed >> 32);
   out.max_background = options.max_background;
@@ -184,7 +140,7 @@ absl::StatusOr<std::string> BuildInitReply(std::string_view request, const InitO
   out.max_write = kMaxWrite;
   out.time_gran = 1;
   if ((out.flags & kMaxPages) != 0) out.max_pages = options.max_pages;
-  out.max_stack_depth = options.max_stack_depth;
+  out.unused[0] = options.max_stack_depth;  // its name since protocol 7.40; Debian 12's header is 7.38
 
   fuse_out_header header{};
   header.len = sizeof(header) + sizeof(out);
@@ -196,8 +152,8 @@ absl::StatusOr<std::string> BuildInitReply(std::string_view request, const InitO
 }
 
 absl::StatusOr<bool> UnmountFuse(const std::string& path, int device) {
-  // MNT_DETACH: a process with a folder open there must not keep the mount in the tree; what uses it keeps it alive.
-  // EINVAL and ENOENT: somebody else unmounted it already.
+  // MNT_DETACH: a process with a folder open there must not keep the mount in the tree; what uses it keeps it
+  // alive. EINVAL and ENOENT: somebody else unmounted it already.
   if (umount2(path.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW) != 0 && errno != EINVAL && errno != ENOENT) {
     return ErrnoStatus(errno, "umount of " + path);
   }
@@ -205,14 +161,16 @@ absl::StatusOr<bool> UnmountFuse(const std::string& path, int device) {
   return poll(&state, 1, 0) == 1 && (state.revents & POLLERR) != 0;
 }
 
-std::vector<MountInfo> ParseMountInfo(std::string_view text) {
+std::vector<MountInfo> ParseMountInfo(const std::string& text) {
   std::vector<MountInfo> mounts;
-  for (std::string_view line : Split(text, "\n")) {
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
     // id parent major:minor root path options [optional...] - type source super-options
-    std::vector<std::string_view> fields = Split(line, " ");
+    std::istringstream words(line);
+    std::vector<std::string> fields{std::istream_iterator<std::string>(words), {}};
     auto dash = std::find(fields.begin(), fields.end(), "-");
     if (fields.size() < 6 || fields.end() - dash < 4) continue;
-    mounts.push_back({std::string(fields[2]), Unescape(fields[4]), std::string(dash[1]), Unescape(dash[3])});
+    mounts.push_back({fields[2], Unescape(fields[4]), dash[1], Unescape(dash[3])});
   }
   return mounts;
 }
@@ -224,7 +182,8 @@ absl::StatusOr<std::vector<MountInfo>> ReadMountInfo() {
 
 bool IsUnder(std::string_view path, std::string_view folder) {
   if (folder == "/") return path.substr(0, 1) == "/";
-  return path.substr(0, folder.size()) == folder && (path.size() == folder.size() || path[folder.size()] == '/');
+  return path.substr(0, folder.size()) == folder &&
+         (path.size() == folder.size() || path[folder.size()] == '/');
 }
 
 absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir) {
@@ -240,17 +199,18 @@ absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir) {
   return removed;
 }
 
-bool UsedByOverlay(const std::vector<MountInfo>& mounts, std::string_view path) {
-  size_t cut = path.rfind('/');
-  if (cut != std::string_view::npos && cut != 0) cut = path.rfind('/', cut - 1);
-  std::string_view tail = cut == std::string_view::npos ? path : path.substr(cut + 1);
-  for (const MountInfo& mount : mounts) {
-    if (mount.type != "overlay") continue;
-    for (std::string_view layer : Split(mount.options, ",:=")) {
+bool UsedByOverlay(const std::vector<MountInfo>& mounts, const std::string& path) {
+  size_t cut = path.rfind('/', path.rfind('/') - 1);
+  std::string tail = path.substr(cut == std::string::npos ? 0 : cut + 1);
+  return std::any_of(mounts.begin(), mounts.end(), [&](const MountInfo& mount) {
+    std::istringstream layers(mount.options);
+    for (std::string layer; mount.type == "overlay" && std::getline(layers, layer, ':');) {
+      if (size_t at = layer.find("lowerdir="); at != std::string::npos) layer = layer.substr(at + 9);
+      layer = layer.substr(0, layer.find(','));
       if (layer == path || layer == tail) return true;
     }
-  }
-  return false;
+    return false;
+  });
 }
 
 }  // namespace holdfast::supervisor

@@ -1,5 +1,6 @@
-// Making and ending FUSE mounts. Everything here may block and is called on helper threads; nothing here opens, stats or
-// lists a path of a mounted file system. Formats: <linux/fuse.h> (FUSE_INIT, protocol 7.x), proc(5) mountinfo.
+// Making and ending FUSE mounts. Everything here may block and is called on helper threads; nothing here
+// opens, stats or lists a path of a mounted file system. Formats: <linux/fuse.h> (FUSE_INIT, protocol 7.x),
+// proc(5) mountinfo.
 #pragma once
 
 #include <cstdint>
@@ -31,15 +32,17 @@ struct FuseMount {
   std::string init_reply;    // as it was answered; both with their headers
 };
 
-// Mounts on the folder `path`, which lies under `state_dir` (open as `state_fd`) without crossing a symbolic link or a mount
-// point, and answers FUSE_INIT. On an error nothing is left mounted.
+// Mounts on the folder `path`, which lies under `state_dir` (open as `state_fd`) without crossing a symbolic
+// link or a mount point, and answers FUSE_INIT. On an error nothing is left mounted.
 absl::StatusOr<FuseMount> MountFuse(int state_fd, const std::string& state_dir, const std::string& path,
                                     const InitOptions& options);
 
-// The answer to `request`: of the wanted flags those that the kernel offered. InvalidArgument when it is no FUSE_INIT.
+// The answer to `request`: of the wanted flags those that the kernel offered. InvalidArgument when it is no
+// FUSE_INIT.
 absl::StatusOr<std::string> BuildInitReply(std::string_view request, const InitOptions& options);
 
-// Takes the mount out of the file tree. True: nothing uses it, it is gone; false: something (an overlay) still does.
+// Takes the mount out of the file tree. True: nothing uses it, it is gone; false: something (an overlay)
+// still does.
 absl::StatusOr<bool> UnmountFuse(const std::string& path, int device);
 
 struct MountInfo {
@@ -49,7 +52,7 @@ struct MountInfo {
   std::string options;  // of the superblock
 };
 // Parses mountinfo; lines that are none are left out.
-std::vector<MountInfo> ParseMountInfo(std::string_view text);
+std::vector<MountInfo> ParseMountInfo(const std::string& text);
 absl::StatusOr<std::vector<MountInfo>> ReadMountInfo();
 
 // True when `path` is `folder` or lies below it.
@@ -58,7 +61,8 @@ bool IsUnder(std::string_view path, std::string_view folder);
 // Lazily unmounts what a dead predecessor left under `state_dir`, untouched otherwise. Returns how many.
 absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir);
 
-// An overlay in `mounts` names `path` as a lower layer (absolute, or by its last two parts: containerd shortens the names).
-bool UsedByOverlay(const std::vector<MountInfo>& mounts, std::string_view path);
+// An overlay in `mounts` names `path` as a lower layer (absolute, or by its last two parts: containerd
+// shortens the names).
+bool UsedByOverlay(const std::vector<MountInfo>& mounts, const std::string& path);
 
 }  // namespace holdfast::supervisor

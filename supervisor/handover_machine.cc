@@ -9,41 +9,38 @@ namespace {
 
 constexpr std::array<uint64_t, 5> kBackoffMillis = {0, 50, 200, 1'000, 5'000};
 
+// Phases that wait for the answer to a call.
+struct Wait {
+  Phase phase;
+  Call call;
+  bool of_owner;
+};
+constexpr std::array<Wait, 7> kWaits = {{{Phase::kParking, Call::kPark, true},
+                                         {Phase::kServing, Call::kServe, false},
+                                         {Phase::kYielding, Call::kYield, true},
+                                         {Phase::kCommitting, Call::kTake, false},
+                                         {Phase::kResuming, Call::kResume, true},
+                                         {Phase::kReclaiming, Call::kTake, true},
+                                         {Phase::kStopYielding, Call::kYield, true}}};
+
 // One run of Step: the state being changed and the actions collected so far.
 class Stepper {
  public:
   Stepper(const State& state, const Limits& limits) : s_(state), limits_(limits) {}
 
   StepResult Run(const Event& event) {
-    switch (event.type) {
-      case EventType::kStart:
-        if (s_.phase == Phase::kIdle) SpawnSuccessor(Binary::kRunning);
-        break;
-      case EventType::kRegistered:
-        if (s_.phase == Phase::kStarting && event.generation == s_.successor) OnRegistered();
-        break;
-      case EventType::kDied:
-        OnDied(event.generation, event.reason);
-        break;
-      case EventType::kExited:
-        OnExited(event.generation, event.reason);
-        break;
-      case EventType::kReplied:
-        OnReplied(event.generation, event.call);
-        break;
-      case EventType::kFailed:
-        OnFailed(event.generation, event.call, event.reason);
-        break;
-      case EventType::kTimer:
-        OnTimer();
-        break;
-      case EventType::kUpgrade:
-        OnUpgrade();
-        break;
-      case EventType::kStop:
-        OnStop();
-        break;
+    if (event.type == EventType::kStart && s_.phase == Phase::kIdle) SpawnSuccessor(Binary::kRunning);
+    if (event.type == EventType::kRegistered && s_.phase == Phase::kStarting &&
+        event.generation == s_.successor) {
+      OnRegistered();
     }
+    if (event.type == EventType::kDied) OnDied(event.generation, event.reason);
+    if (event.type == EventType::kExited) OnExited(event.generation, event.reason);
+    if (event.type == EventType::kReplied) OnReplied(event.generation, event.call);
+    if (event.type == EventType::kFailed) OnFailed(event.generation, event.call, event.reason);
+    if (event.type == EventType::kTimer) OnTimer();
+    if (event.type == EventType::kUpgrade) OnUpgrade();
+    if (event.type == EventType::kStop) OnStop();
     return {std::move(s_), std::move(actions_)};
   }
 
@@ -93,32 +90,21 @@ class Stepper {
   void Restart() {
     s_.owner = s_.successor = 0;
     s_.upgrade = false;
-    uint64_t wait = BackoffMillis(s_.quick_deaths);
-    ++s_.quick_deaths;
-    if (wait == 0) {
-      SpawnSuccessor(Binary::kRunning);
-    } else {
-      s_.phase = Phase::kBackoff;
-      Timer(wait);
-    }
+    uint64_t wait = BackoffMillis(s_.quick_deaths++);
+    if (wait == 0) return SpawnSuccessor(Binary::kRunning);
+    s_.phase = Phase::kBackoff;
+    Timer(wait);
   }
 
   void OnRegistered() {
-    if (s_.owner != 0) {
-      Enter(Phase::kParking, s_.owner, Call::kPark, limits_.park_ms);
-    } else {
-      BeginServing();
-    }
+    if (s_.owner == 0) return BeginServing();
+    Enter(Phase::kParking, s_.owner, Call::kPark, limits_.park_ms);
   }
   void BeginServing() { Enter(Phase::kServing, s_.successor, Call::kServe, limits_.serve_ms); }
 
-  // The successor serves reads.
   void AfterServing() {
-    if (s_.owner != 0 && s_.holders.count(s_.owner) != 0) {
-      Enter(Phase::kYielding, s_.owner, Call::kYield, limits_.yield_ms);
-    } else {
-      CommitIfFree();
-    }
+    if (s_.owner == 0 || s_.holders.count(s_.owner) == 0) return CommitIfFree();
+    Enter(Phase::kYielding, s_.owner, Call::kYield, limits_.yield_ms);
   }
   void CommitIfFree() {
     if (OthersMayHold(s_.successor)) return EnterQuiet(Phase::kAwaitingExit);
@@ -144,11 +130,8 @@ class Stepper {
     Enter(Phase::kReclaiming, s_.owner, Call::kTake, limits_.take_ms);
   }
   void AfterResuming() {
-    if (s_.holders.count(s_.owner) != 0) {
-      EnterRunning();
-    } else {
-      Reclaim();
-    }
+    if (s_.holders.count(s_.owner) == 0) return Reclaim();
+    EnterRunning();
   }
 
   // The successor is of no use; `parked`: the owner was told to park. With no owner alive it is a crash.
@@ -160,10 +143,6 @@ class Stepper {
     if (parked) return Enter(Phase::kResuming, s_.owner, Call::kResume, limits_.resume_ms);
     AfterResuming();
   }
-  void KillSuccessor(const std::string& reason) {
-    Do(ActionType::kKill, s_.successor);
-    SuccessorLost(reason, s_.phase != Phase::kStarting);
-  }
   void KillOwner() {
     Do(ActionType::kKill, s_.owner);
     Restart();
@@ -171,149 +150,80 @@ class Stepper {
 
   void OnDied(Generation generation, const std::string& reason) {
     if (generation == 0 || (s_.phase >= Phase::kStopYielding && generation != s_.owner)) return;
-    if (generation == s_.successor) return SuccessorLost("the new worker died: " + reason, s_.phase != Phase::kStarting);
+    if (generation == s_.successor)
+      return SuccessorLost("the new worker died: " + reason, s_.phase != Phase::kStarting);
     if (generation == s_.owner) OwnerDied();
   }
 
   void OwnerDied() {
-    switch (s_.phase) {
-      case Phase::kStarting:  // the candidate is not even up: the running binary is back sooner
-        Do(ActionType::kKill, s_.successor);
-        if (s_.upgrade) Fail(ActionType::kSwapFailed, "the running worker died while the new one started");
-        return Restart();
-      case Phase::kParking:
-        s_.owner = 0;
-        return BeginServing();
-      case Phase::kServing:
-      case Phase::kCommitting:
-        s_.owner = 0;
-        return;
-      case Phase::kYielding:
-        s_.owner = 0;
-        return CommitIfFree();
-      case Phase::kRunning:
-      case Phase::kResuming:
-      case Phase::kReclaimWait:
-      case Phase::kReclaiming:
-      case Phase::kNoMetadata:
-        return Restart();
-      case Phase::kStopYielding:
-        s_.phase = Phase::kStopKilling;
-        return Timer(limits_.stop_kill_ms);
-      case Phase::kAwaitingExit:  // the owner, if any, has yielded
-        s_.owner = 0;
-        return;
-      case Phase::kIdle:
-      case Phase::kBackoff:
-      case Phase::kStopRetiring:
-      case Phase::kStopKilling:
-      case Phase::kStopped:
-        return;
+    if (s_.phase >= Phase::kStopRetiring) return;
+    if (s_.phase == Phase::kStopYielding) {
+      s_.phase = Phase::kStopKilling;
+      return Timer(limits_.stop_kill_ms);
     }
+    if (s_.phase == Phase::kStarting) {  // the candidate is not even up: the running binary is back sooner
+      Do(ActionType::kKill, s_.successor);
+      if (s_.upgrade) Fail(ActionType::kSwapFailed, "the running worker died while the new one started");
+    }
+    if (s_.phase < Phase::kParking || s_.phase > Phase::kCommitting) return Restart();
+    s_.owner = 0;  // the successor goes on
+    if (s_.phase == Phase::kParking) return BeginServing();
+    if (s_.phase == Phase::kYielding) return CommitIfFree();
   }
 
   void OnExited(Generation generation, const std::string& reason) {
     if (generation == 0) return;
     OnDied(generation, reason);
     s_.holders.erase(generation);
-    TellServing(generation);
-    switch (s_.phase) {
-      case Phase::kAwaitingExit:
-        return CommitIfFree();
-      case Phase::kReclaimWait:
-        return Reclaim();
-      case Phase::kStopRetiring:
-      case Phase::kStopKilling:
-        if (generation == s_.owner || generation == s_.successor) Stopped();
-        return;
-      default:
-        return;
-    }
+    TellReader(generation);
+    if (s_.phase == Phase::kAwaitingExit) return CommitIfFree();
+    if (s_.phase == Phase::kReclaimWait) return Reclaim();
+    bool stopping = s_.phase == Phase::kStopRetiring || s_.phase == Phase::kStopKilling;
+    if (stopping && (generation == s_.owner || generation == s_.successor)) Stopped();
   }
 
-  // Whoever reads now walks the dead worker's ledger once more. A worker that is parked or has not begun learns it from
-  // oldLedgers() when it is told to read.
-  void TellServing(Generation exited) {
-    Generation reader = 0;
-    switch (s_.phase) {
-      case Phase::kServing:
-      case Phase::kYielding:
-      case Phase::kAwaitingExit:
-      case Phase::kCommitting:
-        reader = s_.successor;
-        break;
-      case Phase::kStarting:
-      case Phase::kRunning:
-      case Phase::kResuming:
-      case Phase::kReclaimWait:
-      case Phase::kReclaiming:
-      case Phase::kNoMetadata:
-        reader = s_.owner;
-        break;
-      default:
-        break;
-    }
+  // Whoever reads now walks the dead worker's ledger once more. A worker that is parked or has not begun
+  // learns it from oldLedgers() when it is told to read.
+  void TellReader(Generation exited) {
+    if (s_.phase == Phase::kParking || s_.phase >= Phase::kStopYielding) return;
+    bool successor_reads = s_.phase >= Phase::kServing && s_.phase <= Phase::kCommitting;
+    Generation reader = successor_reads ? s_.successor : s_.owner;
     if (reader == 0 || reader == exited) return;
     Do(ActionType::kTellExited, reader);
     actions_.back().subject = exited;
   }
 
-  void OnReplied(Generation generation, Call call) {
-    if (generation == 0) return;
-    bool from_owner = generation == s_.owner;
-    bool from_successor = generation == s_.successor;
-    if (call == Call::kYield && from_owner) return OnYielded();
-    if (s_.phase == Phase::kParking && from_owner && call == Call::kPark) return BeginServing();
-    if (s_.phase == Phase::kServing && from_successor && call == Call::kServe) return AfterServing();
-    if (s_.phase == Phase::kCommitting && from_successor && call == Call::kTake) return Committed();
-    if (s_.phase == Phase::kResuming && from_owner && call == Call::kResume) return AfterResuming();
-    if (s_.phase == Phase::kReclaiming && from_owner && call == Call::kTake) return EnterRunning();
+  // The answer that the phase waits for.
+  bool IsAwaited(Generation generation, Call call) const {
+    return std::any_of(kWaits.begin(), kWaits.end(), [&](const Wait& wait) {
+      return wait.phase == s_.phase && wait.call == call && generation != 0 &&
+             generation == (wait.of_owner ? s_.owner : s_.successor);
+    });
   }
 
-  // Also when the answer comes after its time limit, in a rolled-back swap: the owner then has to take the metadata back.
-  void OnYielded() {
-    switch (s_.phase) {
-      case Phase::kYielding:
-        s_.holders.erase(s_.owner);
-        return CommitIfFree();
-      case Phase::kStopYielding:
-        s_.holders.erase(s_.owner);
-        return RetireOwner();
-      case Phase::kStarting:
-      case Phase::kParking:
-      case Phase::kServing:
-      case Phase::kResuming:
-      case Phase::kReclaimWait:
-        s_.holders.erase(s_.owner);
-        return;
-      case Phase::kRunning:
-        s_.holders.erase(s_.owner);
-        return Reclaim();
-      default:
-        return;
-    }
+  void OnReplied(Generation generation, Call call) {
+    // Also when it comes after its time limit, in a rolled-back swap: the owner then has to take the metadata
+    // back.
+    bool yielded = call == Call::kYield && generation == s_.owner && s_.phase != Phase::kReclaiming;
+    if (yielded) s_.holders.erase(generation);
+    if (yielded && s_.phase == Phase::kRunning) return Reclaim();
+    if (!IsAwaited(generation, call)) return;
+    if (s_.phase == Phase::kParking) return BeginServing();
+    if (s_.phase == Phase::kServing) return AfterServing();
+    if (s_.phase == Phase::kYielding) return CommitIfFree();
+    if (s_.phase == Phase::kCommitting) return Committed();
+    if (s_.phase == Phase::kResuming) return AfterResuming();
+    if (s_.phase == Phase::kReclaiming) return EnterRunning();
+    if (s_.phase == Phase::kStopYielding) return RetireOwner();
   }
 
   void OnFailed(Generation generation, Call call, const std::string& reason) {
-    if (generation == 0) return;
-    bool from_owner = generation == s_.owner;
-    bool from_successor = generation == s_.successor;
+    if (!IsAwaited(generation, call)) return;
+    if (s_.phase == Phase::kReclaiming) return WithoutMetadata();
     std::string why = std::string(CallName(call)) + " failed: " + reason;
-    if (s_.phase == Phase::kParking && from_owner && call == Call::kPark) return KillSuccessor("the running worker's " + why);
-    if (s_.phase == Phase::kYielding && from_owner && call == Call::kYield) {
-      return KillSuccessor("the running worker's " + why);
-    }
-    if (s_.phase == Phase::kServing && from_successor && call == Call::kServe) return KillSuccessor("the new worker's " + why);
-    if (s_.phase == Phase::kCommitting && from_successor && call == Call::kTake) return CommitFailed("the new worker's " + why);
-    if (s_.phase == Phase::kResuming && from_owner && call == Call::kResume) return KillOwner();
-    if (s_.phase == Phase::kReclaiming && from_owner && call == Call::kTake) return WithoutMetadata();
-    if (s_.phase == Phase::kStopYielding && from_owner && call == Call::kYield) return RetireOwner();
-  }
-
-  // With nobody to go back to, reads go on without the metadata, which is tried again and again.
-  void CommitFailed(const std::string& reason) {
-    if (s_.owner != 0) return KillSuccessor(reason);
-    Fail(ActionType::kSwapFailed, reason);
+    if (s_.phase != Phase::kCommitting || s_.owner != 0) return StepFailed(why);
+    // With nobody to go back to, reads go on without the metadata, which is tried again and again.
+    Fail(ActionType::kSwapFailed, why);
     s_.owner = std::exchange(s_.successor, 0);
     s_.upgrade = false;
     WithoutMetadata();
@@ -324,47 +234,36 @@ class Stepper {
     Timer(limits_.metadata_retry_ms);
   }
 
+  // The step under way came to nothing: back to the owner, or to a fresh worker.
+  void StepFailed(const std::string& reason) {
+    if (s_.phase == Phase::kStopYielding) return RetireOwner();
+    if (s_.phase == Phase::kResuming || s_.phase == Phase::kReclaiming) return KillOwner();
+    Do(ActionType::kKill, s_.successor);
+    SuccessorLost(reason, s_.phase != Phase::kStarting);
+  }
+
   void OnTimer() {
-    switch (s_.phase) {
-      case Phase::kBackoff:
-        return SpawnSuccessor(Binary::kRunning);
-      case Phase::kStarting:
-        return KillSuccessor("the new worker did not register in time");
-      case Phase::kParking:
-        return KillSuccessor("the running worker did not park in time");
-      case Phase::kServing:
-        return KillSuccessor("the new worker did not take over the mounts in time");
-      case Phase::kYielding:
-        return KillSuccessor("the running worker did not give up the metadata in time");
-      case Phase::kCommitting:
-        return KillSuccessor("the new worker did not take the metadata in time");
-      case Phase::kRunning:
-        s_.quick_deaths = 0;
-        return;
-      case Phase::kResuming:
-      case Phase::kReclaiming:
-        return KillOwner();
-      case Phase::kNoMetadata:
-        return Reclaim();
-      case Phase::kStopYielding:
-        return RetireOwner();
-      case Phase::kStopRetiring:
-        Do(ActionType::kKill, s_.owner);
-        s_.phase = Phase::kStopKilling;
-        return Timer(limits_.stop_kill_ms);
-      case Phase::kStopKilling:
-        return Stopped();
-      case Phase::kIdle:
-      case Phase::kAwaitingExit:
-      case Phase::kReclaimWait:
-      case Phase::kStopped:
-        return;
+    if (s_.phase == Phase::kBackoff) return SpawnSuccessor(Binary::kRunning);
+    if (s_.phase == Phase::kRunning) s_.quick_deaths = 0;
+    if (s_.phase == Phase::kNoMetadata) return Reclaim();
+    if (s_.phase == Phase::kStopKilling) return Stopped();
+    if (s_.phase == Phase::kStopRetiring) {
+      Do(ActionType::kKill, s_.owner);
+      s_.phase = Phase::kStopKilling;
+      return Timer(limits_.stop_kill_ms);
+    }
+    bool waiting =
+        std::any_of(kWaits.begin(), kWaits.end(), [&](const Wait& wait) { return wait.phase == s_.phase; });
+    if (waiting || s_.phase == Phase::kStarting) {
+      StepFailed(std::string("it took too long (phase ") + PhaseName(s_.phase) + ")");
     }
   }
 
   void OnUpgrade() {
-    if (s_.phase == Phase::kRunning || s_.phase == Phase::kNoMetadata) return SpawnSuccessor(Binary::kCandidate);
-    Fail(ActionType::kRefused, std::string("a worker is being replaced or started already (phase ") + PhaseName(s_.phase) + ")");
+    if (s_.phase == Phase::kRunning || s_.phase == Phase::kNoMetadata)
+      return SpawnSuccessor(Binary::kCandidate);
+    Fail(ActionType::kRefused,
+         std::string("a worker is being replaced or started already (phase ") + PhaseName(s_.phase) + ")");
   }
 
   void OnStop() {
@@ -406,13 +305,15 @@ uint64_t BackoffMillis(uint32_t quick_deaths) {
 
 const char* PhaseName(Phase phase) {
   static constexpr std::array<const char*, kPhaseCount> kNames = {
-      "idle",     "backoff",  "starting",     "parking",    "serving",     "yielding",      "awaiting-exit", "committing", "running",
-      "resuming", "reclaim-wait", "reclaiming", "no-metadata", "stop-yielding", "stop-retiring", "stop-killing", "stopped"};
+      "idle",          "backoff",       "starting",      "parking",      "serving",      "yielding",
+      "awaiting-exit", "committing",    "running",       "resuming",     "reclaim-wait", "reclaiming",
+      "no-metadata",   "stop-yielding", "stop-retiring", "stop-killing", "stopped"};
   return kNames[static_cast<size_t>(phase)];
 }
 
 const char* CallName(Call call) {
-  static constexpr std::array<const char*, 6> kNames = {"serve", "park", "resume", "yieldMetadata", "takeMetadata", "retire"};
+  static constexpr std::array<const char*, 6> kNames = {"serve",         "park",         "resume",
+                                                        "yieldMetadata", "takeMetadata", "retire"};
   return kNames[static_cast<size_t>(call)];
 }
 

@@ -1,10 +1,11 @@
-// The swap machine: which worker serves reads, which owns the metadata, and what happens when one dies, fails or hangs
-// (DESIGN 4.4, 4.5; the table is in README.md). A pure function: no descriptor, no clock, no RPC.
+// The swap machine: which worker serves reads, which owns the metadata, and what happens when one dies, fails
+// or hangs (DESIGN 4.4, 4.5; the table is in README.md). A pure function: no descriptor, no clock, no RPC.
 //
-// One path for every change: a *successor* is spawned, registers, takes over reads, then the metadata. In a planned upgrade
-// there is an *owner* that parks and yields meanwhile and can have everything back; at the first start or after a crash there
-// is none. Reads are granted at once; the metadata only when no other worker can still hold it: one that yielded it, never
-// had it, or whose exit is proven by its pidfd. A time limit never grants it.
+// One path for every change: a *successor* is spawned, registers, takes over reads, then the metadata. In a
+// planned upgrade there is an *owner* that parks and yields meanwhile and can have everything back; at the
+// first start or after a crash there is none. Reads are granted at once; the metadata only when no other
+// worker can still hold it: one that yielded it, never had it, or whose exit is proven by its pidfd. A time
+// limit never grants it.
 #pragma once
 
 #include <cstdint>
@@ -79,25 +80,25 @@ struct Event {
 
 struct State {
   Phase phase = Phase::kIdle;
-  Generation owner = 0;       // serves, or is parked
+  Generation owner = 0;  // serves, or is parked
   Generation successor = 0;
-  bool upgrade = false;       // the swap under way was asked for
+  bool upgrade = false;  // the swap under way was asked for
   Generation next_generation = 1;
   std::set<Generation> holders;  // may hold the metadata
   uint32_t quick_deaths = 0;
 };
 
 enum class ActionType {
-  kSpawn,        // start `generation` from `binary`
-  kCall,         // call `call` of `generation`
-  kTellExited,   // tell `generation` that the exit of `subject` is proven
-  kKill,         // SIGKILL `generation`
-  kTimer,        // arm the only timer (`milliseconds`); replaces an earlier one
+  kSpawn,       // start `generation` from `binary`
+  kCall,        // call `call` of `generation`
+  kTellExited,  // tell `generation` that the exit of `subject` is proven
+  kKill,        // SIGKILL `generation`
+  kTimer,       // arm the only timer (`milliseconds`); replaces an earlier one
   kStopTimer,
-  kSwapDone,     // the swap under way succeeded; `generation` owns everything and its binary is the running one
-  kSwapFailed,   // the upgrade under way failed, or a crash's successor serves without metadata: `reason`
-  kRefused,      // the upgrade just asked for cannot begin: `reason`
-  kExit,         // the supervisor may exit
+  kSwapDone,  // the swap under way succeeded; `generation` owns everything and its binary is the running one
+  kSwapFailed,  // the upgrade under way failed, or a crash's successor serves without metadata: `reason`
+  kRefused,     // the upgrade just asked for cannot begin: `reason`
+  kExit,        // the supervisor may exit
 };
 
 struct Action {

@@ -24,7 +24,8 @@ class Machine {
   explicit Machine(State state = {}) : state_(std::move(state)) {}
 
   Machine& On(EventType type, Generation generation = 0, Call call = Call::kServe) {
-    StepResult result = Step(state_, {.type = type, .generation = generation, .call = call, .reason = "why"}, Limits());
+    StepResult result =
+        Step(state_, {.type = type, .generation = generation, .call = call, .reason = "why"}, Limits());
     state_ = std::move(result.state);
     actions_.clear();
     for (const Action& action : result.actions) actions_.push_back(Words(action));
@@ -137,7 +138,8 @@ std::vector<Event> AllEvents() {
 }
 
 bool HasTimer(const std::vector<Action>& actions) {
-  return std::any_of(actions.begin(), actions.end(), [](const Action& a) { return a.type == ActionType::kTimer; });
+  return std::any_of(actions.begin(), actions.end(),
+                     [](const Action& a) { return a.type == ActionType::kTimer; });
 }
 
 // What must hold after every step, whatever the state and the event.
@@ -146,7 +148,8 @@ void CheckInvariants(const State& before, const Event& event, const StepResult& 
   for (const Action& action : result.actions) {
     if (action.type == ActionType::kCall && action.call == Call::kTake) {
       // The rule that protects the metadata.
-      EXPECT_EQ(after.holders, std::set<Generation>{action.generation}) << "granted while another may hold it";
+      EXPECT_EQ(after.holders, std::set<Generation>{action.generation})
+          << "granted while another may hold it";
     }
     if (action.type == ActionType::kTellExited) {
       EXPECT_NE(action.generation, action.subject);
@@ -154,14 +157,17 @@ void CheckInvariants(const State& before, const Event& event, const StepResult& 
     if (action.type == ActionType::kExit) {
       EXPECT_EQ(after.phase, Phase::kStopped);
     }
-    if (action.type == ActionType::kCall || action.type == ActionType::kKill || action.type == ActionType::kSpawn) {
+    if (action.type == ActionType::kCall || action.type == ActionType::kKill ||
+        action.type == ActionType::kSpawn) {
       EXPECT_NE(action.generation, 0u);
     }
   }
   for (Generation holder : before.holders) {
     bool proven = event.type == EventType::kExited && event.generation == holder;
-    bool yielded = event.type == EventType::kReplied && event.call == Call::kYield && event.generation == holder;
-    bool refused = event.type == EventType::kFailed && event.call == Call::kTake && event.generation == holder;
+    bool yielded =
+        event.type == EventType::kReplied && event.call == Call::kYield && event.generation == holder;
+    bool refused =
+        event.type == EventType::kFailed && event.call == Call::kTake && event.generation == holder;
     if (after.holders.count(holder) == 0) {
       EXPECT_TRUE(proven || yielded || refused) << "dropped without proof";
     }
@@ -170,7 +176,8 @@ void CheckInvariants(const State& before, const Event& event, const StepResult& 
     EXPECT_GE(after.phase, before.phase) << "a stop is never undone";
   }
   // Every phase that waits for a worker's answer has a limit.
-  static const std::set<Phase> kUnlimited = {Phase::kIdle, Phase::kAwaitingExit, Phase::kReclaimWait, Phase::kStopped};
+  static const std::set<Phase> kUnlimited = {Phase::kIdle, Phase::kAwaitingExit, Phase::kReclaimWait,
+                                             Phase::kStopped};
   if (after.phase != before.phase && kUnlimited.count(after.phase) == 0) {
     EXPECT_TRUE(HasTimer(result.actions));
   }
@@ -194,8 +201,10 @@ TEST(HandoverMachineTest, EveryEventInEveryPhaseKeepsTheInvariants) {
         before.upgrade = false;
       }
       for (const Event& event : AllEvents()) {
-        SCOPED_TRACE(std::string(PhaseName(phase)) + " event " + std::to_string(static_cast<int>(event.type)) + " of " +
-                     std::to_string(event.generation) + " call " + CallName(event.call) + (crash ? " crash" : ""));
+        SCOPED_TRACE(std::string(PhaseName(phase)) + " event " +
+                     std::to_string(static_cast<int>(event.type)) + " of " +
+                     std::to_string(event.generation) + " call " + CallName(event.call) +
+                     (crash ? " crash" : ""));
         CheckInvariants(before, event, Step(before, event, Limits()));
       }
     }
@@ -302,13 +311,14 @@ TEST(HandoverMachineTest, TheTable) {
       {P::kStopKilling, E::kTimer, 0, {}, P::kStopped, {"exit"}},
   };
   for (const Row& row : rows) {
-    SCOPED_TRACE(std::string(PhaseName(row.phase)) + " event " + std::to_string(static_cast<int>(row.event)) + " of " +
-                 std::to_string(row.who) + " call " + CallName(row.call));
+    SCOPED_TRACE(std::string(PhaseName(row.phase)) + " event " + std::to_string(static_cast<int>(row.event)) +
+                 " of " + std::to_string(row.who) + " call " + CallName(row.call));
     Machine machine(In(row.phase));
     machine.On(row.event, row.who, row.call);
     EXPECT_EQ(std::string(PhaseName(machine.phase())), PhaseName(row.next));
     for (const std::string& action : row.must) {
-      EXPECT_TRUE(machine.Did(action)) << action << " missing in: " << ::testing::PrintToString(machine.actions());
+      EXPECT_TRUE(machine.Did(action))
+          << action << " missing in: " << ::testing::PrintToString(machine.actions());
     }
   }
 }
@@ -386,9 +396,10 @@ TEST(HandoverMachineTest, QuickDeathsAreAnsweredMoreAndMoreSlowlyAndForgottenAft
 TEST(HandoverMachineTest, NoSequenceOfEventsBreaksAnInvariantOrGetsStuck) {
   using Key = std::tuple<int, int, int, bool, bool, bool, bool>;
   auto key = [](const State& s) {
-    auto other = std::any_of(s.holders.begin(), s.holders.end(), [&](Generation g) { return g != s.owner && g != s.successor; });
-    return Key(static_cast<int>(s.phase), s.owner != 0, s.successor != 0, s.upgrade, s.holders.count(s.owner) != 0,
-               s.holders.count(s.successor) != 0, other);
+    auto other = std::any_of(s.holders.begin(), s.holders.end(),
+                             [&](Generation g) { return g != s.owner && g != s.successor; });
+    return Key(static_cast<int>(s.phase), s.owner != 0, s.successor != 0, s.upgrade,
+               s.holders.count(s.owner) != 0, s.holders.count(s.successor) != 0, other);
   };
   std::map<Key, State> seen;
   std::vector<State> queue = {State()};
@@ -397,7 +408,8 @@ TEST(HandoverMachineTest, NoSequenceOfEventsBreaksAnInvariantOrGetsStuck) {
     queue.pop_back();
     if (!seen.emplace(key(state), state).second) continue;
     std::vector<Event> events;
-    for (EventType type : {EventType::kStart, EventType::kTimer, EventType::kUpgrade, EventType::kStop}) events.push_back({.type = type});
+    for (EventType type : {EventType::kStart, EventType::kTimer, EventType::kUpgrade, EventType::kStop})
+      events.push_back({.type = type});
     std::set<Generation> involved = state.holders;
     involved.insert({state.owner, state.successor});
     for (Generation who : involved) {

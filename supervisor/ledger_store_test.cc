@@ -1,4 +1,4 @@
-#include "supervisor/ledger_store.h"
+#include "supervisor/vault.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -17,9 +17,12 @@ class View {
                                       ledger.memory()->get(), 0))) {}
   ~View() { munmap(base_, HF_LEDGER_TOTAL_SIZE); }
   hf_ledger_header* header() { return reinterpret_cast<hf_ledger_header*>(base_); }
-  hf_slot* slot(uint32_t i) { return reinterpret_cast<hf_slot*>(base_ + header()->slot_offset + uint64_t{i} * header()->slot_stride); }
+  hf_slot* slot(uint32_t i) {
+    return reinterpret_cast<hf_slot*>(base_ + header()->slot_offset + uint64_t{i} * header()->slot_stride);
+  }
   hf_record* record(uint32_t i) {
-    return reinterpret_cast<hf_record*>(base_ + header()->record_offset + uint64_t{i} * header()->record_stride);
+    return reinterpret_cast<hf_record*>(base_ + header()->record_offset +
+                                        uint64_t{i} * header()->record_stride);
   }
 
  private:
@@ -37,7 +40,8 @@ TEST(LedgerStoreTest, TheHeaderStatesTheFrozenLayoutAndTheMemoryCannotBeResized)
   EXPECT_EQ(ledger->pipes().size(), size_t{HF_LEDGER_SLOTS});
   EXPECT_NE(ftruncate(ledger->memory()->get(), 0), 0);
   EXPECT_NE(ftruncate(ledger->memory()->get(), HF_LEDGER_TOTAL_SIZE * 2), 0);
-  EXPECT_GE(fcntl(ledger->pipes()[0].read_end->get(), F_GETPIPE_SZ), static_cast<int>(HF_LEDGER_REQUEST_BYTES));
+  EXPECT_GE(fcntl(ledger->pipes()[0].read_end->get(), F_GETPIPE_SZ),
+            static_cast<int>(HF_LEDGER_REQUEST_BYTES));
 }
 
 TEST(LedgerStoreTest, CountsSlotsPipesAndRecordsThatWaitForAnAnswer) {

@@ -14,7 +14,6 @@
 #include "common/log.h"
 #include "glog/logging.h"
 #include "supervisor/options.h"
-#include "supervisor/rpc.h"
 #include "supervisor/supervisor.h"
 
 namespace holdfast::supervisor {
@@ -33,13 +32,15 @@ absl::StatusOr<Resources> Prepare(const Options& options) {
   if (stale != 0) LOG(WARNING) << "event=stale_mounts_removed count=" << stale;
   HF_ASSIGN_OR_RETURN(UniqueFd state_dir, OpenFile(options.state_dir, O_PATH | O_DIRECTORY));
   HF_RETURN_IF_ERROR(MakeDirs(options.state_dir + "/supervisor"));
-  HF_ASSIGN_OR_RETURN(IdFile mount_ids, IdFile::Open(options.state_dir + "/supervisor/next-mount-id", kMountIdBlock));
+  HF_ASSIGN_OR_RETURN(IdFile mount_ids,
+                      IdFile::Open(options.state_dir + "/supervisor/next-mount-id", kMountIdBlock));
   HF_ASSIGN_OR_RETURN(IdFile generations,
                       IdFile::Open(options.state_dir + "/supervisor/next-generation", kGenerationBlock));
   HF_ASSIGN_OR_RETURN(auto executable, CopyExecutable(options.worker, options.state_dir));
   HF_ASSIGN_OR_RETURN(UniqueFd listener, ListenUnix(options.snapshotter_socket));
   std::vector<std::string> warnings = MachineWarnings();
-  for (const std::string& warning : warnings) LOG(WARNING) << "event=machine_warning text=" << LogValue(warning);
+  for (const std::string& warning : warnings)
+    LOG(WARNING) << "event=machine_warning text=" << LogValue(warning);
   return Resources{.state_dir = std::move(state_dir),
                    .snapshot_listener = std::move(listener),
                    .mount_ids = std::move(mount_ids),
@@ -88,13 +89,10 @@ int Run(Options options) {
   if (!status.ok()) return Fail(status);
   auto lock = PrepareFolders(&options);
   if (!lock.ok()) return Fail(lock.status());
+  auto resources = Prepare(options);
+  if (!resources.ok()) return Fail(resources.status());
   auto control = ListenUnix(options.control_socket);
   if (!control.ok()) return Fail(control.status());
-  auto resources = Prepare(options);
-  if (!resources.ok()) {
-    unlink(options.control_socket.c_str());
-    return Fail(resources.status());
-  }
   LOG(INFO) << "event=start build=" << LogValue(kBuild) << " state=" << LogValue(options.state_dir)
             << " snapshotter=" << LogValue(options.snapshotter_socket)
             << " control=" << LogValue(options.control_socket);
@@ -109,15 +107,12 @@ int main(int argc, char** argv) {
   using holdfast::supervisor::kUsage;
   auto options = holdfast::supervisor::ParseOptions(std::vector<std::string>(argv + 1, argv + argc));
   if (!options.ok()) {
-    std::cerr << "holdfast-supervisor: " << holdfast::FromAbsl(options.status().message()) << "; see --help\n";
+    std::cerr << "holdfast-supervisor: " << holdfast::FromAbsl(options.status().message())
+              << "; see --help\n";
     return 2;
   }
   if (options->help) {
     std::cout << kUsage;
-    return 0;
-  }
-  if (options->version) {
-    std::cout << holdfast::supervisor::kBuild << "\n";
     return 0;
   }
   holdfast::InitLogging(argv[0]);

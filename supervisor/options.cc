@@ -12,21 +12,14 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#include <charconv>
 #include <map>
 #include <utility>
 
+#include "absl/strings/numbers.h"
 #include "supervisor/fuse_mount.h"
 
 namespace holdfast::supervisor {
 namespace {
-
-absl::StatusOr<uint64_t> ParseNumber(const std::string& flag, const std::string& text) {
-  uint64_t value = 0;
-  auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size()) return InvalidArgument(flag + " needs a number, not '" + text + "'");
-  return value;
-}
 
 absl::StatusOr<std::string> RealPath(const std::string& path) {
   char resolved[PATH_MAX];
@@ -38,10 +31,12 @@ absl::Status RefuseInsideFuse(const std::string& folder) {
   HF_ASSIGN_OR_RETURN(std::vector<MountInfo> mounts, ReadMountInfo());
   const MountInfo* nearest = nullptr;
   for (const MountInfo& mount : mounts) {
-    if (IsUnder(folder, mount.path) && (nearest == nullptr || mount.path.size() >= nearest->path.size())) nearest = &mount;
+    if (IsUnder(folder, mount.path) && (nearest == nullptr || mount.path.size() >= nearest->path.size()))
+      nearest = &mount;
   }
   if (nearest != nullptr && nearest->type.substr(0, 4) == "fuse" && nearest->type != "fusectl") {
-    return FailedPrecondition("state folder " + folder + " lies in the FUSE mount " + nearest->path + "; use a local disk");
+    return FailedPrecondition("state folder " + folder + " lies in the FUSE mount " + nearest->path +
+                              "; use a local disk");
   }
   return absl::OkStatus();
 }
@@ -49,7 +44,8 @@ absl::Status RefuseInsideFuse(const std::string& folder) {
 absl::StatusOr<sockaddr_un> SocketAddress(const std::string& path) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
-  if (path.size() >= sizeof(address.sun_path)) return InvalidArgument("socket path is too long (107 bytes at most): " + path);
+  if (path.size() >= sizeof(address.sun_path))
+    return InvalidArgument("socket path is too long (107 bytes at most): " + path);
   memcpy(address.sun_path, path.c_str(), path.size() + 1);
   return address;
 }
@@ -62,10 +58,13 @@ absl::StatusOr<UniqueFd> UnixSocket() {
 
 absl::Status RemoveStaleSocket(const std::string& path, const sockaddr_un& address) {
   struct stat info;
-  if (lstat(path.c_str(), &info) != 0) return errno == ENOENT ? absl::OkStatus() : ErrnoStatus(errno, "socket path " + path);
-  if (!S_ISSOCK(info.st_mode)) return AlreadyExists("socket path " + path + " is taken by something that is not a socket");
+  if (lstat(path.c_str(), &info) != 0)
+    return errno == ENOENT ? absl::OkStatus() : ErrnoStatus(errno, "socket path " + path);
+  if (!S_ISSOCK(info.st_mode))
+    return AlreadyExists("socket path " + path + " is taken by something that is not a socket");
   HF_ASSIGN_OR_RETURN(UniqueFd probe, UnixSocket());
-  if (connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0 || errno == EAGAIN) {
+  if (connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0 ||
+      errno == EAGAIN) {
     return AlreadyExists("socket path " + path + " is in use by a running process");
   }
   if (unlink(path.c_str()) != 0) return ErrnoStatus(errno, "removing the stale socket " + path);
@@ -84,7 +83,7 @@ Usage: holdfast-supervisor [options] [-- worker arguments...]
   --runtime DIR              sockets (default /run/holdfast)
   --snapshotter-socket PATH  containerd's end (default <runtime>/snapshotter.sock): proxy_plugins address
   --control-socket PATH      holdfastctl's end (default <runtime>/supervisor.sock), for root only
-  --help, --version
+  --help
 
 What follows -- goes to every worker, e.g. -- --config /etc/holdfast/config.toml
 
@@ -103,37 +102,33 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
                                                {"--control-socket", &options.control_socket},
                                                {"--register-limit-ms", &register_limit}};
   for (size_t i = 0; i < args.size(); ++i) {
-    std::string name = args[i];
-    if (name == "--") {
+    options.help |= args[i] == "--help" || args[i] == "-h";
+    if (options.help) return options;
+    if (args[i] == "--") {
       options.worker_args.assign(args.begin() + static_cast<ptrdiff_t>(i) + 1, args.end());
       break;
     }
-    if (name == "--help" || name == "-h") options.help = true;
-    if (name == "--version") options.version = true;
-    if (options.help || options.version) return options;
-    size_t equals = name.find('=');
-    bool inline_value = equals != std::string::npos;
-    std::string value = inline_value ? name.substr(equals + 1) : "";
-    name = name.substr(0, equals);
+    std::string name = args[i].substr(0, args[i].find('='));
     auto flag = flags.find(name);
     if (flag == flags.end()) return InvalidArgument("unknown argument '" + args[i] + "'");
-    if (!inline_value) {
-      if (++i == args.size()) return InvalidArgument(name + " needs a value");
-      value = args[i];
-    }
-    if (value.empty()) return InvalidArgument(name + " needs a value");
-    *flag->second = value;
+    if (name.size() < args[i].size())
+      *flag->second = args[i].substr(name.size() + 1);
+    else
+      *flag->second = ++i < args.size() ? args[i] : "";
+    if (flag->second->empty()) return InvalidArgument(name + " needs a value");
   }
-  if (!register_limit.empty()) {
-    HF_ASSIGN_OR_RETURN(options.limits.register_ms, ParseNumber("--register-limit-ms", register_limit));
+  if (!register_limit.empty() && !absl::SimpleAtoi(ToAbsl(register_limit), &options.limits.register_ms)) {
+    return InvalidArgument("--register-limit-ms needs a number, not '" + register_limit + "'");
   }
   return options;
 }
 
 absl::Status PrepareProcess() {
-  if (geteuid() != 0) return PermissionDenied("holdfast-supervisor must run as root (it mounts file systems)");
+  if (geteuid() != 0)
+    return PermissionDenied("holdfast-supervisor must run as root (it mounts file systems)");
   if (access("/dev/fuse", R_OK | W_OK) != 0) {
-    return Unavailable("/dev/fuse cannot be used: load the module (modprobe fuse), or give the container the device");
+    return Unavailable(
+        "/dev/fuse cannot be used: load the module (modprobe fuse), or give the container the device");
   }
   // What the parent leaked must not reach the workers.
   close_range(3, ~0U, CLOSE_RANGE_CLOEXEC);
@@ -155,7 +150,8 @@ absl::StatusOr<UniqueFd> PrepareFolders(Options* options) {
   HF_RETURN_IF_ERROR(Annotate(MakeDirs(options->runtime_dir, 0711), "runtime folder"));
   HF_ASSIGN_OR_RETURN(options->state_dir, RealPath(options->state_dir));
   HF_ASSIGN_OR_RETURN(options->runtime_dir, RealPath(options->runtime_dir));
-  if (options->snapshotter_socket.empty()) options->snapshotter_socket = options->runtime_dir + "/snapshotter.sock";
+  if (options->snapshotter_socket.empty())
+    options->snapshotter_socket = options->runtime_dir + "/snapshotter.sock";
   if (options->control_socket.empty()) options->control_socket = options->runtime_dir + "/supervisor.sock";
   HF_RETURN_IF_ERROR(RefuseInsideFuse(options->state_dir));
   std::string path = options->state_dir + "/lock";

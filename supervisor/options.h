@@ -19,7 +19,6 @@ struct Options {
   std::vector<std::string> worker_args;
   Limits limits;
   bool help = false;
-  bool version = false;
 };
 
 extern const char kUsage[];
@@ -30,11 +29,13 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args);
 // Root, /dev/fuse, descriptor limit raised, no core dumps.
 absl::Status PrepareProcess();
 
-// Creates the state folder, resolves it, refuses one inside a FUSE mount, and locks it. Sets options->state_dir to the real path and
-// runtime_dir likewise. The returned descriptor is the lock, held as long as it is open.
+// Creates the state folder, resolves it, refuses one inside a FUSE mount, and locks it. Sets
+// options->state_dir to the real path and runtime_dir likewise. The returned descriptor is the lock, held as
+// long as it is open.
 absl::StatusOr<UniqueFd> PrepareFolders(Options* options);
 
-// A listening unix socket, mode 0600. A stale socket file is replaced; AlreadyExists when a living process listens there.
+// A listening unix socket, mode 0600. A stale socket file is replaced; AlreadyExists when a living process
+// listens there.
 absl::StatusOr<UniqueFd> ListenUnix(const std::string& path);
 
 // Settings of the machine that endanger mounts, in words.

@@ -138,7 +138,8 @@ TEST(ExecutableTest, WhatCannotBeAWorkerIsRefusedWithTheReason) {
   EXPECT_FALSE(CopyExecutable(dir.path() + "/missing", dir.path()).ok());
   EXPECT_FALSE(CopyExecutable(dir.path(), dir.path()).ok());
   ASSERT_TRUE(WriteFileAtomic(dir.path() + "/plain", "x", 0644).ok());
-  EXPECT_EQ(CopyExecutable(dir.path() + "/plain", dir.path()).status().code(), absl::StatusCode::kPermissionDenied);
+  EXPECT_EQ(CopyExecutable(dir.path() + "/plain", dir.path()).status().code(),
+            absl::StatusCode::kPermissionDenied);
 }
 
 }  // namespace

@@ -1,9 +1,13 @@
-#include "supervisor/rpc.h"
+// The Cap'n Proto servers, and what `status` shows.
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <string>
 #include <utility>
 
+#include "common/log.h"
+#include "glog/logging.h"
 #include "supervisor/supervisor.h"
 
 // Generated server bases have a protected life cycle (kj::Own) and no virtual destructor.
@@ -12,8 +16,9 @@
 namespace holdfast::supervisor {
 namespace {
 
-constexpr unsigned kMaxMountsPerPage = 200;
-constexpr unsigned kLedgersPerPage = 7;  // 33 descriptors each; 253 fit into one message
+constexpr unsigned kMountsPerPage = 200;
+constexpr unsigned kLedgersPerPage = 7;       // 33 descriptors each; 253 fit into one message
+constexpr unsigned kLedgersForControl = 250;  // without the pipes
 
 class DescriptorServer final : public schema::Descriptor::Server {
  public:
@@ -33,19 +38,8 @@ std::string String(capnp::Data::Reader data) {
   return std::string(chars.begin(), chars.size());
 }
 
-schema::MountState Convert(MountState state) {
-  switch (state) {
-    case MountState::kMounting:
-      return schema::MountState::MOUNTING;
-    case MountState::kLive:
-      return schema::MountState::LIVE;
-    case MountState::kDetached:
-      return schema::MountState::DETACHED;
-    case MountState::kGone:
-      break;
-  }
-  return schema::MountState::GONE;
-}
+static_assert(static_cast<int>(schema::MountState::GONE) == static_cast<int>(MountState::kGone));
+schema::MountState Convert(MountState state) { return static_cast<schema::MountState>(state); }
 
 InitOptions Convert(schema::InitOptions::Reader in) {
   InitOptions out;
@@ -57,102 +51,6 @@ InitOptions Convert(schema::InitOptions::Reader in) {
   out.read_ahead_kib = in.getReadAheadKib();
   out.max_readahead = in.getMaxReadahead();
   return out;
-}
-
-class SupervisorServer final : public schema::Supervisor::Server {
- public:
-  SupervisorServer(Supervisor* supervisor, uint64_t generation) : supervisor_(*supervisor), generation_(generation) {}
-
-  kj::Promise<void> register_(RegisterContext context) override {
-    auto params = context.getParams();
-    supervisor_.Register(generation_, params.getHello(), params.getWorker(), params.getAdmin(),
-                         context.getResults().initWelcome());
-    registered_ = true;
-    return kj::READY_NOW;
-  }
-
-  kj::Promise<void> mount(MountContext context) override {
-    RequireRegistered();
-    auto params = context.getParams();
-    return supervisor_
-        .MountLayer(generation_, params.getPath().cStr(), Convert(params.getOptions()), String(params.getBlob()))
-        .then([context](const Mount* mount) mutable {
-          FillMountEntry(*mount, true, context.getResults().initEntry());
-        });
-  }
-
-  kj::Promise<void> setBlob(SetBlobContext context) override {
-    RequireRegistered();
-    auto params = context.getParams();
-    absl::Status status = supervisor_.vault().SetBlob(params.getMountId(), String(params.getBlob()));
-    KJ_REQUIRE(status.ok(), "no such mount", params.getMountId());
-    return kj::READY_NOW;
-  }
-
-  kj::Promise<void> unmount(UnmountContext context) override {
-    RequireRegistered();
-    return supervisor_.UnmountLayer(generation_, context.getParams().getMountId())
-        .then([context](MountState state) mutable { context.getResults().setState(Convert(state)); });
-  }
-
-  kj::Promise<void> mounts(MountsContext context) override {
-    RequireRegistered();
-    return supervisor_.MountsSettled(generation_).then([this, context]() mutable {
-      auto params = context.getParams();
-      unsigned limit = params.getLimit() == 0 ? kMaxMountsPerPage : std::min(params.getLimit(), kMaxMountsPerPage);
-      bool more = false;
-      auto page = supervisor_.vault().Page(params.getAfter(), limit, &more);
-      auto results = context.getResults();
-      results.setMore(more);
-      auto entries = results.initEntries(static_cast<unsigned>(page.size()));
-      for (unsigned i = 0; i < page.size(); ++i) FillMountEntry(*page[i], true, entries[i]);
-    });
-  }
-
-  kj::Promise<void> oldLedgers(OldLedgersContext context) override {
-    RequireRegistered();
-    bool more = false;
-    auto page = supervisor_.ledgers().Page(context.getParams().getAfter(), generation_, kLedgersPerPage, &more);
-    auto results = context.getResults();
-    results.setMore(more);
-    auto out = results.initLedgers(static_cast<unsigned>(page.size()));
-    for (unsigned i = 0; i < page.size(); ++i) FillLedger(*page[i], true, out[i]);
-    return kj::READY_NOW;
-  }
-
-  kj::Promise<void> drained(DrainedContext context) override {
-    RequireRegistered();
-    supervisor_.ledgers().Drained(context.getParams().getGeneration());
-    return kj::READY_NOW;
-  }
-
-  kj::Promise<void> progress(ProgressContext context) override {
-    RequireRegistered();
-    supervisor_.Progress(generation_, context.getParams().getStep().cStr());
-    return kj::READY_NOW;
-  }
-
- private:
-  void RequireRegistered() const { KJ_REQUIRE(registered_, "register first"); }
-
-  Supervisor& supervisor_;
-  const uint64_t generation_;
-  bool registered_ = false;
-};
-
-}  // namespace
-
-capnp::Capability::Client MakeSupervisorServer(Supervisor* supervisor, uint64_t generation) {
-  return schema::Supervisor::Client(kj::heap<SupervisorServer>(supervisor, generation));
-}
-
-schema::Descriptor::Client MakeDescriptor(SharedFd fd) { return kj::heap<DescriptorServer>(std::move(fd)); }
-
-void FillPipes(const Ledger& ledger, capnp::List<schema::PipePair>::Builder out) {
-  for (unsigned i = 0; i < out.size(); ++i) {
-    out[i].setReadEnd(MakeDescriptor(ledger.pipes()[i].read_end));
-    out[i].setWriteEnd(MakeDescriptor(ledger.pipes()[i].write_end));
-  }
 }
 
 void FillMountEntry(const Mount& mount, bool with_device, schema::MountEntry::Builder out) {
@@ -170,6 +68,250 @@ void FillLedger(const Ledger& ledger, bool with_pipes, schema::OldLedger::Builde
   out.setLedger(MakeDescriptor(ledger.memory()));
   out.setOwnerExited(ledger.owner_exited);
   if (with_pipes) FillPipes(ledger, out.initRequestPipes(static_cast<unsigned>(ledger.pipes().size())));
+}
+
+// A page of the vault, for a worker (with descriptors) or for holdfastctl.
+template <typename Params, typename Results>
+void FillPage(const Vault& vault, Params params, bool with_devices, Results results) {
+  unsigned limit = params.getLimit() == 0 ? kMountsPerPage : std::min(params.getLimit(), kMountsPerPage);
+  bool more = false;
+  auto page = vault.Page(params.getAfter(), limit, &more);
+  results.setMore(more);
+  auto entries = results.initEntries(static_cast<unsigned>(page.size()));
+  for (unsigned i = 0; i < page.size(); ++i) FillMountEntry(*page[i], with_devices, entries[i]);
+}
+
+class SupervisorServer final : public schema::Supervisor::Server {
+ public:
+  SupervisorServer(Supervisor* supervisor, uint64_t generation)
+      : supervisor_(*supervisor), generation_(generation) {}
+
+  kj::Promise<void> register_(RegisterContext context) override {
+    auto params = context.getParams();
+    supervisor_.Register(generation_, params.getHello(), params.getWorker(), params.getAdmin(),
+                         context.getResults().initWelcome());
+    return kj::READY_NOW;
+  }
+
+  kj::Promise<void> mount(MountContext context) override {
+    auto params = context.getParams();
+    return supervisor_
+        .MountLayer(generation_, params.getPath().cStr(), Convert(params.getOptions()),
+                    String(params.getBlob()))
+        .then([context](const Mount* mount) mutable {
+          FillMountEntry(*mount, true, context.getResults().initEntry());
+        });
+  }
+
+  kj::Promise<void> setBlob(SetBlobContext context) override {
+    auto params = context.getParams();
+    Mount* mount = supervisor_.vault().Find(params.getMountId());
+    KJ_REQUIRE(mount != nullptr, "no such mount", params.getMountId());
+    mount->blob = String(params.getBlob());
+    return kj::READY_NOW;
+  }
+
+  kj::Promise<void> unmount(UnmountContext context) override {
+    return supervisor_.UnmountLayer(generation_, context.getParams().getMountId())
+        .then([context](MountState state) mutable { context.getResults().setState(Convert(state)); });
+  }
+
+  kj::Promise<void> mounts(MountsContext context) override {
+    FillPage(supervisor_.vault(), context.getParams(), true, context.getResults());
+    return kj::READY_NOW;
+  }
+
+  kj::Promise<void> oldLedgers(OldLedgersContext context) override {
+    bool more = false;
+    auto page =
+        supervisor_.ledgers().Page(context.getParams().getAfter(), generation_, kLedgersPerPage, &more);
+    auto results = context.getResults();
+    results.setMore(more);
+    auto out = results.initLedgers(static_cast<unsigned>(page.size()));
+    for (unsigned i = 0; i < page.size(); ++i) FillLedger(*page[i], true, out[i]);
+    return kj::READY_NOW;
+  }
+
+  kj::Promise<void> drained(DrainedContext context) override {
+    supervisor_.ledgers().Drained(context.getParams().getGeneration());
+    return kj::READY_NOW;
+  }
+
+  kj::Promise<void> progress(ProgressContext context) override {
+    LOG(INFO) << "event=progress generation=" << generation_
+              << " step=" << LogValue(context.getParams().getStep().cStr());
+    return kj::READY_NOW;
+  }
+
+ private:
+  Supervisor& supervisor_;
+  const uint64_t generation_;
+};
+
+class ControlServer final : public schema::Control::Server {
+ public:
+  explicit ControlServer(Supervisor* supervisor) : supervisor_(*supervisor) {}
+
+  kj::Promise<void> status(StatusContext context) override {
+    supervisor_.FillStatus(context.getResults().initStatus());
+    return kj::READY_NOW;
+  }
+
+  kj::Promise<void> upgrade(UpgradeContext context) override {
+    auto params = context.getParams();
+    return supervisor_.Upgrade(params.getPath().cStr(), params.getForce())
+        .then([this, context](bool changed) mutable {
+          auto results = context.getResults();
+          results.setChanged(changed);
+          supervisor_.FillSwap(results.initSwap());
+        });
+  }
+
+  kj::Promise<void> mounts(MountsContext context) override {
+    FillPage(supervisor_.vault(), context.getParams(), false, context.getResults());
+    return kj::READY_NOW;
+  }
+
+  kj::Promise<void> ledgers(LedgersContext context) override {
+    bool more = false;
+    auto page = supervisor_.ledgers().Page(0, 0, kLedgersForControl, &more);
+    auto out = context.getResults().initLedgers(static_cast<unsigned>(page.size()));
+    for (unsigned i = 0; i < page.size(); ++i) FillLedger(*page[i], false, out[i]);
+    return kj::READY_NOW;
+  }
+
+  kj::Promise<void> workerAdmin(WorkerAdminContext context) override {
+    KJ_IF_MAYBE (admin, supervisor_.RunningAdmin()) {
+      context.getResults().setAdmin(kj::mv(*admin));
+      return kj::READY_NOW;
+    }
+    KJ_FAIL_REQUIRE("no worker runs");
+  }
+
+  kj::Promise<void> shutdown(ShutdownContext) override {
+    std::string why = supervisor_.WhyInUse();
+    KJ_REQUIRE(why.empty(), why);
+    supervisor_.Stop("holdfastctl");
+    return kj::READY_NOW;
+  }
+
+ private:
+  Supervisor& supervisor_;
+};
+
+bool PeerIsRoot(kj::AsyncIoStream& stream) {
+  ucred peer{};
+  kj::uint size = sizeof(peer);
+  stream.getsockopt(SOL_SOCKET, SO_PEERCRED, &peer, &size);
+  if (size == sizeof(peer) && peer.uid == 0) return true;
+  LOG(WARNING) << "event=control_refused uid=" << peer.uid << " pid=" << peer.pid;
+  return false;
+}
+
+kj::Promise<void> AcceptControl(kj::ConnectionReceiver& listener, capnp::TwoPartyServer& server) {
+  return listener.accept().then([&](kj::Own<kj::AsyncIoStream>&& stream) {
+    if (PeerIsRoot(*stream)) server.accept(stream.downcast<kj::AsyncCapabilityStream>(), 0);
+    return AcceptControl(listener, server);
+  });
+}
+
+}  // namespace
+
+capnp::Capability::Client MakeSupervisorServer(Supervisor* supervisor, uint64_t generation) {
+  return schema::Supervisor::Client(kj::heap<SupervisorServer>(supervisor, generation));
+}
+
+schema::Descriptor::Client MakeDescriptor(SharedFd fd) { return kj::heap<DescriptorServer>(std::move(fd)); }
+
+void FillPipes(const Ledger& ledger, capnp::List<schema::PipePair>::Builder out) {
+  for (unsigned i = 0; i < out.size(); ++i) {
+    out[i].setReadEnd(MakeDescriptor(ledger.pipes()[i].read_end));
+    out[i].setWriteEnd(MakeDescriptor(ledger.pipes()[i].write_end));
+  }
+}
+
+kj::Promise<void> ServeControl(Supervisor* supervisor, kj::ConnectionReceiver* listener) {
+  auto server = kj::heap<capnp::TwoPartyServer>(schema::Control::Client(kj::heap<ControlServer>(supervisor)));
+  auto loop = AcceptControl(*listener, *server);
+  return loop.attach(kj::mv(server));
+}
+
+const char* Supervisor::Role(const WorkerProcess& worker) const {
+  if (worker.killed || worker.disconnected) return "dying";
+  if (worker.retired) return "retiring";
+  if (worker.generation == state_.successor) return state_.owner == 0 ? "starting" : "candidate";
+  if (worker.generation != state_.owner) return "dying";
+  return state_.phase >= Phase::kServing && state_.phase <= Phase::kCommitting ? "parked" : "owner";
+}
+
+void Supervisor::FillStatus(schema::Status::Builder status) const {
+  status.setSupervisorBuild(kBuild);
+  status.setSupervisorPid(static_cast<uint32_t>(getpid()));
+  status.setStartedWallNanos(started_wall_nanos_);
+  status.setPhase(PhaseName(state_.phase));
+  status.setCrashes(crashes_);
+  status.setSwaps(swaps_);
+  status.setRequestsCarriedOverTotal(carried_over_total_);
+  status.setStateDir(options_.state_dir.c_str());
+  FillSwap(status.initLastSwap());
+  uint64_t detached = 0;
+  uint64_t live = 0;
+  for (const auto& [id, mount] : vault_.all()) {
+    detached += mount.state == MountState::kDetached ? 1 : 0;
+    live += mount.state == MountState::kLive ? 1 : 0;
+  }
+  status.setMountsLive(live);
+  status.setMountsDetached(detached);
+
+  std::vector<std::string> warnings = warnings_;
+  auto workers = status.initWorkers(static_cast<unsigned>(workers_.size()));
+  unsigned i = 0;
+  for (const auto& [generation, worker] : workers_) {
+    auto out = workers[i++];
+    out.setGeneration(generation);
+    out.setPid(static_cast<uint32_t>(worker->pid));
+    out.setRole(Role(*worker));
+    out.setBuild(worker->build.c_str());
+    out.setExecutable(worker->executable->sha256.c_str());
+    out.setStartedWallNanos(worker->started_wall_nanos);
+    if (Ledger* ledger = ledgers_.Find(generation)) {
+      out.setRequestsReceived(ledger->received());
+      out.setRequestsAnswered(ledger->answered());
+    }
+    uint64_t dead_for =
+        worker->dead_since_boot_nanos == 0 ? 0 : clock_->BootNanos() - worker->dead_since_boot_nanos;
+    if (dead_for > kUnkillableSeconds * 1'000'000'000) {
+      warnings.push_back("worker generation " + std::to_string(generation) + " (pid " +
+                         std::to_string(worker->pid) +
+                         ") was killed and does not exit; snapshot calls wait for it, reads do not");
+    }
+  }
+  if (state_.phase == Phase::kNoMetadata) {
+    warnings.push_back("the worker serves reads but cannot open its metadata; see its log");
+  }
+  auto list = status.initWarnings(static_cast<unsigned>(warnings.size()));
+  for (unsigned w = 0; w < warnings.size(); ++w) list.set(w, warnings[w].c_str());
+}
+
+void Supervisor::FillSwap(schema::SwapStatus::Builder out) const {
+  out.setKind(swap_.kind.c_str());
+  out.setResult(swap_.result.c_str());
+  out.setFinishedWallNanos(swap_.finished_wall_nanos);
+  out.setPauseNanos(swap_.pause_nanos);
+  out.setRequestsCarriedOver(swap_.carried_over);
+  out.setFromBuild(swap_.from_build.c_str());
+  out.setToBuild(swap_.to_build.c_str());
+}
+
+kj::Maybe<capnp::Capability::Client> Supervisor::RunningAdmin() {
+  for (Generation generation : {state_.owner, state_.successor}) {
+    WorkerProcess* worker = Find(generation);
+    if (worker == nullptr || worker->disconnected) continue;
+    KJ_IF_MAYBE (admin, worker->admin) {
+      return *admin;
+    }
+  }
+  return nullptr;
 }
 
 }  // namespace holdfast::supervisor

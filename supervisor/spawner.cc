@@ -1,12 +1,12 @@
 #include "supervisor/spawner.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <spawn.h>
 #include <string.h>
 #include <sys/random.h>
+#include <sys/sendfile.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -14,10 +14,12 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <string_view>
 #include <utility>
 
 #include "common/sha256.h"
+#include "glog/logging.h"
 
 extern char** environ;
 
@@ -37,37 +39,17 @@ absl::Status CheckProgram(int fd, const std::string& path) {
   return absl::OkStatus();
 }
 
-absl::Status CopyBytes(int from, int to) {
-  std::vector<char> buffer(1 << 18);
-  for (uint64_t offset = 0;;) {
-    ssize_t size = pread(from, buffer.data(), buffer.size(), static_cast<off_t>(offset));
-    if (size < 0 && errno == EINTR) continue;
-    if (size < 0) return ErrnoStatus(errno, "reading the worker");
-    if (size == 0) return absl::OkStatus();
-    HF_RETURN_IF_ERROR(PwriteFull(to, buffer.data(), static_cast<size_t>(size), offset));
-    offset += static_cast<uint64_t>(size);
+// Written under another name, so that a crash leaves no half copy under the right one. Returns its digest.
+absl::StatusOr<std::string> WriteCopy(int source, const std::string& path) {
+  unlink(path.c_str());
+  HF_ASSIGN_OR_RETURN(UniqueFd copy, OpenFile(path, O_RDWR | O_CREAT | O_EXCL, kMode));
+  for (;;) {
+    ssize_t sent = sendfile(copy.get(), source, nullptr, 1 << 20);
+    if (sent < 0 && errno != EINTR) return ErrnoStatus(errno, "copying to " + path);
+    if (sent == 0) break;
   }
-}
-
-// The copy at `path` when its content is what its name says.
-absl::StatusOr<UniqueFd> OpenIntact(const std::string& path, const std::string& sha256) {
-  HF_ASSIGN_OR_RETURN(UniqueFd file, OpenFile(path, O_RDONLY | O_NOFOLLOW));
-  HF_ASSIGN_OR_RETURN(std::string digest, Sha256OfFile(file.get()));
-  if (digest != sha256) return DataLoss(path + " is damaged");
-  return file;
-}
-
-// Written under another name, so that a crash leaves no half copy under the right one.
-absl::Status WriteCopy(int source, const std::string& folder) {
-  std::string temporary = folder + "/.new";
-  unlink(temporary.c_str());
-  {
-    HF_ASSIGN_OR_RETURN(UniqueFd copy, OpenFile(temporary, O_WRONLY | O_CREAT | O_EXCL, kMode));
-    HF_RETURN_IF_ERROR(CopyBytes(source, copy.get()));
-    if (fchmod(copy.get(), kMode) != 0 || fsync(copy.get()) != 0) return ErrnoStatus(errno, "syncing " + temporary);
-  }  // closed: a file open for writing cannot be executed
-  if (rename(temporary.c_str(), (folder + kName).c_str()) != 0) return ErrnoStatus(errno, "renaming " + temporary);
-  return SyncDir(folder);
+  if (fchmod(copy.get(), kMode) != 0 || fsync(copy.get()) != 0) return ErrnoStatus(errno, "syncing " + path);
+  return Sha256OfFile(copy.get());
 }
 
 std::vector<std::string> WorkerEnvironment(const std::string& token) {
@@ -75,7 +57,8 @@ std::vector<std::string> WorkerEnvironment(const std::string& token) {
   for (char** entry = environ; *entry != nullptr; ++entry) {
     std::string_view text = *entry;
     bool ours = false;
-    for (std::string_view name : {"HOLDFAST_TOKEN=", "NOTIFY_SOCKET=", "LISTEN_FDS=", "LISTEN_PID=", "LISTEN_FDNAMES=", "WATCHDOG_"}) {
+    for (std::string_view name : {"HOLDFAST_TOKEN=", "NOTIFY_SOCKET=", "LISTEN_FDS=", "LISTEN_PID=",
+                                  "LISTEN_FDNAMES=", "WATCHDOG_"}) {
       ours = ours || text.substr(0, name.size()) == name;
     }
     if (!ours) environment.emplace_back(text);
@@ -91,14 +74,8 @@ std::vector<char*> Pointers(std::vector<std::string>& strings) {
   return pointers;
 }
 
-// A duplicate above the standard descriptors and the worker's socket, so that the child's dup2 cannot hit it.
-absl::StatusOr<UniqueFd> DupHigh(int fd) {
-  UniqueFd high(fcntl(fd, F_DUPFD_CLOEXEC, 16));
-  if (!high.valid()) return ErrnoStatus(errno, "duplicating a descriptor");
-  return high;
-}
-
-absl::StatusOr<pid_t> SpawnChild(int program, int socket, std::vector<std::string> args, const std::string& token) {
+absl::StatusOr<pid_t> SpawnChild(int program, int socket, std::vector<std::string> args,
+                                 const std::string& token) {
   std::string path = "/proc/self/fd/" + std::to_string(program);
   std::vector<std::string> environment = WorkerEnvironment(token);
   posix_spawn_file_actions_t actions;
@@ -114,7 +91,8 @@ absl::StatusOr<pid_t> SpawnChild(int program, int socket, std::vector<std::strin
   posix_spawnattr_setsigdefault(&attributes, &all);
   posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSID);
   pid_t pid = 0;
-  int error = posix_spawn(&pid, path.c_str(), &actions, &attributes, Pointers(args).data(), Pointers(environment).data());
+  int error = posix_spawn(&pid, path.c_str(), &actions, &attributes, Pointers(args).data(),
+                          Pointers(environment).data());
   posix_spawn_file_actions_destroy(&actions);
   posix_spawnattr_destroy(&attributes);
   if (error != 0) return ErrnoStatus(error, "starting the worker");
@@ -123,49 +101,48 @@ absl::StatusOr<pid_t> SpawnChild(int program, int socket, std::vector<std::strin
 
 }  // namespace
 
-absl::StatusOr<std::shared_ptr<const Executable>> CopyExecutable(const std::string& path, const std::string& state_dir) {
+absl::StatusOr<std::shared_ptr<const Executable>> CopyExecutable(const std::string& path,
+                                                                 const std::string& state_dir) {
   auto source = OpenFile(path, O_RDONLY);
   if (!source.ok()) return Annotate(source.status(), "worker " + path);
   HF_RETURN_IF_ERROR(CheckProgram(source->get(), path));
-  HF_ASSIGN_OR_RETURN(std::string sha256, Sha256OfFile(source->get()));
-  std::string folder = state_dir + "/bin/" + sha256;
-  auto copy = OpenIntact(folder + kName, sha256);
-  if (!copy.ok()) {
-    HF_RETURN_IF_ERROR(MakeDirs(folder, 0755));
-    HF_RETURN_IF_ERROR(WriteCopy(source->get(), folder));
-    HF_RETURN_IF_ERROR(SyncDir(state_dir + "/bin"));
-    copy = OpenIntact(folder + kName, sha256);  // the original may have changed under our hands
-    if (!copy.ok()) return Annotate(copy.status(), "copying worker " + path);
-  }
+  HF_RETURN_IF_ERROR(MakeDirs(state_dir + "/bin", 0755));
+  std::string temporary = state_dir + "/bin/.new";
   auto executable = std::make_shared<Executable>();
-  executable->sha256 = std::move(sha256);
-  executable->file = std::move(*copy);
+  HF_ASSIGN_OR_RETURN(executable->sha256, WriteCopy(source->get(), temporary));
+  std::string folder = state_dir + "/bin/" + executable->sha256;
+  HF_RETURN_IF_ERROR(MakeDirs(folder, 0755));
+  if (rename(temporary.c_str(), (folder + kName).c_str()) != 0)
+    return ErrnoStatus(errno, "renaming " + temporary);
+  HF_RETURN_IF_ERROR(SyncDir(folder));
+  HF_RETURN_IF_ERROR(SyncDir(state_dir + "/bin"));
+  HF_ASSIGN_OR_RETURN(executable->file, OpenFile(folder + kName, O_RDONLY | O_NOFOLLOW));
   return std::shared_ptr<const Executable>(std::move(executable));
 }
 
 void RemoveOtherExecutables(const std::string& state_dir, const std::vector<std::string>& keep) {
-  DIR* folder = opendir((state_dir + "/bin").c_str());
-  if (folder == nullptr) return;
+  std::error_code ignored;
   std::vector<std::string> others;
-  while (dirent* entry = readdir(folder)) {
-    std::string name = entry->d_name;
-    if (name != "." && name != ".." && std::find(keep.begin(), keep.end(), name) == keep.end()) others.push_back(name);
+  for (const auto& entry : std::filesystem::directory_iterator(state_dir + "/bin", ignored)) {
+    std::string name = entry.path().filename();
+    if (std::find(keep.begin(), keep.end(), name) == keep.end()) others.push_back(entry.path());
   }
-  closedir(folder);
-  for (const std::string& name : others) RemoveTree(state_dir + "/bin/" + name).IgnoreError();
+  for (const std::string& path : others) RemoveTree(path).IgnoreError();
 }
 
-absl::StatusOr<Process> Spawn(const Executable& executable, const std::vector<std::string>& args, const std::string& token) {
+absl::StatusOr<Process> Spawn(const Executable& executable, const std::vector<std::string>& args,
+                              const std::string& token) {
   int ends[2];
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) return ErrnoStatus(errno, "socketpair");
   Process process;
   process.socket.Reset(ends[0]);
   UniqueFd child_end(ends[1]);
-  HF_ASSIGN_OR_RETURN(UniqueFd socket, DupHigh(child_end.get()));
-  HF_ASSIGN_OR_RETURN(UniqueFd program, DupHigh(executable.file.get()));
+  // Above the worker's socket, so that the child's dup2 cannot hit it.
+  UniqueFd program(fcntl(executable.file.get(), F_DUPFD_CLOEXEC, 16));
+  if (!program.valid()) return ErrnoStatus(errno, "duplicating a descriptor");
   std::vector<std::string> argv = {"holdfast-worker"};
   argv.insert(argv.end(), args.begin(), args.end());
-  HF_ASSIGN_OR_RETURN(process.pid, SpawnChild(program.get(), socket.get(), std::move(argv), token));
+  HF_ASSIGN_OR_RETURN(process.pid, SpawnChild(program.get(), child_end.get(), std::move(argv), token));
   // Our own child, not reaped before its pidfd fires: the pid cannot have been reused.
   process.pidfd.Reset(static_cast<int>(syscall(SYS_pidfd_open, process.pid, 0)));
   if (!process.pidfd.valid()) {
@@ -177,20 +154,10 @@ absl::StatusOr<Process> Spawn(const Executable& executable, const std::vector<st
   return process;
 }
 
-absl::StatusOr<std::string> RandomBytes(size_t bytes) {
+std::string RandomBytes(size_t bytes) {
   std::string out(bytes, '\0');
-  if (getrandom(out.data(), bytes, 0) != static_cast<ssize_t>(bytes)) return ErrnoStatus(errno, "getrandom");
-  return out;
-}
-
-std::string ToHex(const std::string& bytes) {
-  static constexpr char kDigits[] = "0123456789abcdef";
-  std::string out;
-  for (char c : bytes) {
-    auto byte = static_cast<unsigned char>(c);
-    out += kDigits[byte >> 4];
-    out += kDigits[byte & 15];
-  }
+  // Never short below 257 bytes, and never fails once the kernel has booted.
+  CHECK_EQ(getrandom(out.data(), bytes, 0), static_cast<ssize_t>(bytes));
   return out;
 }
 

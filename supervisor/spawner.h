@@ -1,5 +1,5 @@
-// Private copies of worker executables, and starting one. A worker outlives the supervisor on purpose: nothing here ties its
-// life to ours.
+// Private copies of worker executables, and starting one. A worker outlives the supervisor on purpose:
+// nothing here ties its life to ours.
 #pragma once
 
 #include <sys/types.h>
@@ -20,9 +20,10 @@ struct Executable {
   UniqueFd file;
 };
 
-// Copies the program at `path` (unless the copy exists and is intact), synced, root-owned, mode 0555. Blocks: helper threads only, or at
-// the start. The error says what is wrong with `path`.
-absl::StatusOr<std::shared_ptr<const Executable>> CopyExecutable(const std::string& path, const std::string& state_dir);
+// Copies the program at `path`, synced, root-owned, mode 0555. Blocks:
+// helper threads only, or at the start. The error says what is wrong with `path`.
+absl::StatusOr<std::shared_ptr<const Executable>> CopyExecutable(const std::string& path,
+                                                                 const std::string& state_dir);
 
 // Removes the copies not named in `keep`. Errors are left for the next time.
 void RemoveOtherExecutables(const std::string& state_dir, const std::vector<std::string>& keep);
@@ -35,13 +36,13 @@ struct Process {
 
 inline constexpr int kWorkerSocket = 3;
 
-// Starts it with descriptors 0, 1, 2 of ours and the socket only, in a session of its own, with HOLDFAST_TOKEN=<token> and without the
-// service manager's variables. Every other descriptor of this process must be close-on-exec.
-absl::StatusOr<Process> Spawn(const Executable& executable, const std::vector<std::string>& args, const std::string& token);
+// Starts it with descriptors 0, 1, 2 of ours and the socket only, in a session of its own, with
+// HOLDFAST_TOKEN=<token> and without the service manager's variables. Every other descriptor of this process
+// must be close-on-exec.
+absl::StatusOr<Process> Spawn(const Executable& executable, const std::vector<std::string>& args,
+                              const std::string& token);
 
-// `bytes` random bytes.
-absl::StatusOr<std::string> RandomBytes(size_t bytes);
-std::string ToHex(const std::string& bytes);
+std::string RandomBytes(size_t bytes);
 
 // "exit 3", "signal 9 (Killed)"; reaps the process. Call when its pidfd is readable.
 std::string ReapReason(int pidfd);

@@ -8,21 +8,33 @@
 
 #include <utility>
 
+#include "absl/strings/escaping.h"
 #include "common/log.h"
 #include "glog/logging.h"
-#include "supervisor/rpc.h"
 
 namespace holdfast::supervisor {
 namespace {
 
-constexpr uint64_t kNanosPerSecond = 1'000'000'000;
 constexpr unsigned kMaxIncomingFds = 16;
+constexpr uint64_t kMountingPollMillis = 5;
+constexpr uint64_t kGonePollMillis = 1'000;
 
-std::string Describe(const kj::Exception& exception) { return std::string(exception.getDescription().cStr()); }
+std::string Describe(const kj::Exception& exception) {
+  return std::string(exception.getDescription().cStr());
+}
 
-std::string VaultId() {
-  auto bytes = RandomBytes(16);
-  return bytes.ok() ? *bytes : std::string(16, '\0');
+[[noreturn]] void Throw(const absl::Status& status) {
+  kj::throwFatalException(KJ_EXCEPTION(FAILED, std::string(FromAbsl(status.message()))));
+  __builtin_unreachable();
+}
+
+kj::Promise<void> SendCall(schema::Worker::Client& client, Call call) {
+  if (call == Call::kServe) return client.serveRequest().send().ignoreResult();
+  if (call == Call::kPark) return client.parkRequest().send().ignoreResult();
+  if (call == Call::kResume) return client.resumeRequest().send().ignoreResult();
+  if (call == Call::kYield) return client.yieldMetadataRequest().send().ignoreResult();
+  if (call == Call::kTake) return client.takeMetadataRequest().send().ignoreResult();
+  return client.retireRequest().send().ignoreResult();
 }
 
 }  // namespace
@@ -34,7 +46,7 @@ Supervisor::Supervisor(const Options& options, Resources resources, kj::AsyncIoC
       state_dir_(std::move(resources.state_dir)),
       snapshot_listener_(std::make_shared<UniqueFd>(std::move(resources.snapshot_listener))),
       warnings_(std::move(resources.warnings)),
-      vault_id_(VaultId()),
+      vault_id_(RandomBytes(16)),
       started_wall_nanos_(clock_->WallNanos()),
       vault_(std::move(resources.mount_ids)),
       generations_(std::move(resources.generations)),
@@ -72,7 +84,7 @@ void Supervisor::Dispatch(Event event) {
 void Supervisor::Apply(const Event& event) {
   if (state_.next_generation == 0) {
     auto next = generations_.Next();
-    // A full disk must not stop a worker from being replaced; the number is new at least in this process's life.
+    // A full disk must not stop a worker from being replaced: the number is new in this process's life.
     if (!next.ok()) LOG(ERROR) << "event=generation_file error=" << LogValue(next.status().ToString());
     state_.next_generation = last_generation_ = next.ok() ? *next : last_generation_ + 1;
   }
@@ -98,49 +110,34 @@ void Supervisor::AdoptRunningBinary() {
 }
 
 void Supervisor::Do(const Action& action) {
-  switch (action.type) {
-    case ActionType::kSpawn:
-      return SpawnWorker(action.generation, action.binary);
-    case ActionType::kCall:
-      return CallWorker(action.generation, action.call);
-    case ActionType::kTellExited:
-      return TellExited(action.generation, action.subject);
-    case ActionType::kKill:
-      return KillWorker(action.generation);
-    case ActionType::kTimer:
-      return ArmTimer(action.milliseconds);
-    case ActionType::kStopTimer:
-      ++timer_token_;
-      return;
-    case ActionType::kSwapDone:
-      vault_.AbandonMountingOfOthers(action.generation);
-      FinishSwap("done");
-      KJ_IF_MAYBE(waiter, upgrade_waiter_) (*waiter)->fulfill();
-      upgrade_waiter_ = nullptr;
-      return;
-    case ActionType::kSwapFailed:
-    case ActionType::kRefused:
-      if (action.type == ActionType::kSwapFailed) FinishSwap("failed: " + action.reason);
-      KJ_IF_MAYBE(waiter, upgrade_waiter_) {
-        (*waiter)->reject(KJ_EXCEPTION(FAILED, action.reason));
-      }
-      upgrade_waiter_ = nullptr;
-      return;
-    case ActionType::kExit:
-      stopped_fulfiller_->fulfill();
-      return;
+  if (action.type == ActionType::kSpawn) return SpawnWorker(action.generation, action.binary);
+  if (action.type == ActionType::kCall) return CallWorker(action.generation, action.call);
+  if (action.type == ActionType::kTellExited) return TellExited(action.generation, action.subject);
+  if (action.type == ActionType::kKill) return KillWorker(action.generation);
+  if (action.type == ActionType::kTimer) return ArmTimer(action.milliseconds);
+  if (action.type == ActionType::kExit) return stopped_fulfiller_->fulfill();
+  if (action.type == ActionType::kStopTimer) {
+    ++timer_token_;
+    return;
+  }
+  if (action.type != ActionType::kRefused)
+    FinishSwap(action.reason.empty() ? "done" : "failed: " + action.reason);
+  KJ_IF_MAYBE (waiter, upgrade_waiter_) {
+    if (action.type == ActionType::kSwapDone)
+      (*waiter)->fulfill();
+    else
+      (*waiter)->reject(KJ_EXCEPTION(FAILED, action.reason));
+    upgrade_waiter_ = nullptr;
   }
 }
 
 void Supervisor::SpawnWorker(Generation generation, Binary binary) {
   bool upgrade = binary == Binary::kCandidate;
   if (upgrade || reads_stopped_boot_nanos_ != 0) {
-    if (upgrade || swap_.kind != "crash" || swap_.result != "running") {
-      swap_ = Swap{};
-      swap_.kind = upgrade ? "upgrade" : "crash";
-      swap_.result = "running";
-      swap_.from_build = running_build_;
-    }
+    swap_ = Swap{};
+    swap_.kind = upgrade ? "upgrade" : "crash";
+    swap_.result = "running";
+    swap_.from_build = running_build_;
   }
   auto worker = std::make_unique<WorkerProcess>();
   worker->generation = generation;
@@ -148,8 +145,7 @@ void Supervisor::SpawnWorker(Generation generation, Binary binary) {
   worker->started_wall_nanos = clock_->WallNanos();
   absl::Status status = [&]() -> absl::Status {
     HF_RETURN_IF_ERROR(ledgers_.Create(generation).status());
-    HF_ASSIGN_OR_RETURN(std::string secret, RandomBytes(32));
-    worker->token = ToHex(secret);
+    worker->token = absl::BytesToHexString(RandomBytes(32));
     HF_ASSIGN_OR_RETURN(Process process, Spawn(*worker->executable, options_.worker_args, worker->token));
     worker->pid = process.pid;
     worker->pidfd = std::move(process.pidfd);
@@ -174,85 +170,65 @@ void Supervisor::Connect(WorkerProcess* worker, UniqueFd socket) {
   worker->connection = kj::heap<capnp::TwoPartyClient>(*worker->stream, kMaxIncomingFds,
                                                        MakeSupervisorServer(this, generation),
                                                        capnp::rpc::twoparty::Side::SERVER);
-  worker->exit_observer = kj::heap<kj::UnixEventPort::FdObserver>(io_->unixEventPort, worker->pidfd.get(),
-                                                                  kj::UnixEventPort::FdObserver::OBSERVE_READ);
+  worker->exit_observer = kj::heap<kj::UnixEventPort::FdObserver>(
+      io_->unixEventPort, worker->pidfd.get(), kj::UnixEventPort::FdObserver::OBSERVE_READ);
   tasks_.add(worker->exit_observer->whenBecomesReadable().then([this, generation] { OnExit(generation); }));
-  tasks_.add(worker->connection->onDisconnect().then([this, generation] { OnDisconnected(generation); },
-                                                     [this, generation](kj::Exception&&) { OnDisconnected(generation); }));
-}
-
-kj::Promise<void> Supervisor::SendCall(schema::Worker::Client& client, Call call) {
-  switch (call) {
-    case Call::kServe:
-      return client.serveRequest().send().ignoreResult();
-    case Call::kPark:
-      return client.parkRequest().send().ignoreResult();
-    case Call::kResume:
-      return client.resumeRequest().send().ignoreResult();
-    case Call::kYield:
-      return client.yieldMetadataRequest().send().ignoreResult();
-    case Call::kTake:
-      return client.takeMetadataRequest().send().ignoreResult();
-    case Call::kRetire:
-      return client.retireRequest().send().ignoreResult();
-  }
-  return kj::READY_NOW;
+  tasks_.add(worker->connection->onDisconnect().then(
+      [this, generation] { OnDisconnected(generation); },
+      [this, generation](kj::Exception&&) { OnDisconnected(generation); }));
 }
 
 void Supervisor::CallWorker(Generation generation, Call call) {
   WorkerProcess* worker = Find(generation);
   if (worker == nullptr) return;
-  uint64_t now = clock_->BootNanos();
-  if (call == Call::kPark) reads_stopped_boot_nanos_ = now;
+  if (call == Call::kTake && vault_.IsMounting()) {
+    // What a dead predecessor was mounting must be in the vault when its successor looks.
+    tasks_.add(timer_.afterDelay(kMountingPollMillis * kj::MILLISECONDS).then([this, generation, call] {
+      bool wanted = state_.phase == Phase::kCommitting || state_.phase == Phase::kReclaiming;
+      if (wanted && state_.holders.count(generation) != 0) CallWorker(generation, call);
+    }));
+    return;
+  }
+  if (call == Call::kPark) reads_stopped_boot_nanos_ = clock_->BootNanos();
   if (call == Call::kServe) swap_.carried_over = ledgers_.CountUnanswered(generation);
-  if (call == Call::kRetire) LimitRetirement(generation);
-  KJ_IF_MAYBE(client, worker->client) {
+  worker->retired = call == Call::kRetire;
+  if (worker->retired) {
+    auto limit = timer_.afterDelay(kRetireLimitSeconds * kj::SECONDS);
+    tasks_.add(limit.then([this, generation] { KillWorker(generation); }));  // nothing if it exited
+  }
+  KJ_IF_MAYBE (client, worker->client) {
+    auto failed = [this, generation, call](kj::Exception&& exception) {
+      // A broken connection is a death, and told as one.
+      if (exception.getType() == kj::Exception::Type::DISCONNECTED) return;
+      std::string why = Describe(exception);
+      LOG(WARNING) << "event=call_failed generation=" << generation << " call=" << CallName(call)
+                   << " error=" << LogValue(why);
+      Dispatch({.type = EventType::kFailed, .generation = generation, .call = call, .reason = why});
+    };
     tasks_.add(SendCall(*client, call)
-                   .then([this, generation, call] { OnCallDone(generation, call); },
-                         [this, generation, call](kj::Exception&& exception) {
-                           // A broken connection is a death, and told as one.
-                           if (exception.getType() == kj::Exception::Type::DISCONNECTED) return;
-                           LOG(WARNING) << "event=call_failed generation=" << generation << " call=" << CallName(call)
-                                        << " error=" << LogValue(Describe(exception));
-                           Dispatch({.type = EventType::kFailed,
-                                     .generation = generation,
-                                     .call = call,
-                                     .reason = Describe(exception)});
-                         }));
+                   .then([this, generation, call] { OnCallDone(generation, call); }, kj::mv(failed)));
   }
 }
 
 void Supervisor::OnCallDone(Generation generation, Call call) {
-  uint64_t now = clock_->BootNanos();
-  if ((call == Call::kServe || call == Call::kResume) && reads_stopped_boot_nanos_ != 0) {
-    if (call == Call::kServe) {
-      swap_.pause_nanos = now - reads_stopped_boot_nanos_;
-      carried_over_total_ += swap_.carried_over;
-      LOG(INFO) << "event=reads_taken_over generation=" << generation << " pause_ns=" << swap_.pause_nanos
-                << " requests_carried_over=" << swap_.carried_over;
-    }
-    reads_stopped_boot_nanos_ = 0;
+  if (call == Call::kServe && reads_stopped_boot_nanos_ != 0) {
+    swap_.pause_nanos = clock_->BootNanos() - reads_stopped_boot_nanos_;
+    carried_over_total_ += swap_.carried_over;
+    LOG(INFO) << "event=reads_taken_over generation=" << generation << " pause_ns=" << swap_.pause_nanos
+              << " requests_carried_over=" << swap_.carried_over;
   }
+  if (call == Call::kServe || call == Call::kResume) reads_stopped_boot_nanos_ = 0;
   Dispatch({.type = EventType::kReplied, .generation = generation, .call = call});
 }
 
 void Supervisor::TellExited(Generation generation, Generation exited) {
   WorkerProcess* worker = Find(generation);
   if (worker == nullptr) return;
-  KJ_IF_MAYBE(client, worker->client) {
+  KJ_IF_MAYBE (client, worker->client) {
     auto request = client->ownerExitedRequest();
     request.setGeneration(exited);
-    tasks_.add(request.send().ignoreResult().catch_([](kj::Exception&&) {}));  // its death is told elsewhere
+    Ignore(request.send().ignoreResult());
   }
-}
-
-void Supervisor::LimitRetirement(Generation generation) {
-  Find(generation)->retired = true;
-  tasks_.add(timer_.afterDelay(kRetireLimitSeconds * kj::SECONDS).then([this, generation] {
-    if (Find(generation) == nullptr) return;
-    LOG(WARNING) << "event=retirement_cut_off generation=" << generation;
-    KillWorker(generation);
-  }));
 }
 
 void Supervisor::KillWorker(Generation generation) {
@@ -275,10 +251,9 @@ void Supervisor::ArmTimer(uint64_t milliseconds) {
 void Supervisor::NoteDeath(WorkerProcess* worker, const std::string& reason) {
   if (worker->dead_since_boot_nanos != 0) return;
   worker->dead_since_boot_nanos = clock_->BootNanos();
-  bool serving = worker->generation == state_.owner || worker->generation == state_.successor;
-  if (serving && reads_stopped_boot_nanos_ == 0 && state_.phase != Phase::kStarting) {
-    reads_stopped_boot_nanos_ = worker->dead_since_boot_nanos;
-  }
+  bool successor_reads = state_.phase >= Phase::kServing && state_.phase <= Phase::kCommitting;
+  bool reading = worker->generation == (successor_reads ? state_.successor : state_.owner);
+  if (reading && reads_stopped_boot_nanos_ == 0) reads_stopped_boot_nanos_ = worker->dead_since_boot_nanos;
   if (worker->retired) return;
   ++crashes_;
   LOG(ERROR) << "event=worker_died generation=" << worker->generation << " pid=" << worker->pid
@@ -301,15 +276,14 @@ void Supervisor::OnExit(Generation generation) {
   std::string reason = ReapReason(worker->pidfd.get());
   worker->exited = true;
   NoteDeath(worker, reason);
-  LOG(INFO) << "event=exited generation=" << generation << " pid=" << worker->pid << " reason=" << LogValue(reason)
-            << " retired=" << worker->retired << " killed=" << worker->killed;
+  LOG(INFO) << "event=exited generation=" << generation << " pid=" << worker->pid
+            << " reason=" << LogValue(reason) << " retired=" << worker->retired
+            << " killed=" << worker->killed;
   ledgers_.OwnerExited(generation);
   // Not in this callback: it belongs to what is destroyed.
-  tasks_.add(kj::evalLater([this, generation] { Forget(generation); }));
+  tasks_.add(kj::evalLater([this, generation] { workers_.erase(generation); }));
   Dispatch({.type = EventType::kExited, .generation = generation, .reason = reason});
 }
-
-void Supervisor::Forget(Generation generation) { workers_.erase(generation); }
 
 WorkerProcess* Supervisor::Find(Generation generation) {
   auto it = workers_.find(generation);
@@ -326,8 +300,9 @@ void Supervisor::FinishSwap(const std::string& result) {
             << " pause_ns=" << swap_.pause_nanos << " requests_carried_over=" << swap_.carried_over;
 }
 
-void Supervisor::Register(Generation generation, schema::Hello::Reader hello, schema::Worker::Client worker_client,
-                          capnp::Capability::Client admin, schema::Welcome::Builder welcome) {
+void Supervisor::Register(Generation generation, schema::Hello::Reader hello,
+                          schema::Worker::Client worker_client, capnp::Capability::Client admin,
+                          schema::Welcome::Builder welcome) {
   WorkerProcess* worker = Find(generation);
   KJ_REQUIRE(worker != nullptr, "this worker is not known any more");
   KJ_REQUIRE(worker->client == nullptr, "registered already");
@@ -352,14 +327,8 @@ void Supervisor::Register(Generation generation, schema::Hello::Reader hello, sc
   LOG(INFO) << "event=registered generation=" << generation << " pid=" << worker->pid
             << " build=" << LogValue(worker->build);
   // After the welcome is on its way.
-  tasks_.add(kj::evalLast([this, generation] {
-    Dispatch({.type = EventType::kRegistered, .generation = generation});
-  }));
-}
-
-void Supervisor::Progress(Generation generation, const std::string& step) {
-  if (WorkerProcess* worker = Find(generation)) worker->step = step;
-  LOG(INFO) << "event=progress generation=" << generation << " step=" << LogValue(step);
+  tasks_.add(kj::evalLast(
+      [this, generation] { Dispatch({.type = EventType::kRegistered, .generation = generation}); }));
 }
 
 kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force) {
@@ -370,35 +339,20 @@ kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force) {
   using Copy = absl::StatusOr<std::shared_ptr<const Executable>>;
   std::vector<std::string> keep = {running_->sha256};
   if (previous_ != nullptr) keep.push_back(previous_->sha256);
-  auto copied = offload_.Run<Copy>([path, keep, state_dir = options_.state_dir] {
+  auto copied = Offload<Copy>([path, keep, state_dir = options_.state_dir] {
     RemoveOtherExecutables(state_dir, keep);
     return CopyExecutable(path, state_dir);
   });
-  auto swapped = copied.then([this, force](kj::Own<Copy>&& result) -> kj::Promise<bool> {
-    const Copy& copy = *result;
-    if (!copy.ok()) kj::throwFatalException(KJ_EXCEPTION(FAILED, std::string(FromAbsl(copy.status().message()))));
-    if ((*copy)->sha256 == running_->sha256 && !force) return false;
-    candidate_ = *copy;
+  auto swapped = copied.then([this, force](kj::Own<Copy>&& copy) -> kj::Promise<bool> {
+    if (!copy->ok()) Throw(copy->status());
+    if ((**copy)->sha256 == running_->sha256 && !force) return false;
+    candidate_ = **copy;
     auto pair = kj::newPromiseAndFulfiller<void>();
     upgrade_waiter_ = kj::mv(pair.fulfiller);
     Dispatch({.type = EventType::kUpgrade});
     return pair.promise.then([] { return true; });
   });
-  // The swap goes on and the flag is cleared even when the caller hangs up.
-  auto forked = swapped.then(
-                           [this](bool changed) {
-                             upgrade_busy_ = false;
-                             return changed;
-                           },
-                           [this](kj::Exception&& exception) -> bool {
-                             upgrade_busy_ = false;
-                             kj::throwFatalException(kj::mv(exception));
-                           })
-                    .fork();
-  tasks_.add(forked.addBranch().ignoreResult().catch_([](kj::Exception&& exception) {
-    LOG(WARNING) << "event=upgrade_failed error=" << LogValue(Describe(exception));
-  }));
-  return forked.addBranch();
+  return Keep(swapped.attach(kj::defer([this] { upgrade_busy_ = false; })));
 }
 
 void Supervisor::Stop(const std::string& reason) {
@@ -408,7 +362,8 @@ void Supervisor::Stop(const std::string& reason) {
   auto limit = timer_.afterDelay(kStopUnmountSeconds * kj::SECONDS).then([] {
     LOG(WARNING) << "event=unmount_too_slow";
   });
-  tasks_.add(UnmountAll().exclusiveJoin(kj::mv(limit)).then([this] { Dispatch({.type = EventType::kStop}); }));
+  tasks_.add(
+      UnmountAll().exclusiveJoin(kj::mv(limit)).then([this] { Dispatch({.type = EventType::kStop}); }));
 }
 
 void Supervisor::KillRemaining() {
@@ -418,6 +373,112 @@ void Supervisor::KillRemaining() {
     pollfd exit{.fd = worker->pidfd.get(), .events = POLLIN, .revents = 0};
     if (poll(&exit, 1, 1'000) == 1) ReapReason(worker->pidfd.get());
   }
+}
+
+void Supervisor::RequireOwner(Generation caller) const {
+  KJ_REQUIRE(state_.holders.count(caller) != 0, "only the owner of the metadata may mount and unmount");
+  KJ_REQUIRE(!stopping_, "the supervisor is shutting down");
+}
+
+kj::Promise<const Mount*> Supervisor::MountLayer(Generation caller, std::string path, InitOptions options,
+                                                 std::string blob) {
+  RequireOwner(caller);
+  auto id = vault_.Allocate(path, std::move(blob), caller);
+  if (!id.ok()) Throw(id.status());
+  using Result = absl::StatusOr<FuseMount>;
+  auto mounted = Offload<Result>([fd = state_dir_.get(), state_dir = options_.state_dir, path, options] {
+    return MountFuse(fd, state_dir, path, options);
+  });
+  return Keep(mounted.then([this, id = *id](kj::Own<Result>&& r) { return FinishMount(id, std::move(*r)); }));
+}
+
+const Mount* Supervisor::FinishMount(uint64_t id, absl::StatusOr<FuseMount> result) {
+  Mount* mount = vault_.Find(id);
+  LOG(INFO) << "event=mount mount=" << id << " path=" << LogValue(mount->path)
+            << " generation=" << mount->caller << " result=" << LogValue(result.status().ToString());
+  if (!result.ok()) {
+    vault_.Forget(id);
+    Throw(result.status());
+  }
+  mount->state = MountState::kLive;
+  mount->device = std::make_shared<UniqueFd>(std::move(result->device));
+  mount->init_request = std::move(result->init_request);
+  mount->init_reply = std::move(result->init_reply);
+  return mount;
+}
+
+kj::Promise<MountState> Supervisor::UnmountLayer(Generation caller, uint64_t mount_id) {
+  RequireOwner(caller);
+  const Mount* mount = vault_.Find(mount_id);
+  KJ_REQUIRE(mount != nullptr, "no such mount", mount_id);
+  KJ_REQUIRE(mount->state != MountState::kMounting, "still being mounted", mount_id);
+  // Not again: the path may be another mount's by now.
+  if (mount->state == MountState::kDetached) return MountState::kDetached;
+  using Result = absl::StatusOr<bool>;
+  auto unmounted = Offload<Result>(
+      [path = mount->path, device = mount->device] { return UnmountFuse(path, device->get()); });
+  return Keep(
+      unmounted.then([this, mount_id](kj::Own<Result>&& gone) { return FinishUnmount(mount_id, *gone); }));
+}
+
+MountState Supervisor::FinishUnmount(uint64_t id, const absl::StatusOr<bool>& gone) {
+  if (!gone.ok()) Throw(gone.status());
+  Mount* mount = vault_.Find(id);
+  if (mount == nullptr) return MountState::kGone;
+  LOG(INFO) << "event=unmount mount=" << id << " path=" << LogValue(mount->path) << " in_use=" << !*gone;
+  if (!*gone) return mount->state = MountState::kDetached;
+  vault_.Forget(id);
+  NotifyGone({id});
+  return MountState::kGone;
+}
+
+// By polling: a /dev/fuse descriptor in an epoll would wake us for every request (handover-pitfalls 12).
+kj::Promise<void> Supervisor::WatchMounts() {
+  return timer_.afterDelay(kGonePollMillis * kj::MILLISECONDS).then([this] {
+    NotifyGone(vault_.TakeGone());
+    return WatchMounts();
+  });
+}
+
+void Supervisor::NotifyGone(const std::vector<uint64_t>& ids) {
+  if (ids.empty()) return;
+  for (uint64_t id : ids) LOG(INFO) << "event=mount_gone mount=" << id;
+  for (auto& [generation, worker] : workers_) {
+    KJ_IF_MAYBE (client, worker->client) {
+      auto request = client->mountsGoneRequest();
+      auto list = request.initMountIds(static_cast<unsigned>(ids.size()));
+      for (unsigned i = 0; i < ids.size(); ++i) list.set(i, ids[i]);
+      Ignore(request.send().ignoreResult());  // a dying worker need not know
+    }
+  }
+}
+
+kj::Promise<void> Supervisor::UnmountAll() {
+  std::map<uint64_t, Mount> mounts = vault_.all();
+  auto unmounted = Offload<int>([mounts = std::move(mounts)] {
+    for (const auto& [id, mount] : mounts) {
+      if (mount.state == MountState::kLive)
+        UnmountFuse(mount.path, mount.device->get()).status().IgnoreError();
+    }
+    return 0;
+  });
+  return unmounted.then([this](kj::Own<int>&&) {
+    NotifyGone(vault_.TakeGone());
+    for (const auto& [id, mount] : vault_.all()) {
+      LOG(WARNING) << "event=mount_lost mount=" << id << " path=" << LogValue(mount.path)
+                   << " note=\"still in use; it ends with the last process that serves it\"";
+    }
+  });
+}
+
+std::string Supervisor::WhyInUse() const {
+  auto mounts = ReadMountInfo();
+  for (const auto& [id, mount] : vault_.all()) {
+    if (mount.state == MountState::kDetached)
+      return mount.path + " is unmounted, but a container still uses it";
+    if (!mounts.ok() || UsedByOverlay(*mounts, mount.path)) return mount.path + " is used by a container";
+  }
+  return "";
 }
 
 }  // namespace holdfast::supervisor

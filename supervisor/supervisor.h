@@ -1,5 +1,6 @@
-// The supervisor proper: carries out what the swap machine decides, and holds what it is about (vault, ledgers, worker
-// processes). One thread, the KJ event loop; only Offload's jobs run elsewhere. Nothing here blocks.
+// The supervisor proper: carries out what the swap machine decides, and holds what it is about (vault,
+// ledgers, worker processes). One thread, the KJ event loop; only what goes through Offload runs elsewhere.
+// Nothing here blocks.
 #pragma once
 
 #include <capnp/rpc-twoparty.h>
@@ -7,9 +8,12 @@
 #include <kj/async-unix.h>
 
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "common/clock.h"
@@ -18,8 +22,6 @@
 #include "schema/handover.capnp.h"
 #include "supervisor/fuse_mount.h"
 #include "supervisor/handover_machine.h"
-#include "supervisor/ledger_store.h"
-#include "supervisor/offload.h"
 #include "supervisor/options.h"
 #include "supervisor/spawner.h"
 #include "supervisor/vault.h"
@@ -27,10 +29,9 @@
 namespace holdfast::supervisor {
 
 inline constexpr char kBuild[] = "holdfast-supervisor 0.1.0";
-inline constexpr uint64_t kRetireLimitSeconds = 600;    // a retired worker's old calls are cut off then
-inline constexpr uint64_t kStopUnmountSeconds = 10;     // what is not unmounted by then is left to the kernel
-inline constexpr uint64_t kMountSettleMillis = 2'000;   // a successor waits so long for mounts that a dead worker began
-inline constexpr uint64_t kUnkillableSeconds = 5;       // a killed worker that still exists then is reported
+inline constexpr uint64_t kRetireLimitSeconds = 600;  // a retired worker's old calls are cut off then
+inline constexpr uint64_t kStopUnmountSeconds = 10;   // what is not unmounted by then is left to the kernel
+inline constexpr uint64_t kUnkillableSeconds = 5;     // a killed worker that still exists then is reported
 
 struct WorkerProcess {
   Generation generation = 0;
@@ -44,7 +45,6 @@ struct WorkerProcess {
   kj::Maybe<schema::Worker::Client> client;  // once registered
   kj::Maybe<capnp::Capability::Client> admin;
   std::string build;
-  std::string step;  // last progress()
   int64_t started_wall_nanos = 0;
   uint64_t dead_since_boot_nanos = 0;  // first sign of death, or our SIGKILL; 0: alive
   bool killed = false;
@@ -73,6 +73,17 @@ struct Resources {
   std::vector<std::string> warnings;
 };
 
+// Work that may block, on a thread of its own; the result comes back on the main loop. A job that never ends
+// costs its thread, nothing else: the process leaves by _exit. `job` must not throw.
+template <typename T>
+kj::Promise<kj::Own<T>> Offload(std::function<T()> job) {
+  auto pair = kj::newPromiseAndCrossThreadFulfiller<kj::Own<T>>();
+  // shared_ptr: std::thread wants what it runs to have a destructor that does not throw; kj::Own's may.
+  auto fulfiller = std::make_shared<decltype(pair.fulfiller)>(kj::mv(pair.fulfiller));
+  std::thread([job = std::move(job), fulfiller] { (*fulfiller)->fulfill(kj::heap<T>(job())); }).detach();
+  return kj::mv(pair.promise);
+}
+
 class Supervisor final : private kj::TaskSet::ErrorHandler {
  public:
   Supervisor(const Options& options, Resources resources, kj::AsyncIoContext* io);
@@ -87,11 +98,12 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   // For the RPC servers. They throw kj::Exception on bad requests.
   void Register(Generation generation, schema::Hello::Reader hello, schema::Worker::Client worker,
                 capnp::Capability::Client admin, schema::Welcome::Builder welcome);
-  kj::Promise<const Mount*> MountLayer(Generation caller, std::string path, InitOptions options, std::string blob);
+  kj::Promise<const Mount*> MountLayer(Generation caller, std::string path, InitOptions options,
+                                       std::string blob);
   kj::Promise<MountState> UnmountLayer(Generation caller, uint64_t mount_id);
-  // Resolves when a page of mounts may be given to `caller`: at the commit, mounts that a dead worker began have settled.
+  // Resolves when a page of mounts may be given to `caller`: at the commit, mounts that a dead worker began
+  // have settled.
   kj::Promise<void> MountsSettled(Generation caller);
-  void Progress(Generation generation, const std::string& step);
   // True: swapped; false: the same build runs already.
   kj::Promise<bool> Upgrade(std::string path, bool force);
   // Why an orderly shutdown would hurt; empty if it would not.
@@ -106,14 +118,13 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
  private:
   void taskFailed(kj::Exception&& exception) override;
 
-  // supervisor.cc: the machine's events and actions.
+  // The machine's events and actions.
   void Dispatch(Event event);
   void Apply(const Event& event);
   void Do(const Action& action);
   void SpawnWorker(Generation generation, Binary binary);
   void Connect(WorkerProcess* worker, UniqueFd socket);
   void CallWorker(Generation generation, Call call);
-  kj::Promise<void> SendCall(schema::Worker::Client& client, Call call);
   void OnCallDone(Generation generation, Call call);
   void TellExited(Generation generation, Generation exited);
   void KillWorker(Generation generation);
@@ -121,21 +132,30 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void OnDisconnected(Generation generation);
   void OnExit(Generation generation);
   void NoteDeath(WorkerProcess* worker, const std::string& reason);
-  void Forget(Generation generation);
   void FinishSwap(const std::string& result);
   void AdoptRunningBinary();
-  void LimitRetirement(Generation generation);
   WorkerProcess* Find(Generation generation);
   const char* Role(const WorkerProcess& worker) const;
 
-  // supervisor_mounts.cc
-  void FinishMount(uint64_t id, absl::StatusOr<FuseMount> result);
+  // Success or failure is learned elsewhere, or does not matter.
+  void Ignore(kj::Promise<void> promise) {
+    tasks_.add(promise.catch_([](kj::Exception&&) {}));
+  }
+  // Goes on even when the caller hangs up.
+  template <typename T>
+  kj::Promise<T> Keep(kj::Promise<T> promise) {
+    auto shared = promise.fork();
+    Ignore(shared.addBranch().ignoreResult());
+    return shared.addBranch();
+  }
+
+  // Mounts.
+  const Mount* FinishMount(uint64_t id, absl::StatusOr<FuseMount> result);
   MountState FinishUnmount(uint64_t id, const absl::StatusOr<bool>& gone);
   void RequireOwner(Generation caller) const;
   kj::Promise<void> WatchMounts();
   void NotifyGone(const std::vector<uint64_t>& ids);
   kj::Promise<void> UnmountAll();
-  kj::Promise<void> WaitSettled(Generation caller, uint64_t deadline_boot_nanos);
 
   const Options options_;
   kj::AsyncIoContext* const io_;
@@ -150,7 +170,6 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   Vault vault_;
   LedgerStore ledgers_;
   IdFile generations_;
-  Offload offload_;
 
   State state_;
   Generation last_generation_ = 0;
@@ -176,5 +195,17 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   kj::ForkedPromise<void> stopped_;
   kj::TaskSet tasks_;  // last: cancelled first
 };
+
+// rpc.cc: the Cap'n Proto servers; they translate, and decide nothing.
+
+// The bootstrap of a worker's connection.
+capnp::Capability::Client MakeSupervisorServer(Supervisor* supervisor, uint64_t generation);
+
+// Accepts holdfastctl's connections for ever; peers that are not root are turned away.
+kj::Promise<void> ServeControl(Supervisor* supervisor, kj::ConnectionReceiver* listener);
+
+// A capability that carries `fd` and keeps it open.
+schema::Descriptor::Client MakeDescriptor(SharedFd fd);
+void FillPipes(const Ledger& ledger, capnp::List<schema::PipePair>::Builder out);
 
 }  // namespace holdfast::supervisor

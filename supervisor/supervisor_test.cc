@@ -38,7 +38,8 @@ constexpr uint64_t kNeverOffered = uint64_t{1} << 63;
 
 bool IsMounted(const std::string& path) {
   auto mounts = ReadMountInfo();
-  return mounts.ok() && std::any_of(mounts->begin(), mounts->end(), [&](const MountInfo& m) { return m.path == path; });
+  return mounts.ok() &&
+         std::any_of(mounts->begin(), mounts->end(), [&](const MountInfo& m) { return m.path == path; });
 }
 
 // An overlay over a lower layer, like a container's root.
@@ -77,7 +78,8 @@ TEST(SupervisorTest, TheWorkerGetsItsSocketAndTheListenerAndNoOtherDescriptor) {
 TEST(SupervisorTest, InitIsAnsweredWithTheRequestedFlagsThatTheKernelOffers) {
   Harness harness;
   harness.Start();
-  MountView mount = harness.Mount("a", kAsyncRead | kParallelDirops | kMaxPages | kAllowIdmap | kNeverOffered, "blob a");
+  MountView mount =
+      harness.Mount("a", kAsyncRead | kParallelDirops | kMaxPages | kAllowIdmap | kNeverOffered, "blob a");
   EXPECT_EQ(mount.state, MountState::LIVE);
   EXPECT_EQ(mount.blob, "blob a");
   fuse_in_header request;
@@ -87,7 +89,8 @@ TEST(SupervisorTest, InitIsAnsweredWithTheRequestedFlagsThatTheKernelOffers) {
   ASSERT_EQ(mount.init_reply.size(), sizeof(fuse_out_header) + 64);
   fuse_init_out reply;
   memcpy(&reply, mount.init_reply.data() + sizeof(fuse_out_header), sizeof(reply));
-  EXPECT_EQ(reply.flags & (kAsyncRead | kParallelDirops | kMaxPages), kAsyncRead | kParallelDirops | kMaxPages);
+  EXPECT_EQ(reply.flags & (kAsyncRead | kParallelDirops | kMaxPages),
+            kAsyncRead | kParallelDirops | kMaxPages);
   EXPECT_EQ(reply.max_pages, 256);
   fuse_init_in offered;
   memcpy(&offered, mount.init_request.data() + sizeof(request), sizeof(offered));
@@ -95,7 +98,8 @@ TEST(SupervisorTest, InitIsAnsweredWithTheRequestedFlagsThatTheKernelOffers) {
   EXPECT_EQ(Stat(mount.path).Result(), static_cast<int64_t>(harness.WorkerInfo().generation));
   auto mounts = ReadMountInfo();
   ASSERT_TRUE(mounts.ok());
-  auto it = std::find_if(mounts->begin(), mounts->end(), [&](const MountInfo& m) { return m.path == mount.path; });
+  auto it =
+      std::find_if(mounts->begin(), mounts->end(), [&](const MountInfo& m) { return m.path == mount.path; });
   ASSERT_NE(it, mounts->end());
   EXPECT_EQ(it->type, "fuse.holdfast");
 }
@@ -142,7 +146,8 @@ TEST(SupervisorTest, ASuccessorAnswersTheRequestThatTheDeadWorkerHadTaken) {
     EXPECT_EQ(info.adopted, 1u);
     EXPECT_EQ(info.mount_ids, std::vector<uint64_t>{mount.id});
     EXPECT_EQ(info.blobs, std::vector<std::string>{"second"});
-    EXPECT_EQ(harness.LedgerGenerations(), std::vector<uint64_t>{info.generation}) << "the drained ledger is dropped";
+    EXPECT_EQ(harness.LedgerGenerations(), std::vector<uint64_t>{info.generation})
+        << "the drained ledger is dropped";
   }
 }
 
@@ -169,8 +174,10 @@ TEST(SupervisorTest, UpgradeSwapsToTheNewBuildAndCarriesRequestsOver) {
   EXPECT_EQ(status.crashes, 0u) << "retiring is no crash";
   ASSERT_TRUE(Eventually([&] { return harness.Status().workers.size() == 1; })) << "the old one exits";
   EXPECT_EQ(harness.Status().crashes, 0u);
-  ASSERT_TRUE(Eventually([&] { return harness.WorkerInfo().exited == std::vector<uint64_t>{old_generation}; }));
-  ASSERT_TRUE(Eventually([&] { return harness.LedgerGenerations().size() == 1; })) << "and its ledger is dropped";
+  ASSERT_TRUE(
+      Eventually([&] { return harness.WorkerInfo().exited == std::vector<uint64_t>{old_generation}; }));
+  ASSERT_TRUE(Eventually([&] { return harness.LedgerGenerations().size() == 1; }))
+      << "and its ledger is dropped";
 }
 
 TEST(SupervisorTest, UpgradeToTheRunningBuildChangesNothingUnlessForced) {
@@ -192,7 +199,8 @@ TEST(SupervisorTest, AfterAnUpgradeToABadBuildTheOldWorkerStillServes) {
   harness.Start({"--register-limit-ms", "3000"});
   MountView mount = harness.Mount("a");
   auto generation = static_cast<int64_t>(harness.WorkerInfo().generation);
-  for (const char* mode : {"exit", "silent", "wrong-token", "fail-serve", "die-serve", "fail-take", "die-take"}) {
+  for (const char* mode :
+       {"exit", "silent", "wrong-token", "fail-serve", "die-serve", "fail-take", "die-take"}) {
     SCOPED_TRACE(mode);
     bool changed = false;
     EXPECT_NE(harness.Upgrade(harness.MakeWorker(mode), false, &changed), "");
@@ -204,7 +212,8 @@ TEST(SupervisorTest, AfterAnUpgradeToABadBuildTheOldWorkerStillServes) {
   }
   bool changed = false;
   EXPECT_NE(harness.Upgrade("/no/such/worker", false, &changed).find("/no/such/worker"), std::string::npos);
-  EXPECT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "") << "and a good one can still come";
+  EXPECT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "")
+      << "and a good one can still come";
 }
 
 TEST(SupervisorTest, WhenTheOldWorkerFailsDuringAnUpgradeReadsGoOn) {
@@ -278,10 +287,12 @@ TEST(SupervisorTest, TwentyDeathsLeakNoDescriptorAndNoLedger) {
   auto kill_once = [&] {
     StatusView before = harness.WaitPhase("running", 30);
     ASSERT_EQ(kill(before.Worker("owner").pid, SIGKILL), 0);
-    ASSERT_TRUE(Eventually([&] {
-      StatusView now = harness.Status();
-      return now.phase == "running" && now.workers.size() == 1 && now.crashes > before.crashes;
-    }, 30));
+    ASSERT_TRUE(Eventually(
+        [&] {
+          StatusView now = harness.Status();
+          return now.phase == "running" && now.workers.size() == 1 && now.crashes > before.crashes;
+        },
+        30));
     // A death within a second of the last is answered by a longer and longer wait: let it run a second.
     usleep(1'050'000);
   };

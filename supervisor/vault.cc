@@ -1,11 +1,49 @@
 #include "supervisor/vault.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <charconv>
 #include <utility>
 
 namespace holdfast::supervisor {
+namespace {
+
+constexpr int kPipeBytes = 65'536;  // 16 buffers: the 32 KiB of a slot, however the kernel splits them
+
+template <typename T>
+T Load(const void* address) {
+  return __atomic_load_n(static_cast<const T*>(address), __ATOMIC_ACQUIRE);
+}
+
+absl::StatusOr<Pipe> MakePipe() {
+  int ends[2];
+  if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0) return ErrnoStatus(errno, "pipe");
+  Pipe pipe{std::make_shared<UniqueFd>(ends[0]), std::make_shared<UniqueFd>(ends[1])};
+  if (fcntl(ends[0], F_SETPIPE_SZ, kPipeBytes) < 0) return ErrnoStatus(errno, "F_SETPIPE_SZ");
+  return pipe;
+}
+
+void FillHeader(hf_ledger_header* header, uint64_t generation) {
+  header->magic = HF_LEDGER_MAGIC;
+  header->version = HF_LEDGER_VERSION;
+  header->header_size = sizeof(hf_ledger_header);
+  header->total_size = HF_LEDGER_TOTAL_SIZE;
+  header->generation = generation;
+  header->slot_count = HF_LEDGER_SLOTS;
+  header->slot_stride = HF_LEDGER_SLOT_STRIDE;
+  header->slot_offset = HF_LEDGER_SLOT_OFFSET;
+  header->record_count = HF_LEDGER_RECORDS;
+  header->record_stride = sizeof(hf_record);
+  header->record_offset = HF_LEDGER_RECORD_OFFSET;
+}
+
+}  // namespace
 
 absl::StatusOr<IdFile> IdFile::Open(const std::string& path, uint64_t block) {
   uint64_t next = 1;
@@ -14,7 +52,8 @@ absl::StatusOr<IdFile> IdFile::Open(const std::string& path, uint64_t block) {
     if (!text.empty() && text.back() == '\n') text.pop_back();
     auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), next);
     if (error != std::errc() || end != text.data() + text.size() || next == 0) {
-      return DataLoss(path + " does not hold a number; restore it, or write one higher than any mount id ever used");
+      return DataLoss(path +
+                      " does not hold a number; restore it, or write one higher than any mount id ever used");
     }
   }
   return IdFile(path, next, block);
@@ -35,38 +74,11 @@ absl::StatusOr<uint64_t> Vault::Allocate(const std::string& path, std::string bl
     }
   }
   HF_ASSIGN_OR_RETURN(uint64_t id, ids_.Next());
-  Mount& mount = mounts_[id];
-  mount.id = id;
-  mount.path = path;
-  mount.blob = std::move(blob);
-  mount.caller = caller;
+  mounts_[id] = {.id = id, .path = path, .blob = std::move(blob), .caller = caller};
   return id;
 }
 
-void Vault::SetLive(uint64_t id, SharedFd device, std::string init_request, std::string init_reply) {
-  auto it = mounts_.find(id);
-  if (it == mounts_.end()) return;
-  it->second.state = MountState::kLive;
-  it->second.device = std::move(device);
-  it->second.init_request = std::move(init_request);
-  it->second.init_reply = std::move(init_reply);
-}
-
-absl::Status Vault::SetBlob(uint64_t id, std::string blob) {
-  auto it = mounts_.find(id);
-  if (it == mounts_.end()) return NotFound("no mount " + std::to_string(id));
-  it->second.blob = std::move(blob);
-  return absl::OkStatus();
-}
-
-void Vault::SetDetached(uint64_t id) {
-  auto it = mounts_.find(id);
-  if (it != mounts_.end()) it->second.state = MountState::kDetached;
-}
-
-void Vault::Forget(uint64_t id) { mounts_.erase(id); }
-
-const Mount* Vault::Find(uint64_t id) const {
+Mount* Vault::Find(uint64_t id) {
   auto it = mounts_.find(id);
   return it == mounts_.end() ? nullptr : &it->second;
 }
@@ -85,23 +97,9 @@ std::vector<const Mount*> Vault::Page(uint64_t after, size_t limit, bool* more) 
   return page;
 }
 
-std::vector<const Mount*> Vault::All() const {
-  std::vector<const Mount*> all;
-  for (const auto& [id, mount] : mounts_) all.push_back(&mount);
-  return all;
-}
-
-bool Vault::MountingForOthers(uint64_t generation) const {
-  for (const auto& [id, mount] : mounts_) {
-    if (mount.state == MountState::kMounting && mount.caller != generation && !mount.abandoned) return true;
-  }
-  return false;
-}
-
-void Vault::AbandonMountingOfOthers(uint64_t generation) {
-  for (auto& [id, mount] : mounts_) {
-    if (mount.state == MountState::kMounting && mount.caller != generation) mount.abandoned = true;
-  }
+bool Vault::IsMounting() const {
+  return std::any_of(mounts_.begin(), mounts_.end(),
+                     [](const auto& entry) { return entry.second.state == MountState::kMounting; });
 }
 
 std::vector<uint64_t> Vault::TakeGone() {
@@ -120,6 +118,94 @@ std::vector<uint64_t> Vault::TakeGone() {
     mounts_.erase(ids[i]);
   }
   return gone;
+}
+
+absl::StatusOr<std::unique_ptr<Ledger>> Ledger::Create(uint64_t generation) {
+  auto memory = std::make_shared<UniqueFd>(memfd_create("holdfast-ledger", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!memory->valid()) return ErrnoStatus(errno, "memfd_create");
+  if (ftruncate(memory->get(), HF_LEDGER_TOTAL_SIZE) != 0) return ErrnoStatus(errno, "ftruncate of a ledger");
+  if (fcntl(memory->get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+    return ErrnoStatus(errno, "sealing a ledger");
+  }
+  void* base = mmap(nullptr, HF_LEDGER_TOTAL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, memory->get(), 0);
+  if (base == MAP_FAILED) return ErrnoStatus(errno, "mapping a ledger");
+  std::unique_ptr<Ledger> ledger(new Ledger(generation, std::move(memory), static_cast<char*>(base)));
+  FillHeader(static_cast<hf_ledger_header*>(base), generation);
+  for (uint32_t i = 0; i < HF_LEDGER_SLOTS; ++i) {
+    HF_ASSIGN_OR_RETURN(Pipe pipe, MakePipe());
+    ledger->pipes_.push_back(std::move(pipe));
+  }
+  return ledger;
+}
+
+Ledger::~Ledger() { munmap(base_, HF_LEDGER_TOTAL_SIZE); }
+
+bool Ledger::SlotIsUnanswered(uint32_t index) const {
+  const char* slot = base_ + HF_LEDGER_SLOT_OFFSET + size_t{index} * HF_LEDGER_SLOT_STRIDE;
+  auto state = Load<uint32_t>(slot + offsetof(hf_slot, state));
+  if (state == HF_SLOT_EXECUTING) return true;
+  if (state != HF_SLOT_RECEIVING) return false;
+  int in_pipe = 0;
+  ioctl(pipes_[index].read_end->get(), FIONREAD, &in_pipe);
+  return in_pipe > 0 || Load<uint32_t>(slot + offsetof(hf_slot, request)) != 0;
+}
+
+uint64_t Ledger::CountUnanswered() const {
+  uint64_t count = 0;
+  for (uint32_t i = 0; i < HF_LEDGER_SLOTS; ++i) count += SlotIsUnanswered(i) ? 1 : 0;
+  uint32_t used =
+      std::min(Load<uint32_t>(base_ + offsetof(hf_ledger_header, record_high_water)), HF_LEDGER_RECORDS);
+  for (uint32_t i = 0; i < used; ++i) {
+    const char* record = base_ + HF_LEDGER_RECORD_OFFSET + size_t{i} * sizeof(hf_record);
+    count += Load<uint32_t>(record + offsetof(hf_record, state)) == HF_RECORD_PENDING ? 1 : 0;
+  }
+  return count;
+}
+
+uint64_t Ledger::Counter(size_t offset) const { return Load<uint64_t>(base_ + offset); }
+
+absl::StatusOr<Ledger*> LedgerStore::Create(uint64_t generation) {
+  HF_ASSIGN_OR_RETURN(auto ledger, Ledger::Create(generation));
+  return (ledgers_[generation] = std::move(ledger)).get();
+}
+
+Ledger* LedgerStore::Find(uint64_t generation) const {
+  auto it = ledgers_.find(generation);
+  return it == ledgers_.end() ? nullptr : it->second.get();
+}
+
+std::vector<Ledger*> LedgerStore::Page(uint64_t after, uint64_t except, size_t limit, bool* more) const {
+  std::vector<Ledger*> page;
+  *more = false;
+  for (auto it = ledgers_.upper_bound(after); it != ledgers_.end(); ++it) {
+    if (it->first == except) continue;
+    if (page.size() == limit) {
+      *more = true;
+      break;
+    }
+    page.push_back(it->second.get());
+  }
+  return page;
+}
+
+void LedgerStore::OwnerExited(uint64_t generation) {
+  Ledger* ledger = Find(generation);
+  if (ledger == nullptr) return;
+  ledger->owner_exited = true;
+  if (ledger->CountUnanswered() == 0) ledgers_.erase(generation);
+}
+
+void LedgerStore::Drained(uint64_t generation) {
+  Ledger* ledger = Find(generation);
+  if (ledger != nullptr && ledger->owner_exited) ledgers_.erase(generation);
+}
+
+uint64_t LedgerStore::CountUnanswered(uint64_t except) const {
+  uint64_t count = 0;
+  for (const auto& [generation, ledger] : ledgers_) {
+    if (generation != except) count += ledger->CountUnanswered();
+  }
+  return count;
 }
 
 }  // namespace holdfast::supervisor

@@ -1,8 +1,9 @@
-// The vault: every mount the supervisor made, with what a worker needs to serve it. Pure bookkeeping, no system calls but
-// the id file's; interprets neither INIT bytes nor blobs.
+// The vault, what the supervisor holds across workers: every mount with what a worker needs to serve it, and
+// the request ledgers (schema/ledger.h). Pure bookkeeping: interprets neither INIT bytes nor blobs, and reads
+// what workers write into a ledger as numbers only, never as an index.
 //
-// Used on the main thread only. A device descriptor is shared by everything that may still send it; it is closed when the
-// mount is gone and nobody sends it any more.
+// Used on the main thread only. A descriptor is shared by everything that may still send it; it is closed
+// when its mount or ledger is gone and nobody sends it any more.
 #pragma once
 
 #include <cstdint>
@@ -13,13 +14,14 @@
 
 #include "common/io.h"
 #include "common/status.h"
+#include "schema/ledger.h"
 
 namespace holdfast::supervisor {
 
 using SharedFd = std::shared_ptr<UniqueFd>;
 
-// Numbers that are never reused within one state folder, across restarts: reserved in blocks, the reservation synced to the
-// file before a number of it is given out.
+// Numbers that are never reused within one state folder, across restarts: reserved in blocks, the reservation
+// synced to the file before a number of it is given out.
 class IdFile {
  public:
   // `path` need not exist. DataLoss when it holds anything but a number.
@@ -27,7 +29,8 @@ class IdFile {
   absl::StatusOr<uint64_t> Next();
 
  private:
-  IdFile(std::string path, uint64_t next, uint64_t block) : path_(std::move(path)), next_(next), end_(next), block_(block) {}
+  IdFile(std::string path, uint64_t next, uint64_t block)
+      : path_(std::move(path)), next_(next), end_(next), block_(block) {}
   std::string path_;
   uint64_t next_;
   uint64_t end_;  // numbers below it are reserved
@@ -39,13 +42,12 @@ enum class MountState { kMounting, kLive, kDetached, kGone };
 struct Mount {
   uint64_t id = 0;
   MountState state = MountState::kMounting;
-  std::string path;
-  std::string blob;
-  uint64_t caller = 0;     // generation that asked for it
-  bool abandoned = false;  // nobody waits for it any more: undone when mounting ends
-  SharedFd device;
-  std::string init_request;
-  std::string init_reply;
+  std::string path{};
+  std::string blob{};
+  uint64_t caller = 0;  // generation that asked for it
+  SharedFd device{};
+  std::string init_request{};
+  std::string init_reply{};
 };
 
 class Vault {
@@ -54,27 +56,72 @@ class Vault {
 
   // A new entry in state mounting. AlreadyExists while another mounting or live entry has the path.
   absl::StatusOr<uint64_t> Allocate(const std::string& path, std::string blob, uint64_t caller);
-  void SetLive(uint64_t id, SharedFd device, std::string init_request, std::string init_reply);
-  absl::Status SetBlob(uint64_t id, std::string blob);
-  void SetDetached(uint64_t id);
-  void Forget(uint64_t id);  // gone
-
   // Null when unknown (never existed, or gone). Valid until the next change.
-  const Mount* Find(uint64_t id) const;
+  Mount* Find(uint64_t id);
+  void Forget(uint64_t id) { mounts_.erase(id); }
+  const std::map<uint64_t, Mount>& all() const { return mounts_; }
   // Live and detached entries with id > after, in order; *more says whether there are others.
   std::vector<const Mount*> Page(uint64_t after, size_t limit, bool* more) const;
-  std::vector<const Mount*> All() const;
-
-  // Entries that another worker than `generation` is still mounting.
-  bool MountingForOthers(uint64_t generation) const;
-  void AbandonMountingOfOthers(uint64_t generation);
-
-  // Live or detached entries whose descriptor polls POLLERR: their superblock exists no more. Forgets and returns them.
+  bool IsMounting() const;  // some entry
+  // Live or detached entries whose descriptor polls POLLERR: their superblock exists no more. Forgets and
+  // returns them.
   std::vector<uint64_t> TakeGone();
 
  private:
   IdFile ids_;
   std::map<uint64_t, Mount> mounts_;
+};
+
+struct Pipe {
+  SharedFd read_end;
+  SharedFd write_end;
+};
+
+class Ledger {
+ public:
+  static absl::StatusOr<std::unique_ptr<Ledger>> Create(uint64_t generation);
+  ~Ledger();
+  Ledger(const Ledger&) = delete;
+  Ledger& operator=(const Ledger&) = delete;
+
+  uint64_t generation() const { return generation_; }
+  const SharedFd& memory() const { return memory_; }
+  const std::vector<Pipe>& pipes() const { return pipes_; }  // one a slot, O_NONBLOCK
+
+  // Requests that a successor would have to answer now.
+  uint64_t CountUnanswered() const;
+  uint64_t received() const { return Counter(offsetof(hf_ledger_header, requests_received)); }
+  uint64_t answered() const { return Counter(offsetof(hf_ledger_header, requests_answered)); }
+
+  bool owner_exited = false;
+
+ private:
+  Ledger(uint64_t generation, SharedFd memory, char* base)
+      : generation_(generation), memory_(std::move(memory)), base_(base) {}
+  bool SlotIsUnanswered(uint32_t index) const;
+  uint64_t Counter(size_t offset) const;
+
+  const uint64_t generation_;
+  const SharedFd memory_;
+  char* const base_;
+  std::vector<Pipe> pipes_;
+};
+
+class LedgerStore {
+ public:
+  absl::StatusOr<Ledger*> Create(uint64_t generation);
+  Ledger* Find(uint64_t generation) const;  // null when unknown or dropped
+  // With generation > after, but not `except`, in order; at most `limit`.
+  std::vector<Ledger*> Page(uint64_t after, uint64_t except, size_t limit, bool* more) const;
+
+  void OwnerExited(uint64_t generation);
+  // A worker says that nothing unanswered is left there. Before the owner's exit is proven that may become
+  // untrue again.
+  void Drained(uint64_t generation);
+  uint64_t CountUnanswered(uint64_t except) const;
+
+ private:
+  std::map<uint64_t, std::unique_ptr<Ledger>> ledgers_;
 };
 
 }  // namespace holdfast::supervisor

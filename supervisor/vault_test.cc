@@ -36,8 +36,12 @@ class VaultTest : public ::testing::Test {
  protected:
   uint64_t Live(const std::string& path, const std::string& blob = "") {
     uint64_t id = vault_.Allocate(path, blob, 1).value();
-    vault_.SetLive(id, DevNull(), "request", "reply");
+    SetLive(id, DevNull());
     return id;
+  }
+  void SetLive(uint64_t id, SharedFd device) {
+    vault_.Find(id)->state = MountState::kLive;
+    vault_.Find(id)->device = std::move(device);
   }
   TempDir dir_;
   Vault vault_{IdFile::Open(dir_.path() + "/ids", 100).value()};
@@ -48,7 +52,7 @@ TEST_F(VaultTest, PagesHoldLiveAndDetachedMountsInOrder) {
   ASSERT_TRUE(vault_.Allocate("/mounting", "", 1).ok());
   uint64_t b = Live("/b");
   uint64_t c = Live("/c");
-  vault_.SetDetached(b);
+  vault_.Find(b)->state = MountState::kDetached;
   bool more = false;
   auto page = vault_.Page(0, 2, &more);
   ASSERT_EQ(page.size(), 2u);
@@ -65,27 +69,18 @@ TEST_F(VaultTest, PagesHoldLiveAndDetachedMountsInOrder) {
 TEST_F(VaultTest, APathIsMountedOnceUntilItIsDetached) {
   uint64_t a = Live("/a");
   EXPECT_FALSE(vault_.Allocate("/a", "", 1).ok());
-  vault_.SetDetached(a);
+  vault_.Find(a)->state = MountState::kDetached;
   EXPECT_TRUE(vault_.Allocate("/a", "", 1).ok());
   EXPECT_FALSE(vault_.Allocate("/a", "", 1).ok()) << "being mounted";
 }
 
-TEST_F(VaultTest, TheNewestBlobIsKept) {
-  uint64_t a = Live("/a", "one");
-  ASSERT_TRUE(vault_.SetBlob(a, "two").ok());
-  EXPECT_EQ(vault_.Find(a)->blob, "two");
-  EXPECT_FALSE(vault_.SetBlob(a + 1, "x").ok());
-}
-
-TEST_F(VaultTest, MountsBegunByOthersAreAwaitedOrAbandoned) {
-  uint64_t mine = vault_.Allocate("/mine", "", 2).value();
-  EXPECT_FALSE(vault_.MountingForOthers(2));
-  uint64_t theirs = vault_.Allocate("/theirs", "", 1).value();
-  EXPECT_TRUE(vault_.MountingForOthers(2));
-  vault_.AbandonMountingOfOthers(2);
-  EXPECT_FALSE(vault_.MountingForOthers(2));
-  EXPECT_TRUE(vault_.Find(theirs)->abandoned);
-  EXPECT_FALSE(vault_.Find(mine)->abandoned);
+TEST_F(VaultTest, TellsWhetherAMountIsBeingMade) {
+  Live("/a");
+  EXPECT_FALSE(vault_.IsMounting());
+  uint64_t b = vault_.Allocate("/b", "", 1).value();
+  EXPECT_TRUE(vault_.IsMounting());
+  SetLive(b, DevNull());
+  EXPECT_FALSE(vault_.IsMounting());
 }
 
 TEST_F(VaultTest, AMountIsGoneWhenItsDescriptorPollsAnError) {
@@ -94,7 +89,7 @@ TEST_F(VaultTest, AMountIsGoneWhenItsDescriptorPollsAnError) {
   // A /dev/fuse that is not mounted polls POLLERR, like one whose superblock is gone.
   auto fuse = std::make_shared<UniqueFd>(open("/dev/fuse", O_RDWR | O_CLOEXEC));
   ASSERT_TRUE(fuse->valid());
-  vault_.SetLive(gone, fuse, "", "");
+  SetLive(gone, fuse);
   EXPECT_EQ(vault_.TakeGone(), std::vector<uint64_t>{gone});
   EXPECT_EQ(vault_.Find(gone), nullptr);
   EXPECT_NE(vault_.Find(live), nullptr);

@@ -1,7 +1,8 @@
-// A stand-in for the worker in the supervisor's tests: speaks the whole protocol and serves GETATTR of mount roots, through the
-// ledger, and nothing else. How it misbehaves is read from the tail of its own executable ("HFMODE:<mode>\n"), so that a test
-// makes differently behaving builds by appending to a copy. Files in the state folder steer a running one: while "hold" exists
-// a request taken is left in its slot, with "hold-pipe" in its pipe.
+// A stand-in for the worker in the supervisor's tests: speaks the whole protocol and serves GETATTR of mount
+// roots, through the ledger, and nothing else. How it misbehaves is read from the tail of its own executable
+// ("HFMODE:<mode>\n"), so that a test makes differently behaving builds by appending to a copy. Files in the
+// state folder steer a running one: while "hold" exists a request taken is left in its slot, with "hold-pipe"
+// in its pipe.
 #include <capnp/rpc-twoparty.h>
 #include <dirent.h>
 #include <errno.h>
@@ -49,7 +50,9 @@ std::string OwnMode() {
 
 UniqueFd Dup(int fd) { return UniqueFd(fcntl(fd, F_DUPFD_CLOEXEC, 3)); }
 
-std::atomic_ref<uint32_t> Word(void* address) { return std::atomic_ref<uint32_t>(*static_cast<uint32_t*>(address)); }
+std::atomic_ref<uint32_t> Word(void* address) {
+  return std::atomic_ref<uint32_t>(*static_cast<uint32_t*>(address));
+}
 
 struct LedgerMap {
   char* base = nullptr;
@@ -59,7 +62,8 @@ struct LedgerMap {
     return reinterpret_cast<hf_slot*>(base + header()->slot_offset + uint64_t{i} * header()->slot_stride);
   }
   hf_record* record(uint32_t i) {
-    return reinterpret_cast<hf_record*>(base + header()->record_offset + uint64_t{i} * header()->record_stride);
+    return reinterpret_cast<hf_record*>(base + header()->record_offset +
+                                        uint64_t{i} * header()->record_stride);
   }
 };
 
@@ -116,7 +120,8 @@ class Server {
       if (Answer(slot->mount_id, slot->request)) ++adopted_;
       Word(&slot->state) = HF_SLOT_FREE;
     }
-    for (uint32_t i = 0; i < ledger.header()->record_high_water; ++i) Word(&ledger.record(i)->state) = HF_RECORD_FREE;
+    for (uint32_t i = 0; i < ledger.header()->record_high_water; ++i)
+      Word(&ledger.record(i)->state) = HF_RECORD_FREE;
   }
   void AdoptOwn() {
     holding_ = false;
@@ -156,7 +161,8 @@ class Server {
     slot->mount_id = id;
     slot->owner_generation = static_cast<uint32_t>(generation_);
     Word(&slot->state) = HF_SLOT_RECEIVING;
-    ssize_t got = splice(device, nullptr, own_.pipes[0].second.get(), nullptr, HF_LEDGER_REQUEST_BYTES, SPLICE_F_NONBLOCK);
+    ssize_t got = splice(device, nullptr, own_.pipes[0].second.get(), nullptr, HF_LEDGER_REQUEST_BYTES,
+                         SPLICE_F_NONBLOCK);
     if (got <= 0) {
       Word(&slot->state) = HF_SLOT_FREE;
       return;
@@ -190,7 +196,8 @@ class Server {
     }
     fuse_in_header in;
     memcpy(&in, request, sizeof(in));
-    if (in.opcode == FUSE_FORGET || in.opcode == FUSE_BATCH_FORGET || in.opcode == FUSE_INTERRUPT) return false;
+    if (in.opcode == FUSE_FORGET || in.opcode == FUSE_BATCH_FORGET || in.opcode == FUSE_INTERRUPT)
+      return false;
     struct {
       fuse_out_header header;
       union {
@@ -260,15 +267,20 @@ struct Context {
 
 kj::Promise<UniqueFd> TakeFd(schema::Descriptor::Client descriptor) {
   auto promise = descriptor.getFd();
-  return promise.then([keep = kj::mv(descriptor)](kj::Maybe<int> fd) mutable { return Dup(KJ_REQUIRE_NONNULL(fd)); });
+  return promise.then(
+      [keep = kj::mv(descriptor)](kj::Maybe<int> fd) mutable { return Dup(KJ_REQUIRE_NONNULL(fd)); });
 }
 
 kj::Promise<void> TakePipes(capnp::List<schema::PipePair>::Reader list, LedgerMap* ledger) {
   auto promises = kj::heapArrayBuilder<kj::Promise<void>>(list.size() * 2);
   ledger->pipes.resize(list.size());
   for (unsigned i = 0; i < list.size(); ++i) {
-    promises.add(TakeFd(list[i].getReadEnd()).then([ledger, i](UniqueFd fd) { ledger->pipes[i].first = std::move(fd); }));
-    promises.add(TakeFd(list[i].getWriteEnd()).then([ledger, i](UniqueFd fd) { ledger->pipes[i].second = std::move(fd); }));
+    promises.add(TakeFd(list[i].getReadEnd()).then([ledger, i](UniqueFd fd) {
+      ledger->pipes[i].first = std::move(fd);
+    }));
+    promises.add(TakeFd(list[i].getWriteEnd()).then([ledger, i](UniqueFd fd) {
+      ledger->pipes[i].second = std::move(fd);
+    }));
   }
   return kj::joinPromises(promises.finish());
 }
@@ -277,52 +289,59 @@ kj::Promise<void> WalkMounts(Context& c, uint64_t after) {
   auto request = c.link().mountsRequest();
   request.setAfter(after);
   request.setLimit(1'000);  // the supervisor gives at most 200
-  return request.send().then([&c](capnp::Response<schema::Supervisor::MountsResults>&& page) -> kj::Promise<void> {
-    ++c.pages;
-    auto entries = page.getEntries();
-    if (entries.size() > 200) _exit(95);
-    auto promises = kj::heapArrayBuilder<kj::Promise<void>>(entries.size());
-    for (auto entry : entries) {
-      promises.add(TakeFd(entry.getDevice()).then([&c, id = entry.getMountId(), blob = Text(entry.getBlob())](UniqueFd fd) {
-        c.server->Add(id, std::move(fd), blob);
-      }));
-    }
-    uint64_t last = entries.size() == 0 ? 0 : entries[entries.size() - 1].getMountId();
-    bool more = page.getMore();
-    return kj::joinPromises(promises.finish()).attach(kj::mv(page)).then([&c, more, last]() -> kj::Promise<void> {
-      if (!more) return kj::READY_NOW;
-      return WalkMounts(c, last);
-    });
-  });
+  return request.send().then(
+      [&c](capnp::Response<schema::Supervisor::MountsResults>&& page) -> kj::Promise<void> {
+        ++c.pages;
+        auto entries = page.getEntries();
+        if (entries.size() > 200) _exit(95);
+        auto promises = kj::heapArrayBuilder<kj::Promise<void>>(entries.size());
+        for (auto entry : entries) {
+          promises.add(TakeFd(entry.getDevice())
+                           .then([&c, id = entry.getMountId(), blob = Text(entry.getBlob())](UniqueFd fd) {
+                             c.server->Add(id, std::move(fd), blob);
+                           }));
+        }
+        uint64_t last = entries.size() == 0 ? 0 : entries[entries.size() - 1].getMountId();
+        bool more = page.getMore();
+        return kj::joinPromises(promises.finish())
+            .attach(kj::mv(page))
+            .then([&c, more, last]() -> kj::Promise<void> {
+              if (!more) return kj::READY_NOW;
+              return WalkMounts(c, last);
+            });
+      });
 }
 
 kj::Promise<void> WalkLedgers(Context& c, uint64_t after) {
   auto request = c.link().oldLedgersRequest();
   request.setAfter(after);
-  return request.send().then([&c](capnp::Response<schema::Supervisor::OldLedgersResults>&& page) -> kj::Promise<void> {
-    auto list = page.getLedgers();
-    auto promises = kj::heapArrayBuilder<kj::Promise<void>>(list.size());
-    uint64_t last = 0;
-    for (auto entry : list) {
-      last = entry.getGeneration();
-      c.ledgers_seen.push_back(last);
-      LedgerMap* ledger = &c.old_ledgers[last];
-      promises.add(TakeFd(entry.getLedger())
-                       .then([ledger](UniqueFd memory) { *ledger = MapLedger(memory.get()); })
-                       .then([entry, ledger]() { return TakePipes(entry.getRequestPipes(), ledger); })
-                       .then([&c, ledger, last] {
-                         c.server->Adopt(*ledger);
-                         auto drained = c.link().drainedRequest();
-                         drained.setGeneration(last);
-                         return drained.send().ignoreResult();
-                       }));
-    }
-    bool more = page.getMore();
-    return kj::joinPromises(promises.finish()).attach(kj::mv(page)).then([&c, more, last]() -> kj::Promise<void> {
-      if (!more) return kj::READY_NOW;
-      return WalkLedgers(c, last);
-    });
-  });
+  return request.send().then(
+      [&c](capnp::Response<schema::Supervisor::OldLedgersResults>&& page) -> kj::Promise<void> {
+        auto list = page.getLedgers();
+        auto promises = kj::heapArrayBuilder<kj::Promise<void>>(list.size());
+        uint64_t last = 0;
+        for (auto entry : list) {
+          last = entry.getGeneration();
+          c.ledgers_seen.push_back(last);
+          LedgerMap* ledger = &c.old_ledgers[last];
+          promises.add(TakeFd(entry.getLedger())
+                           .then([ledger](UniqueFd memory) { *ledger = MapLedger(memory.get()); })
+                           .then([entry, ledger]() { return TakePipes(entry.getRequestPipes(), ledger); })
+                           .then([&c, ledger, last] {
+                             c.server->Adopt(*ledger);
+                             auto drained = c.link().drainedRequest();
+                             drained.setGeneration(last);
+                             return drained.send().ignoreResult();
+                           }));
+        }
+        bool more = page.getMore();
+        return kj::joinPromises(promises.finish())
+            .attach(kj::mv(page))
+            .then([&c, more, last]() -> kj::Promise<void> {
+              if (!more) return kj::READY_NOW;
+              return WalkLedgers(c, last);
+            });
+      });
 }
 
 class WorkerServer final : public schema::Worker::Server {
@@ -350,7 +369,8 @@ class WorkerServer final : public schema::Worker::Server {
   kj::Promise<void> takeMetadata(TakeMetadataContext) override {
     if (c_.mode == "fail-take") KJ_FAIL_REQUIRE("this build cannot read the metadata");
     if (c_.mode == "die-take") _exit(3);
-    c_.metadata = UniqueFd(open((c_.state_dir + "/fake-metadata").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
+    c_.metadata =
+        UniqueFd(open((c_.state_dir + "/fake-metadata").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
     // Exclusive for real: two owners would show as an error.
     KJ_REQUIRE(flock(c_.metadata.get(), LOCK_EX | LOCK_NB) == 0, "another worker holds the metadata");
     return WalkMounts(c_, 0);
@@ -405,20 +425,23 @@ class AdminServer final : public FakeAdmin::Server {
     request.setPath(params.getPath());
     request.setOptions(params.getOptions());
     request.setBlob(params.getBlob());
-    return request.send().then([this, context](capnp::Response<schema::Supervisor::MountResults>&& result) mutable {
-      auto entry = result.getEntry();
-      context.getResults().setEntry(entry);
-      return TakeFd(entry.getDevice()).then([this, id = entry.getMountId(), blob = Text(entry.getBlob())](UniqueFd fd) {
-        c_.server->Add(id, std::move(fd), blob);
-      });
-    });
+    return request.send().then(
+        [this, context](capnp::Response<schema::Supervisor::MountResults>&& result) mutable {
+          auto entry = result.getEntry();
+          context.getResults().setEntry(entry);
+          return TakeFd(entry.getDevice())
+              .then([this, id = entry.getMountId(), blob = Text(entry.getBlob())](UniqueFd fd) {
+                c_.server->Add(id, std::move(fd), blob);
+              });
+        });
   }
   kj::Promise<void> unmount(UnmountContext context) override {
     auto request = c_.link().unmountRequest();
     request.setMountId(context.getParams().getMountId());
-    return request.send().then([context](capnp::Response<schema::Supervisor::UnmountResults>&& result) mutable {
-      context.getResults().setState(result.getState());
-    });
+    return request.send().then(
+        [context](capnp::Response<schema::Supervisor::UnmountResults>&& result) mutable {
+          context.getResults().setState(result.getState());
+        });
   }
   kj::Promise<void> setBlob(SetBlobContext context) override {
     auto request = c_.link().setBlobRequest();
@@ -444,7 +467,8 @@ class AdminServer final : public FakeAdmin::Server {
     Copy(c_.ledgers_seen, out.initLedgersSeen(static_cast<unsigned>(c_.ledgers_seen.size())));
     int listening = 0;
     socklen_t size = sizeof(listening);
-    out.setListenerWorks(getsockopt(c_.listener.get(), SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) == 0 && listening == 1);
+    out.setListenerWorks(getsockopt(c_.listener.get(), SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) == 0 &&
+                         listening == 1);
     auto fds = out.initOpenFds(static_cast<unsigned>(inherited.size()));
     for (unsigned f = 0; f < inherited.size(); ++f) fds.set(f, inherited[f].c_str());
     return kj::READY_NOW;
@@ -463,7 +487,8 @@ class AdminServer final : public FakeAdmin::Server {
 void NoteInherited() {
   DIR* folder = opendir("/proc/self/fd");
   while (dirent* entry = readdir(folder)) {
-    if (entry->d_name[0] != '.' && atoi(entry->d_name) != dirfd(folder)) AdminServer::inherited.emplace_back(entry->d_name);
+    if (entry->d_name[0] != '.' && atoi(entry->d_name) != dirfd(folder))
+      AdminServer::inherited.emplace_back(entry->d_name);
   }
   closedir(folder);
 }

@@ -59,7 +59,7 @@ std::vector<uint64_t> Numbers(capnp::List<uint64_t>::Reader list) {
 }
 
 MountView View(schema::MountEntry::Reader entry) {
-  return {entry.getMountId(),           entry.getPath().cStr(), Text(entry.getInitRequest()),
+  return {entry.getMountId(),         entry.getPath().cStr(), Text(entry.getInitRequest()),
           Text(entry.getInitReply()), Text(entry.getBlob()),  entry.getState()};
 }
 
@@ -113,7 +113,8 @@ std::string Harness::MakeWorker(const std::string& mode) {
 }
 
 pid_t Harness::Launch(const std::vector<std::string>& args, int output) {
-  std::vector<std::string> all = {Bin("holdfast-supervisor"), "--state", state_dir(), "--runtime", dir_.path() + "/run"};
+  std::vector<std::string> all = {Bin("holdfast-supervisor"), "--state", state_dir(), "--runtime",
+                                  dir_.path() + "/run"};
   all.insert(all.end(), args.begin(), args.end());
   std::vector<char*> argv;
   for (std::string& arg : all) argv.push_back(arg.data());
@@ -185,7 +186,8 @@ void Harness::Connect() {
 }
 
 StatusView Harness::Status() {
-  auto response = Wait(KJ_ASSERT_NONNULL(control_).statusRequest().send().then([](auto&& r) { return kj::mv(r); }));
+  auto response =
+      Wait(KJ_ASSERT_NONNULL(control_).statusRequest().send().then([](auto&& r) { return kj::mv(r); }));
   auto status = response.getStatus();
   StatusView view;
   view.phase = status.getPhase().cStr();
@@ -200,8 +202,9 @@ StatusView Harness::Status() {
   view.live = status.getMountsLive();
   view.detached = status.getMountsDetached();
   for (auto worker : status.getWorkers()) {
-    view.workers.push_back({worker.getGeneration(), static_cast<pid_t>(worker.getPid()), worker.getRole().cStr(),
-                            worker.getBuild().cStr(), worker.getExecutable().cStr(), worker.getRequestsReceived()});
+    view.workers.push_back({worker.getGeneration(), static_cast<pid_t>(worker.getPid()),
+                            worker.getRole().cStr(), worker.getBuild().cStr(), worker.getExecutable().cStr(),
+                            worker.getRequestsReceived()});
   }
   for (auto warning : status.getWarnings()) view.warnings.emplace_back(warning.cStr());
   return view;
@@ -248,14 +251,16 @@ std::vector<MountView> Harness::Mounts(uint64_t after, uint32_t limit, bool* mor
 }
 
 std::vector<uint64_t> Harness::LedgerGenerations() {
-  auto response = Wait(KJ_ASSERT_NONNULL(control_).ledgersRequest().send().then([](auto&& r) { return kj::mv(r); }));
+  auto response =
+      Wait(KJ_ASSERT_NONNULL(control_).ledgersRequest().send().then([](auto&& r) { return kj::mv(r); }));
   std::vector<uint64_t> generations;
   for (auto ledger : response.getLedgers()) generations.push_back(ledger.getGeneration());
   return generations;
 }
 
 FakeAdmin::Client Harness::Admin() {
-  auto response = Wait(KJ_ASSERT_NONNULL(control_).workerAdminRequest().send().then([](auto&& r) { return kj::mv(r); }));
+  auto response =
+      Wait(KJ_ASSERT_NONNULL(control_).workerAdminRequest().send().then([](auto&& r) { return kj::mv(r); }));
   return response.getAdmin().castAs<FakeAdmin>();
 }
 

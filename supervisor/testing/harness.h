@@ -1,5 +1,5 @@
-// Runs a real supervisor on a folder of its own for one test, with copies of the fake worker. Whatever happens, the destructor ends
-// every process it started and unmounts what they left.
+// Runs a real supervisor on a folder of its own for one test, with copies of the fake worker. Whatever
+// happens, the destructor ends every process it started and unmounts what they left.
 #pragma once
 
 #include <capnp/rpc-twoparty.h>
@@ -60,7 +60,8 @@ class Harness {
 
   // Starts the supervisor and waits until its worker has everything.
   void Start(const std::vector<std::string>& extra = {}, const std::string& mode = "good");
-  // Starts it with the usual folders plus `extra` and waits for its end (10 s); its exit code, *output = what it printed.
+  // Starts it with the usual folders plus `extra` and waits for its end (10 s); its exit code, *output = what
+  // it printed.
   int RunToEnd(const std::vector<std::string>& extra, std::string* output);
   pid_t pid() const { return pid_; }
   int Stop(int signal);  // and waits; the exit code, or -signal
@@ -75,7 +76,8 @@ class Harness {
   std::vector<MountView> Mounts(uint64_t after, uint32_t limit, bool* more);
   std::vector<uint64_t> LedgerGenerations();
 
-  MountView Mount(const std::string& name, uint64_t flags = 0, const std::string& blob = "");  // a new folder mounts/<name>
+  MountView Mount(const std::string& name, uint64_t flags = 0,
+                  const std::string& blob = "");  // a new folder mounts/<name>
   schema::MountState Unmount(uint64_t id);
   void SetBlob(uint64_t id, const std::string& blob);
   Info WorkerInfo();

@@ -31,7 +31,7 @@ std::shared_ptr<FakeIndex> MakeIndex(uint64_t) {
 }
 
 // The handler hands on to whoever had the signal before: a sanitizer ends the process in its own way.
-bool DiedOf(int result, int signal) {
+bool DiedOf(int result, [[maybe_unused]] int signal) {
 #ifdef HOLDFAST_SANITIZED
   return result > 0;
 #else

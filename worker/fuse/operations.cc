@@ -292,6 +292,7 @@ absl::StatusOr<std::unique_ptr<FuseSession>> FuseSession::Create(std::string_vie
   fuse_lowlevel_ops ops = Operations();
   std::unique_ptr<FuseSession> result(new FuseSession());
   fuse_session* session = fuse_session_new(&args, &ops, sizeof ops, &result->initialized_);
+  fuse_opt_free_args(&args);  // it has made a copy
   if (session == nullptr) return Internal("fuse_session_new failed");
   result->session_ = session;
   fuse_custom_io io{};

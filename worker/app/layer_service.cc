@@ -1,5 +1,6 @@
 #include "worker/app/layer_service.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "glog/logging.h"
@@ -307,7 +308,8 @@ std::vector<handover::LayerInfo> LayerService::Layers() const {
       info.files = (*index)->regular_files();
       auto content = parts_.store->OpenLayer(digest, (*index)->chunk_count(), (*index)->content_bytes());
       if (content.ok()) {
-        info.cached_bytes = (*content)->bytes();
+        // On disk it is counted in blocks; a layer that is complete shall not look more than complete.
+        info.cached_bytes = std::min((*content)->bytes(), info.content_bytes);
         info.last_access_wall_nanos = (*content)->last_access_wall_nanos();
       }
     }

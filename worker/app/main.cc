@@ -103,18 +103,19 @@ int Serve(const Arguments& arguments) {
   if (token == nullptr || fcntl(handover::kSupervisorFd, F_GETFD) < 0) {
     return Fail(FailedPrecondition("not started by holdfast-supervisor (see --help)"));
   }
-  auto link = handover::SupervisorLink::Connect(UniqueFd(handover::kSupervisorFd), token, BuildName());
-  if (!link.ok()) return Fail(link.status());
-  unsetenv("HOLDFAST_TOKEN");  // credential helpers that we run need not see it
-
   Worker::Options options;
   options.config = *std::move(config);
   const char* faults = getenv("HOLDFAST_FAULTS");
   if (faults != nullptr) options.fault_spec = faults;
   options.exit = [](int code) { ExitNow(code); };
-  absl::StatusOr<std::unique_ptr<Worker>> worker = Worker::Create(options, std::move(*link));
+  absl::StatusOr<std::unique_ptr<Worker>> worker = Worker::Create(options);
   if (!worker.ok()) return Fail(worker.status());
-  (*worker)->Start();
+
+  auto link = handover::SupervisorLink::Connect(UniqueFd(handover::kSupervisorFd), token, BuildName());
+  if (!link.ok()) return Fail(link.status());
+  unsetenv("HOLDFAST_TOKEN");  // credential helpers that we run need not see it
+  absl::Status running = (*worker)->Run(std::move(*link));
+  if (!running.ok()) return Fail(running);
   while (true) {
     int signal = 0;
     if (sigwait(&signals, &signal) != 0) continue;

@@ -65,10 +65,13 @@ const char* KindName(metadata::Kind kind) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Worker>> Worker::Create(const Options& options,
-                                                       std::unique_ptr<handover::SupervisorLink> link) {
+absl::StatusOr<std::unique_ptr<Worker>> Worker::Create(const Options& options) {
   std::unique_ptr<Worker> worker(new Worker(options));
-  HF_RETURN_IF_ERROR(worker->Build(std::move(link)));
+  if (!options.fault_spec.empty()) {
+    HF_RETURN_IF_ERROR(worker->fault_points_.Parse(options.fault_spec));
+    worker->faults_ = &worker->fault_points_;
+  }
+  worker->Warm();
   return worker;
 }
 
@@ -86,12 +89,8 @@ Worker::~Worker() {
   service_.reset();
 }
 
-absl::Status Worker::Build(std::unique_ptr<handover::SupervisorLink> link) {
+absl::Status Worker::Run(std::unique_ptr<handover::SupervisorLink> link) {
   link_ = std::move(link);
-  if (!options_.fault_spec.empty()) {
-    HF_RETURN_IF_ERROR(fault_points_.Parse(options_.fault_spec));
-    faults_ = &fault_points_;
-  }
   handover::Welcome* welcome = link_->welcome();
   state_dir_ = welcome->state_dir;
   generation_ = welcome->generation;
@@ -109,12 +108,20 @@ absl::Status Worker::Build(std::unique_ptr<handover::SupervisorLink> link) {
   parts.trace = &trace_;
   parts.faults = faults_;
   layers_ = std::make_unique<LayerService>(parts);
-  HF_ASSIGN_OR_RETURN(service_, api::SnapshotService::Create(std::move(welcome->snapshot_listener)));
   housekeeping_thread_ = std::thread([this] { Housekeeping(); });
-  return absl::OkStatus();
+  UniqueFd listener = std::move(welcome->snapshot_listener);
+  link_->Start(this, this);
+  // Reads do not wait for gRPC to start; TakeMetadata does.
+  auto service = api::SnapshotService::Create(std::move(listener));
+  MutexLock lock(&mutex_);
+  service_status_ = service.status();
+  if (service.ok()) service_ = std::move(*service);
+  service_started_ = true;
+  changed_.SignalAll();
+  return service_status_;
 }
 
-absl::Status Worker::BuildLayers(const std::string& state_dir, const std::string& vault_id) {
+void Worker::Warm() {
   const Config& config = options_.config;
   fetch::ClientOptions fetch_options;
   fetch_options.docker_config = config.fetch.docker_config;
@@ -125,6 +132,15 @@ absl::Status Worker::BuildLayers(const std::string& state_dir, const std::string
   fetch_options.trace = &trace_;
   client_ = fetch::RegistryClient::Create(fetch_options);
 
+  layer::LayerReaderOptions reader_options;
+  reader_options.trace = &trace_;
+  reader_options.faults = faults_;
+  reader_ = layer::LayerReader::Create(reader_options);
+  reader_->Pause(true);  // until this worker is the owner
+}
+
+absl::Status Worker::BuildLayers(const std::string& state_dir, const std::string& vault_id) {
+  const Config& config = options_.config;
   cache::StoreOptions store_options;
   store_options.root = state_dir + "/content";
   store_options.vault_id = vault_id;
@@ -133,13 +149,6 @@ absl::Status Worker::BuildLayers(const std::string& state_dir, const std::string
   store_options.faults = faults_;
   HF_RETURN_IF_ERROR(MakeDirs(store_options.root));
   HF_ASSIGN_OR_RETURN(content_, cache::ContentStore::Open(store_options));
-
-  layer::LayerReaderOptions reader_options;
-  reader_options.trace = &trace_;
-  reader_options.faults = faults_;
-  reader_ = layer::LayerReader::Create(reader_options);
-  reader_->Pause(true);  // until this worker is the owner
-
   files_ = std::make_unique<LayerFiles>(state_dir + "/layers");
   ResolverOptions resolver_options;
   resolver_options.trace = &trace_;
@@ -163,7 +172,11 @@ absl::Status Worker::BuildFuse(handover::Welcome* welcome) {
   return absl::OkStatus();
 }
 
-void Worker::Start() { link_->Start(this, this); }
+absl::Status Worker::WaitForService() {
+  MutexLock lock(&mutex_);
+  while (!service_started_) changed_.Wait(&mutex_);
+  return service_status_;
+}
 
 absl::Status Worker::SyncMounts() {
   HF_ASSIGN_OR_RETURN(std::vector<handover::MountEntry> entries, link_->ListMounts());
@@ -223,6 +236,7 @@ absl::Status Worker::OwnerExited(uint64_t generation) {
 absl::Status Worker::TakeMetadata() {
   TraceSpan span(&trace_, "worker.take_metadata", "generation=" + std::to_string(generation_));
   HF_RETURN_IF_ERROR(PassFault(faults_, "worker.take_metadata"));
+  HF_RETURN_IF_ERROR(WaitForService());
   HF_RETURN_IF_ERROR(SyncMounts());
   if (snapshotter_ == nullptr) HF_RETURN_IF_ERROR(OpenMetadata());
   content_->AllowEviction(true);
@@ -281,6 +295,7 @@ absl::Status Worker::Resume() {
 absl::Status Worker::YieldMetadata() {
   TraceSpan span(&trace_, "worker.yield_metadata", "generation=" + std::to_string(generation_));
   HF_RETURN_IF_ERROR(PassFault(faults_, "worker.yield_metadata"));
+  HF_RETURN_IF_ERROR(WaitForService());
   service_->DetachAndForward(forward_path_);
   CloseMetadata();
   LOG(INFO) << "worker.yielded generation=" << generation_;
@@ -293,7 +308,7 @@ absl::Status Worker::Retire() {
   const milliseconds limit = parked_ ? kDrainLimit : milliseconds(0);
   retire_thread_ = std::thread([this, limit] {
     content_->Flush();
-    const bool drained = limit.count() == 0 || service_->WaitDrained(limit);
+    const bool drained = limit.count() == 0 || !WaitForService().ok() || service_->WaitDrained(limit);
     LOG(INFO) << "worker.retired generation=" << generation_ << " connections_left=" << !drained;
     options_.exit(0);
   });

@@ -47,13 +47,13 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
     std::function<void(int exit_code)> exit;
   };
 
-  // `link` is connected and not started. Nothing is served yet.
-  static absl::StatusOr<std::unique_ptr<Worker>> Create(const Options& options,
-                                                        std::unique_ptr<handover::SupervisorLink> link);
+  // Makes what needs no supervisor. Do it before registering: once registered, the predecessor parks and reads wait for us.
+  static absl::StatusOr<std::unique_ptr<Worker>> Create(const Options& options);
   ~Worker() override;
 
-  // Opens the link's gate: from now on the supervisor's calls are carried out.
-  void Start();
+  // `link` is connected and not started. Makes the rest and opens the link's gate: from then on the supervisor's calls are
+  // carried out.
+  absl::Status Run(std::unique_ptr<handover::SupervisorLink> link);
   bool supervisor_lost() const { return link_->lost(); }
 
   absl::Status Serve() override;
@@ -74,9 +74,11 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
 
  private:
   explicit Worker(const Options& options) : options_(options) {}
-  absl::Status Build(std::unique_ptr<handover::SupervisorLink> link);
+  void Warm();
   absl::Status BuildFuse(handover::Welcome* welcome);
   absl::Status BuildLayers(const std::string& state_dir, const std::string& vault_id);
+
+  absl::Status WaitForService();
 
   // Serves every mount of the vault that is not served yet, and forgets those it no longer holds.
   absl::Status SyncMounts();
@@ -104,7 +106,7 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   std::unique_ptr<LayerFiles> files_;
   std::unique_ptr<LayerResolver> resolver_;
   std::unique_ptr<LayerService> layers_;
-  std::unique_ptr<api::SnapshotService> service_;
+  std::unique_ptr<api::SnapshotService> service_;  // set once service_started_
 
   // Action thread only.
   bool parked_ = false;
@@ -117,6 +119,8 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   CondVar changed_;
   std::unique_ptr<metadata::MetadataStore> store_ ABSL_GUARDED_BY(mutex_);  // set while this worker is the owner
   std::map<uint64_t, bool> old_ledgers_ ABSL_GUARDED_BY(mutex_);            // generation -> its owner's exit is proven
+  bool service_started_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Status service_status_ ABSL_GUARDED_BY(mutex_);
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread housekeeping_thread_;
 };

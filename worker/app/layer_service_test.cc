@@ -1,0 +1,395 @@
+#include "worker/app/layer_service.h"
+
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <sys/xattr.h>
+#include <unistd.h>
+
+#include <fcntl.h>
+#include <atomic>
+#include <future>
+#include <thread>
+
+#include "gtest/gtest.h"
+#include "tests/support/registry_server.h"
+#include "worker/layer/digest.h"
+#include "worker/layer/layer_index.h"
+#include "worker/toc/testing/estargz_writer.h"
+
+namespace holdfast::app {
+namespace {
+
+using test::RegistryServer;
+using toc::testing::Dir;
+using toc::testing::EstargzLayer;
+using toc::testing::File;
+using toc::testing::WriteEstargz;
+using toc::testing::WriterEntry;
+
+class FakeVault final : public handover::MountVault {
+ public:
+  absl::StatusOr<handover::MountEntry> Mount(const std::string& path, const handover::InitOptions&,
+                                             const std::string& blob) override {
+    if (!fail.ok()) return fail;
+    handover::MountEntry entry;
+    entry.mount_id = ++last_id;
+    entry.path = path;
+    entry.blob = blob;
+    HF_ASSIGN_OR_RETURN(entry.device, OpenFile("/dev/null", O_RDWR));
+    blobs.push_back(blob);
+    return entry;
+  }
+  absl::Status SetBlob(uint64_t, const std::string&) override { return absl::OkStatus(); }
+  absl::StatusOr<handover::MountState> Unmount(uint64_t id) override {
+    unmounted.push_back(id);
+    return next_state;
+  }
+
+  uint64_t last_id = 0;
+  std::vector<std::string> blobs;
+  std::vector<uint64_t> unmounted;
+  handover::MountState next_state = handover::MountState::kGone;
+  absl::Status fail;
+};
+
+class FakeFuseServer final : public fuse::FuseServer {
+ public:
+  absl::Status AddMount(fuse::MountSpec spec) override {
+    if (!fail.ok()) return fail;
+    uint64_t id = spec.mount_id;
+    mounts[id] = std::move(spec);
+    return absl::OkStatus();
+  }
+  void RemoveMount(uint64_t mount_id) override { mounts.erase(mount_id); }
+  void OnMountEnded(std::function<void(uint64_t)>) override {}
+  absl::StatusOr<uint64_t> AdoptLedger(uint64_t, fuse::LedgerHandle, bool) override { return 0; }
+  bool Drained(uint64_t) const override { return true; }
+  void Start() override {}
+  void Park() override {}
+  void Resume() override {}
+  fuse::ServerStats stats() const override { return {}; }
+
+  std::map<uint64_t, fuse::MountSpec> mounts;
+  absl::Status fail;
+};
+
+class LayerServiceTest : public ::testing::Test {
+ protected:
+  LayerServiceTest() : files_(state_.path() + "/layers") { Build(ResolverOptions()); }
+
+  void Build(const ResolverOptions& resolver_options) {
+    service_.reset();
+    resolver_.reset();
+    client_ = fetch::RegistryClient::Create(fetch::ClientOptions());
+    cache::StoreOptions store_options;
+    store_options.root = state_.path() + "/content";
+    store_options.vault_id = std::string(32, '0');
+    ASSERT_TRUE(MakeDirs(store_options.root).ok());
+    if (store_ == nullptr) store_ = std::move(*cache::ContentStore::Open(store_options));
+    if (reader_ == nullptr) reader_ = layer::LayerReader::Create(layer::LayerReaderOptions());
+    resolver_ = std::make_unique<LayerResolver>(resolver_options, &files_, client_.get());
+    LayerServiceParts parts;
+    parts.files = &files_;
+    parts.resolver = resolver_.get();
+    parts.vault = &vault_;
+    parts.client = client_.get();
+    parts.store = store_.get();
+    parts.reader = reader_.get();
+    parts.server = &server_;
+    service_ = std::make_unique<LayerService>(parts);
+  }
+
+  EstargzLayer Push(const std::vector<WriterEntry>& entries) {
+    EstargzLayer layer = WriteEstargz(entries);
+    EXPECT_EQ(registry_.AddBlob(layer.blob), layer.layer_digest);
+    return layer;
+  }
+  snapshot::LayerRequest Request(const EstargzLayer& layer) {
+    snapshot::LayerRequest request;
+    request.image_ref = registry_.host() + "/test/image:latest";
+    request.layer_digest = layer.layer_digest;
+    request.toc_digest = layer.toc_digest;
+    request.tenant = "default";
+    return request;
+  }
+  absl::StatusOr<snapshot::MountedLayer> Mount(const snapshot::LayerRequest& request, uint64_t snapshot_id,
+                                               const std::vector<snapshot::ParentLayer>& parents = {}) {
+    return service_->Mount(request, snapshot_id, state_.path() + "/fs", parents,
+                           Clock::Real()->BootNanos() + 5'000'000'000);
+  }
+  // Content of a file of a mount, through the layer that the mount's first request would open.
+  std::string Read(uint64_t mount_id, const std::string& path) {
+    auto layer = server_.mounts.at(mount_id).open_layer();
+    if (!layer.ok()) return layer.status().ToString();
+    const uint64_t node = (*layer)->index().LookupPath(path);
+    std::promise<absl::StatusOr<layer::ReadResult>> promise;
+    auto future = promise.get_future();
+    (*layer)->ReadAsync(node, 0, 1 << 20, Clock::Real()->BootNanos() + 5'000'000'000,
+                        [&](absl::StatusOr<layer::ReadResult> result) { promise.set_value(std::move(result)); });
+    absl::StatusOr<layer::ReadResult> result = future.get();
+    if (!result.ok()) return result.status().ToString();
+    std::string content;
+    for (const auto& segment : result->segments) {
+      std::string bytes(segment.length, '\0');
+      if (segment.file != nullptr) {
+        EXPECT_TRUE(PreadFull(segment.file->data.get(), bytes.data(), bytes.size(), segment.file_offset).ok());
+      } else if (segment.memory != nullptr) {
+        bytes = segment.memory->substr(segment.memory_offset, segment.length);
+      }
+      content += bytes;
+    }
+    return content;
+  }
+  std::shared_ptr<const layer::LayerIndex> IndexOf(const EstargzLayer& layer, const std::string& sha256) {
+    auto index = layer::LayerIndex::Open(files_.IndexPath(layer.layer_digest, sha256), sha256);
+    EXPECT_TRUE(index.ok()) << index.status();
+    return index.ok() ? *index : nullptr;
+  }
+
+  TempDir state_;
+  RegistryServer registry_;
+  FakeVault vault_;
+  FakeFuseServer server_;
+  LayerFiles files_;
+  std::unique_ptr<fetch::RegistryClient> client_;
+  std::unique_ptr<cache::ContentStore> store_;
+  std::unique_ptr<layer::LayerReader> reader_;
+  std::unique_ptr<LayerResolver> resolver_;
+  std::unique_ptr<LayerService> service_;
+};
+
+TEST_F(LayerServiceTest, OneRequestMountsALayerAndItsFilesAreReadAfterwards) {
+  EstargzLayer layer = Push({Dir("a"), File("a/f", "content")});
+  auto mounted = Mount(Request(layer), 7);
+  ASSERT_TRUE(mounted.ok()) << mounted.status();
+  EXPECT_EQ(registry_.blob_requests(), 1u);
+  EXPECT_EQ(mounted->blob_size, layer.blob.size());
+  EXPECT_TRUE(service_->IsMounted(7));
+  auto blob = handover::DecodeMountBlob(vault_.blobs.at(0));
+  ASSERT_TRUE(blob.ok());
+  EXPECT_EQ(blob->layer_digest, layer.layer_digest);
+  EXPECT_EQ(blob->index_digest, mounted->index_sha256);
+  EXPECT_EQ(blob->snapshot_id, 7u);
+  EXPECT_TRUE(blob->no_xattrs);
+  EXPECT_EQ(Read(1, "a/f"), "content");
+}
+
+TEST_F(LayerServiceTest, AKnownLayerIsMountedWithoutTheNetwork) {
+  EstargzLayer layer = Push({File("f", "content")});
+  ASSERT_TRUE(Mount(Request(layer), 1).ok());
+  registry_.Stop();
+  Build(ResolverOptions());
+  auto again = Mount(Request(layer), 2);
+  ASSERT_TRUE(again.ok()) << again.status();
+}
+
+TEST_F(LayerServiceTest, ATocThatReachesBeyondTheTailIsFetchedWithOneMoreRequest) {
+  ResolverOptions options;
+  options.tail_bytes = 200;
+  Build(options);
+  std::vector<WriterEntry> entries;
+  for (int i = 0; i < 200; ++i) entries.push_back(File("f" + std::to_string(i), "content " + std::to_string(i)));
+  EstargzLayer layer = Push(entries);
+  ASSERT_TRUE(Mount(Request(layer), 1).ok());
+  EXPECT_EQ(registry_.blob_requests(), 2u);
+  EXPECT_EQ(Read(1, "f150"), "content 150");
+}
+
+TEST_F(LayerServiceTest, WithoutATocDigestALayerIsNotLazy) {
+  snapshot::LayerRequest request = Request(Push({File("f", "x")}));
+  request.toc_digest.clear();
+  EXPECT_EQ(Mount(request, 1).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_TRUE(vault_.blobs.empty());
+}
+
+TEST_F(LayerServiceTest, ATocOfAnotherDigestIsRefusedAlsoWhenTheLayerIsKnown) {
+  EstargzLayer layer = Push({File("f", "x")});
+  snapshot::LayerRequest request = Request(layer);
+  request.toc_digest = layer::Sha256Name("another");
+  EXPECT_EQ(Mount(request, 1).status().code(), absl::StatusCode::kFailedPrecondition);
+  ASSERT_TRUE(Mount(Request(layer), 1).ok());
+  EXPECT_EQ(Mount(request, 2).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(vault_.blobs.size(), 1u);
+}
+
+TEST_F(LayerServiceTest, ABlobThatIsNoEstargzLayerIsNotLazy) {
+  snapshot::LayerRequest request = Request(Push({File("f", "x")}));
+  request.layer_digest = registry_.AddBlob(std::string(100'000, 'x'));
+  EXPECT_EQ(Mount(request, 1).status().code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(LayerServiceTest, ABlobTheRegistryDoesNotHaveIsNotFound) {
+  snapshot::LayerRequest request = Request(Push({File("f", "x")}));
+  request.layer_digest = layer::Sha256Name("absent");
+  EXPECT_EQ(Mount(request, 1).status().code(), absl::StatusCode::kNotFound);
+}
+
+TEST_F(LayerServiceTest, ManyMountsOfOneLayerAtOnceFetchItsTocOnce) {
+  registry_.SetDelay(100'000'000);
+  EstargzLayer layer = Push({File("f", "x")});
+  std::atomic<int> failed{0};
+  std::vector<std::thread> threads;
+  for (uint64_t i = 1; i <= 4; ++i) {
+    threads.emplace_back([&] {
+      ResolveRequest request{registry_.host() + "/test/image:latest", layer.layer_digest, layer.toc_digest, "default",
+                             Clock::Real()->BootNanos() + 5'000'000'000};
+      if (!resolver_->Resolve(request).ok()) failed++;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(failed, 0);
+  EXPECT_EQ(registry_.blob_requests(), 1u);
+}
+
+TEST_F(LayerServiceTest, NeighboursAreResolvedAheadOfTheirTurn) {
+  EstargzLayer first = Push({File("f", "x")});
+  EstargzLayer second = Push({File("g", "y")});
+  snapshot::LayerRequest request = Request(first);
+  request.neighbours = {first.layer_digest, second.layer_digest};
+  ASSERT_TRUE(Mount(request, 1).ok());
+  ASSERT_TRUE(registry_.WaitFor([&] { return registry_.blob_requests() == 2; })) << "the neighbour was not asked for";
+  ASSERT_TRUE(Mount(Request(second), 2).ok());
+  EXPECT_EQ(registry_.blob_requests(), 2u) << "its turn cost another request";
+}
+
+TEST_F(LayerServiceTest, ADamagedIndexOnDiskIsBuiltAnew) {
+  EstargzLayer layer = Push({File("f", "content")});
+  auto mounted = Mount(Request(layer), 1);
+  ASSERT_TRUE(mounted.ok());
+  const std::string path = files_.IndexPath(layer.layer_digest, mounted->index_sha256);
+  ASSERT_TRUE(WriteFileAtomic(path, "damaged").ok());
+  auto again = Mount(Request(layer), 2);
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_EQ(again->index_sha256, mounted->index_sha256);
+  EXPECT_EQ(Read(2, "f"), "content");
+}
+
+TEST_F(LayerServiceTest, AnImpliedFolderTakesItsAttributesFromTheLazyLayerBelow) {
+  WriterEntry folder = Dir("d", 0700);
+  folder.uid = 5;
+  EstargzLayer lower = Push({folder});
+  EstargzLayer upper = Push({File("d/f", "x")});
+  auto below = Mount(Request(lower), 1);
+  ASSERT_TRUE(below.ok());
+  auto bound = Mount(Request(upper), 2, {{1, state_.path() + "/fs", below->index_sha256}});
+  ASSERT_TRUE(bound.ok()) << bound.status();
+  auto index = IndexOf(upper, bound->index_sha256);
+  const layer::NodeRecord* node = index->node(index->LookupPath("d"));
+  EXPECT_EQ(node->mode & 07777u, 0700u);
+  EXPECT_EQ(node->uid, 5u);
+}
+
+TEST_F(LayerServiceTest, AnImpliedFolderTakesItsAttributesFromAnOrdinaryFolderUnlessItWasDeleted) {
+  const std::string plain = state_.path() + "/plain";
+  ASSERT_TRUE(MakeDirs(plain + "/d").ok());
+  ASSERT_EQ(chmod((plain + "/d").c_str(), 0711), 0);
+  ASSERT_EQ(setxattr((plain + "/d").c_str(), "trusted.overlay.opaque", "y", 1, 0), 0);
+  const std::string deleting = state_.path() + "/deleting";
+  ASSERT_TRUE(MakeDirs(deleting).ok());
+  ASSERT_EQ(mknod((deleting + "/d").c_str(), S_IFCHR, makedev(0, 0)), 0);
+
+  auto seen = AttributesFrom({{nullptr, plain}})("d");
+  ASSERT_TRUE(seen.has_value());
+  EXPECT_EQ(seen->mode, 0711u);
+  for (const auto& [name, value] : seen->xattrs) EXPECT_NE(name, "trusted.overlay.opaque");
+  EXPECT_FALSE(AttributesFrom({{nullptr, deleting}, {nullptr, plain}})("d").has_value());
+  EXPECT_FALSE(AttributesFrom({{nullptr, plain}})("d/e").has_value()) << "opaque: nothing below may be asked";
+}
+
+TEST_F(LayerServiceTest, AMountOfAPredecessorIsServedWithoutOpeningAnything) {
+  EstargzLayer layer = Push({File("f", "content")});
+  ASSERT_TRUE(Mount(Request(layer), 1).ok());
+  handover::MountEntry entry;
+  entry.mount_id = 50;
+  entry.blob = vault_.blobs.at(0);
+  entry.device = std::move(*OpenFile("/dev/null", O_RDWR));
+  ASSERT_TRUE(service_->AdoptMount(std::move(entry)).ok());
+  EXPECT_TRUE(service_->Serves(50));
+  EXPECT_EQ(Read(50, "f"), "content");
+
+  handover::MountEntry broken;
+  broken.mount_id = 51;
+  broken.blob = "no blob";
+  EXPECT_EQ(service_->AdoptMount(std::move(broken)).code(), absl::StatusCode::kDataLoss);
+  EXPECT_FALSE(service_->Serves(51));
+}
+
+TEST_F(LayerServiceTest, AMountInUseIsServedOnAfterUnmountUntilItIsGone) {
+  ASSERT_TRUE(Mount(Request(Push({File("f", "x")})), 1).ok());
+  vault_.next_state = handover::MountState::kDetached;
+  bool still_used = false;
+  ASSERT_TRUE(service_->Unmount(1, &still_used).ok());
+  EXPECT_TRUE(still_used);
+  EXPECT_FALSE(service_->IsMounted(1));
+  EXPECT_EQ(server_.mounts.count(1), 1u);
+  service_->ForgetMounts({1});
+  EXPECT_TRUE(server_.mounts.empty());
+}
+
+TEST_F(LayerServiceTest, UnmountingWhatIsNotMountedIsFine) {
+  bool still_used = true;
+  EXPECT_TRUE(service_->Unmount(99, &still_used).ok());
+  EXPECT_FALSE(still_used);
+  EXPECT_TRUE(vault_.unmounted.empty());
+}
+
+TEST_F(LayerServiceTest, AMountThatCannotBeServedIsUndone) {
+  server_.fail = Internal("no");
+  EXPECT_FALSE(Mount(Request(Push({File("f", "x")})), 1).ok());
+  EXPECT_EQ(vault_.unmounted.size(), 1u);
+  EXPECT_FALSE(service_->IsMounted(1));
+}
+
+TEST_F(LayerServiceTest, ARemountNeedsTheIndexAndNoNetwork) {
+  EstargzLayer layer = Push({File("f", "content")});
+  auto mounted = Mount(Request(layer), 1);
+  ASSERT_TRUE(mounted.ok());
+  service_->ForgetMounts({1});
+  registry_.Stop();
+  const std::string image = registry_.host() + "/test/image:latest";
+  EXPECT_FALSE(service_->Remount(layer.layer_digest, std::string(64, '0'), image, layer.blob.size(), "default", 1,
+                                 state_.path() + "/fs").ok());
+  absl::Status status = service_->Remount(layer.layer_digest, mounted->index_sha256, image, layer.blob.size(), "default",
+                                          1, state_.path() + "/fs");
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_TRUE(service_->IsMounted(1));
+}
+
+TEST_F(LayerServiceTest, LayersAndUsageShowWhatIsOnDisk) {
+  EstargzLayer layer = Push({File("f", "content")});
+  ASSERT_TRUE(Mount(Request(layer), 1).ok());
+  EXPECT_EQ(Read(1, "f"), "content");
+  std::vector<handover::LayerInfo> layers = service_->Layers();
+  ASSERT_EQ(layers.size(), 1u);
+  EXPECT_EQ(layers[0].digest, layer.layer_digest);
+  EXPECT_EQ(layers[0].content_bytes, 7u);
+  EXPECT_EQ(layers[0].files, 1u);
+  EXPECT_EQ(layers[0].mounts, 1u);
+  uint64_t bytes = 0, inodes = 0;
+  service_->Usage(layer.layer_digest, &bytes, &inodes);
+  EXPECT_GE(bytes, 7u) << "in blocks of the disk";
+  EXPECT_EQ(layers[0].cached_bytes, 7u);
+  EXPECT_EQ(inodes, 2u);
+}
+
+TEST(LayerFilesTest, TheRecordOfTheFirstReleaseIsReadable) {
+  LayerRecord record;
+  record.layer_digest = "sha256:aa";
+  record.toc_digest = "sha256:bb";
+  record.blob_size = 10;
+  record.index_sha256 = "cc";
+  record.numbering_version = 1;
+  record.images = {"host/a:1"};
+  const std::string golden =
+      "{\n \"v\": 1,\n \"layer_digest\": \"sha256:aa\",\n \"toc_digest\": \"sha256:bb\",\n \"blob_size\": 10,\n"
+      " \"index_sha256\": \"cc\",\n \"numbering_version\": 1,\n \"images\": [\n  \"host/a:1\"\n ]\n}\n";
+  EXPECT_EQ(EncodeLayerRecord(record), golden);
+  auto decoded = DecodeLayerRecord(golden);
+  ASSERT_TRUE(decoded.ok());
+  EXPECT_EQ(decoded->images, record.images);
+  EXPECT_FALSE(DecodeLayerRecord("{\"v\": 1}").ok());
+  EXPECT_FALSE(DecodeLayerRecord("not json").ok());
+}
+
+}  // namespace
+}  // namespace holdfast::app

@@ -23,8 +23,7 @@ namespace {
 constexpr uint32_t kInitExt = 1u << 30;   // FUSE_INIT_EXT: flags2 is valid
 constexpr uint32_t kMaxPages = 1u << 22;  // FUSE_MAX_PAGES
 constexpr uint32_t kProtocolMinor = 45;   // the newest whose fields are filled below
-constexpr uint32_t kMaxWrite =
-    4096;  // nothing is ever written; keeps the kernel's demand on read buffers small
+constexpr uint32_t kMaxWrite = 4096;      // nothing is ever written; keeps the kernel's read buffers small
 
 absl::StatusOr<UniqueFd> OpenMountPoint(int state_fd, const std::string& state_dir, const std::string& path) {
   if (!IsUnder(path, state_dir) || path.size() <= state_dir.size() + 1) {
@@ -34,23 +33,21 @@ absl::StatusOr<UniqueFd> OpenMountPoint(int state_fd, const std::string& state_d
   open_how how{};
   how.flags = O_PATH | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW;
   how.resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV;
-  for (;;) {
-    auto fd = static_cast<int>(syscall(SYS_openat2, state_fd, relative.c_str(), &how, sizeof(how)));
-    if (fd >= 0) return UniqueFd(fd);
-    if (errno == EINTR || errno == EAGAIN) continue;
-    if (errno == EXDEV)
-      return FailedPrecondition("mount point " + path + " is, or lies below, a mount already");
-    return ErrnoStatus(errno, "mount point " + path);
-  }
+  UniqueFd fd;
+  do {
+    fd.Reset(static_cast<int>(syscall(SYS_openat2, state_fd, relative.c_str(), &how, sizeof(how))));
+  } while (!fd.valid() && (errno == EINTR || errno == EAGAIN));
+  if (fd.valid()) return fd;
+  if (errno == EXDEV)
+    return FailedPrecondition("mount point " + path + " is, or lies below, a mount already");
+  return ErrnoStatus(errno, "mount point " + path);
 }
 
 // Answers INIT. The kernel has applied the answer when write() returns.
 absl::Status AnswerInit(const InitOptions& options, FuseMount* mount) {
   std::string buffer(FUSE_MIN_READ_BUFFER, '\0');
-  ssize_t size;
-  do {
-    size = read(mount->device.get(), buffer.data(), buffer.size());
-  } while (size < 0 && (errno == EINTR || errno == ENOENT));
+  ssize_t size = -1;
+  while ((size = read(mount->device.get(), buffer.data(), buffer.size())) < 0 && errno == EINTR) continue;
   if (size < 0) return ErrnoStatus(errno, "reading FUSE_INIT");
   buffer.resize(static_cast<size_t>(size));
   HF_ASSIGN_OR_RETURN(mount->init_reply, BuildInitReply(buffer, options));
@@ -76,14 +73,13 @@ absl::Status SetReadAhead(const std::string& path, uint32_t kib) {
 absl::Status SetUp(const InitOptions& options, const std::string& path, FuseMount* mount) {
   HF_RETURN_IF_ERROR(AnswerInit(options, mount));
   int flags = fcntl(mount->device.get(), F_GETFL);
-  if (flags < 0 || fcntl(mount->device.get(), F_SETFL, flags | O_NONBLOCK) != 0)
-    return ErrnoStatus(errno, "O_NONBLOCK");
+  if (fcntl(mount->device.get(), F_SETFL, flags | O_NONBLOCK) != 0) return ErrnoStatus(errno, "O_NONBLOCK");
   // Only speed depends on it: a sandbox with a read-only /sys still works.
   if (options.read_ahead_kib != 0) SetReadAhead(path, options.read_ahead_kib).IgnoreError();
   return absl::OkStatus();
 }
 
-std::string Unescape(const std::string& text) {  // mountinfo writes a space as \\040
+std::string Unescape(const std::string& text) {  // mountinfo writes a space as \040
   std::string out;
   return absl::CUnescape(text, &out) ? out : text;
 }
@@ -121,8 +117,7 @@ absl::StatusOr<std::string> BuildInitReply(std::string_view request, const InitO
     return InvalidArgument("the first FUSE request is not FUSE_INIT");
   }
   memcpy(&init, request.data() + sizeof(in), std::min(sizeof(init), request.size() - sizeof(in)));
-  if (init.major != FUSE_KERNEL_VERSION)
-    return InvalidArgument("FUSE protocol " + std::to_string(init.major));
+  if (init.major != FUSE_KERNEL_VERSION) return InvalidArgument("this FUSE protocol is not version 7");
   uint64_t offered = init.flags;
   if ((init.flags & kInitExt) != 0) offered |= uint64_t{init.flags2} << 32;
   uint64_t agreed = options.flags & offered;
@@ -152,8 +147,8 @@ absl::StatusOr<std::string> BuildInitReply(std::string_view request, const InitO
 }
 
 absl::StatusOr<bool> UnmountFuse(const std::string& path, int device) {
-  // MNT_DETACH: a process with a folder open there must not keep the mount in the tree; what uses it keeps it
-  // alive. EINVAL and ENOENT: somebody else unmounted it already.
+  // MNT_DETACH: what uses it keeps it alive, but not in the tree. EINVAL and ENOENT: unmounted by somebody
+  // else.
   if (umount2(path.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW) != 0 && errno != EINVAL && errno != ENOENT) {
     return ErrnoStatus(errno, "umount of " + path);
   }

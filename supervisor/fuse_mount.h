@@ -18,12 +18,8 @@ inline constexpr char kFuseType[] = "fuse.holdfast";
 // InitOptions of schema/handover.capnp.
 struct InitOptions {
   uint64_t flags = 0;
-  uint16_t max_background = 64;
-  uint16_t congestion_threshold = 48;
-  uint16_t max_pages = 256;
-  uint32_t max_stack_depth = 0;
-  uint32_t read_ahead_kib = 0;
-  uint32_t max_readahead = 0;
+  uint16_t max_background = 64, congestion_threshold = 48, max_pages = 256;
+  uint32_t max_stack_depth = 0, read_ahead_kib = 0, max_readahead = 0;
 };
 
 struct FuseMount {

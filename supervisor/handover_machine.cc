@@ -30,10 +30,7 @@ class Stepper {
 
   StepResult Run(const Event& event) {
     if (event.type == EventType::kStart && s_.phase == Phase::kIdle) SpawnSuccessor(Binary::kRunning);
-    if (event.type == EventType::kRegistered && s_.phase == Phase::kStarting &&
-        event.generation == s_.successor) {
-      OnRegistered();
-    }
+    if (event.type == EventType::kRegistered) OnRegistered(event.generation);
     if (event.type == EventType::kDied) OnDied(event.generation, event.reason);
     if (event.type == EventType::kExited) OnExited(event.generation, event.reason);
     if (event.type == EventType::kReplied) OnReplied(event.generation, event.call);
@@ -45,32 +42,27 @@ class Stepper {
   }
 
  private:
-  void Do(ActionType type, Generation generation) {
-    Action action;
-    action.type = type;
-    action.generation = generation;
-    actions_.push_back(action);
-  }
-  void Fail(ActionType type, std::string reason) {
-    Do(type, 0);
-    actions_.back().reason = std::move(reason);
-  }
+  using Type = ActionType;
+  void Do(Type type, Generation generation) { actions_.push_back({.type = type, .generation = generation}); }
+  void Fail(Type type, const std::string& reason) { actions_.push_back({.type = type, .reason = reason}); }
   void Timer(uint64_t milliseconds) {
-    Do(ActionType::kTimer, 0);
-    actions_.back().milliseconds = milliseconds;
+    actions_.push_back({.type = Type::kTimer, .milliseconds = milliseconds});
   }
   void Invoke(Generation generation, Call call) {
-    Do(ActionType::kCall, generation);
-    actions_.back().call = call;
+    actions_.push_back({.type = Type::kCall, .generation = generation, .call = call});
   }
   void Enter(Phase phase, Generation generation, Call call, uint64_t limit) {
-    s_.phase = phase;
-    Timer(limit);
+    EnterTimed(phase, limit);
     Invoke(generation, call);
   }
   void EnterQuiet(Phase phase) {
     s_.phase = phase;
-    Do(ActionType::kStopTimer, 0);
+    Do(Type::kStopTimer, 0);
+  }
+
+  void EnterTimed(Phase phase, uint64_t milliseconds) {
+    s_.phase = phase;
+    Timer(milliseconds);
   }
 
   bool OthersMayHold(Generation generation) const {
@@ -82,8 +74,7 @@ class Stepper {
     s_.successor = s_.next_generation++;
     s_.upgrade = binary == Binary::kCandidate;
     Timer(limits_.register_ms);
-    Do(ActionType::kSpawn, s_.successor);
-    actions_.back().binary = binary;
+    actions_.push_back({.type = Type::kSpawn, .generation = s_.successor, .binary = binary});
   }
 
   // No worker is left: the running binary is started again.
@@ -92,11 +83,11 @@ class Stepper {
     s_.upgrade = false;
     uint64_t wait = BackoffMillis(s_.quick_deaths++);
     if (wait == 0) return SpawnSuccessor(Binary::kRunning);
-    s_.phase = Phase::kBackoff;
-    Timer(wait);
+    EnterTimed(Phase::kBackoff, wait);
   }
 
-  void OnRegistered() {
+  void OnRegistered(Generation generation) {
+    if (s_.phase != Phase::kStarting || generation != s_.successor) return;
     if (s_.owner == 0) return BeginServing();
     Enter(Phase::kParking, s_.owner, Call::kPark, limits_.park_ms);
   }
@@ -116,12 +107,9 @@ class Stepper {
     s_.owner = std::exchange(s_.successor, 0);
     s_.upgrade = false;
     EnterRunning();
-    Do(ActionType::kSwapDone, s_.owner);
+    Do(Type::kSwapDone, s_.owner);
   }
-  void EnterRunning() {
-    s_.phase = Phase::kRunning;
-    Timer(limits_.stable_ms);
-  }
+  void EnterRunning() { EnterTimed(Phase::kRunning, limits_.stable_ms); }
 
   // The owner, which serves reads, (again) needs the metadata.
   void Reclaim() {
@@ -134,9 +122,10 @@ class Stepper {
     EnterRunning();
   }
 
-  // The successor is of no use; `parked`: the owner was told to park. With no owner alive it is a crash.
-  void SuccessorLost(const std::string& reason, bool parked) {
-    if (s_.upgrade) Fail(ActionType::kSwapFailed, reason);
+  // The successor is of no use. With no owner alive it is a crash.
+  void SuccessorLost(const std::string& reason) {
+    bool parked = s_.phase != Phase::kStarting;
+    if (s_.upgrade) Fail(Type::kSwapFailed, reason);
     s_.successor = 0;
     s_.upgrade = false;
     if (s_.owner == 0) return Restart();
@@ -144,26 +133,22 @@ class Stepper {
     AfterResuming();
   }
   void KillOwner() {
-    Do(ActionType::kKill, s_.owner);
+    Do(Type::kKill, s_.owner);
     Restart();
   }
 
   void OnDied(Generation generation, const std::string& reason) {
     if (generation == 0 || (s_.phase >= Phase::kStopYielding && generation != s_.owner)) return;
-    if (generation == s_.successor)
-      return SuccessorLost("the new worker died: " + reason, s_.phase != Phase::kStarting);
+    if (generation == s_.successor) return SuccessorLost("the new worker died: " + reason);
     if (generation == s_.owner) OwnerDied();
   }
 
   void OwnerDied() {
     if (s_.phase >= Phase::kStopRetiring) return;
-    if (s_.phase == Phase::kStopYielding) {
-      s_.phase = Phase::kStopKilling;
-      return Timer(limits_.stop_kill_ms);
-    }
+    if (s_.phase == Phase::kStopYielding) return EnterTimed(Phase::kStopKilling, limits_.stop_kill_ms);
     if (s_.phase == Phase::kStarting) {  // the candidate is not even up: the running binary is back sooner
-      Do(ActionType::kKill, s_.successor);
-      if (s_.upgrade) Fail(ActionType::kSwapFailed, "the running worker died while the new one started");
+      Do(Type::kKill, s_.successor);
+      if (s_.upgrade) Fail(Type::kSwapFailed, "the running worker died while the new one started");
     }
     if (s_.phase < Phase::kParking || s_.phase > Phase::kCommitting) return Restart();
     s_.owner = 0;  // the successor goes on
@@ -182,15 +167,13 @@ class Stepper {
     if (stopping && (generation == s_.owner || generation == s_.successor)) Stopped();
   }
 
-  // Whoever reads now walks the dead worker's ledger once more. A worker that is parked or has not begun
-  // learns it from oldLedgers() when it is told to read.
+  // Whoever reads now walks the dead worker's ledger once more; others learn of it from oldLedgers() later.
   void TellReader(Generation exited) {
     if (s_.phase == Phase::kParking || s_.phase >= Phase::kStopYielding) return;
     bool successor_reads = s_.phase >= Phase::kServing && s_.phase <= Phase::kCommitting;
     Generation reader = successor_reads ? s_.successor : s_.owner;
     if (reader == 0 || reader == exited) return;
-    Do(ActionType::kTellExited, reader);
-    actions_.back().subject = exited;
+    actions_.push_back({.type = Type::kTellExited, .generation = reader, .subject = exited});
   }
 
   // The answer that the phase waits for.
@@ -202,8 +185,7 @@ class Stepper {
   }
 
   void OnReplied(Generation generation, Call call) {
-    // Also when it comes after its time limit, in a rolled-back swap: the owner then has to take the metadata
-    // back.
+    // Also after its time limit, in a rolled-back swap: the owner then has to take the metadata back.
     bool yielded = call == Call::kYield && generation == s_.owner && s_.phase != Phase::kReclaiming;
     if (yielded) s_.holders.erase(generation);
     if (yielded && s_.phase == Phase::kRunning) return Reclaim();
@@ -223,23 +205,22 @@ class Stepper {
     std::string why = std::string(CallName(call)) + " failed: " + reason;
     if (s_.phase != Phase::kCommitting || s_.owner != 0) return StepFailed(why);
     // With nobody to go back to, reads go on without the metadata, which is tried again and again.
-    Fail(ActionType::kSwapFailed, why);
+    Fail(Type::kSwapFailed, why);
     s_.owner = std::exchange(s_.successor, 0);
     s_.upgrade = false;
     WithoutMetadata();
   }
   void WithoutMetadata() {
-    s_.phase = Phase::kNoMetadata;
     s_.holders.erase(s_.owner);
-    Timer(limits_.metadata_retry_ms);
+    EnterTimed(Phase::kNoMetadata, limits_.metadata_retry_ms);
   }
 
   // The step under way came to nothing: back to the owner, or to a fresh worker.
   void StepFailed(const std::string& reason) {
     if (s_.phase == Phase::kStopYielding) return RetireOwner();
     if (s_.phase == Phase::kResuming || s_.phase == Phase::kReclaiming) return KillOwner();
-    Do(ActionType::kKill, s_.successor);
-    SuccessorLost(reason, s_.phase != Phase::kStarting);
+    Do(Type::kKill, s_.successor);
+    SuccessorLost(reason);
   }
 
   void OnTimer() {
@@ -248,9 +229,8 @@ class Stepper {
     if (s_.phase == Phase::kNoMetadata) return Reclaim();
     if (s_.phase == Phase::kStopKilling) return Stopped();
     if (s_.phase == Phase::kStopRetiring) {
-      Do(ActionType::kKill, s_.owner);
-      s_.phase = Phase::kStopKilling;
-      return Timer(limits_.stop_kill_ms);
+      Do(Type::kKill, s_.owner);
+      return EnterTimed(Phase::kStopKilling, limits_.stop_kill_ms);
     }
     bool waiting =
         std::any_of(kWaits.begin(), kWaits.end(), [&](const Wait& wait) { return wait.phase == s_.phase; });
@@ -262,15 +242,15 @@ class Stepper {
   void OnUpgrade() {
     if (s_.phase == Phase::kRunning || s_.phase == Phase::kNoMetadata)
       return SpawnSuccessor(Binary::kCandidate);
-    Fail(ActionType::kRefused,
+    Fail(Type::kRefused,
          std::string("a worker is being replaced or started already (phase ") + PhaseName(s_.phase) + ")");
   }
 
   void OnStop() {
     if (s_.phase >= Phase::kStopYielding) return;
     if (s_.successor != 0) {
-      Do(ActionType::kKill, s_.successor);
-      if (s_.upgrade) Fail(ActionType::kSwapFailed, "the supervisor is shutting down");
+      Do(Type::kKill, s_.successor);
+      if (s_.upgrade) Fail(Type::kSwapFailed, "the supervisor is shutting down");
       s_.upgrade = false;
     }
     if (s_.owner != 0) {
@@ -279,13 +259,12 @@ class Stepper {
       return Enter(Phase::kStopYielding, s_.owner, Call::kYield, limits_.yield_ms);
     }
     if (s_.successor == 0) return Stopped();
-    s_.phase = Phase::kStopKilling;
-    Timer(limits_.stop_kill_ms);
+    EnterTimed(Phase::kStopKilling, limits_.stop_kill_ms);
   }
   void RetireOwner() { Enter(Phase::kStopRetiring, s_.owner, Call::kRetire, limits_.stop_retire_ms); }
   void Stopped() {
     EnterQuiet(Phase::kStopped);
-    Do(ActionType::kExit, 0);
+    Do(Type::kExit, 0);
   }
 
   State s_;

@@ -1,11 +1,10 @@
-// The swap machine: which worker serves reads, which owns the metadata, and what happens when one dies, fails
-// or hangs (DESIGN 4.4, 4.5; the table is in README.md). A pure function: no descriptor, no clock, no RPC.
+// The swap machine (DESIGN 4.4, 4.5; table in README.md): which worker serves reads, which owns the metadata,
+// and what happens when one dies, fails or hangs. A pure function: no descriptor, no clock, no RPC.
 //
-// One path for every change: a *successor* is spawned, registers, takes over reads, then the metadata. In a
-// planned upgrade there is an *owner* that parks and yields meanwhile and can have everything back; at the
-// first start or after a crash there is none. Reads are granted at once; the metadata only when no other
-// worker can still hold it: one that yielded it, never had it, or whose exit is proven by its pidfd. A time
-// limit never grants it.
+// One path for every change: a *successor* is spawned, registers, takes over reads, then the metadata. In an
+// upgrade an *owner* parks and yields meanwhile and can have all back; at a start or after a crash there is
+// none. Reads are granted at once, the metadata when no other worker can hold it: by a yield or a proven
+// exit, never by a time limit.
 #pragma once
 
 #include <cstdint>
@@ -69,7 +68,6 @@ enum class EventType {
   kUpgrade,     // swap to the candidate binary
   kStop,
 };
-inline constexpr int kEventTypeCount = 9;
 
 struct Event {
   EventType type = EventType::kStart;
@@ -103,8 +101,7 @@ enum class ActionType {
 
 struct Action {
   ActionType type = ActionType::kStopTimer;
-  Generation generation = 0;
-  Generation subject = 0;
+  Generation generation = 0, subject = 0;
   Call call = Call::kServe;
   Binary binary = Binary::kRunning;
   uint64_t milliseconds = 0;

@@ -6,6 +6,7 @@
 #include <systemd/sd-daemon.h>
 #include <unistd.h>
 
+#include <exception>
 #include <iostream>
 #include <string>
 #include <utility>
@@ -39,17 +40,12 @@ absl::StatusOr<Resources> Prepare(const Options& options) {
   HF_ASSIGN_OR_RETURN(auto executable, CopyExecutable(options.worker, options.state_dir));
   HF_ASSIGN_OR_RETURN(UniqueFd listener, ListenUnix(options.snapshotter_socket));
   std::vector<std::string> warnings = MachineWarnings();
-  for (const std::string& warning : warnings)
-    LOG(WARNING) << "event=machine_warning text=" << LogValue(warning);
-  return Resources{.state_dir = std::move(state_dir),
-                   .snapshot_listener = std::move(listener),
-                   .mount_ids = std::move(mount_ids),
-                   .generations = std::move(generations),
-                   .executable = std::move(executable),
-                   .warnings = std::move(warnings)};
+  for (const std::string& text : warnings) LOG(WARNING) << "event=machine_warning text=" << LogValue(text);
+  return Resources{std::move(state_dir),   std::move(listener),   std::move(mount_ids),
+                   std::move(generations), std::move(executable), std::move(warnings)};
 }
 
-void ServeUntilStopped(const Options& options, Resources resources, UniqueFd control) {
+[[noreturn]] void ServeUntilStopped(const Options& options, Resources resources, UniqueFd control) {
   kj::UnixEventPort::captureSignal(SIGTERM);
   kj::UnixEventPort::captureSignal(SIGINT);
   signal(SIGPIPE, SIG_IGN);
@@ -68,9 +64,9 @@ void ServeUntilStopped(const Options& options, Resources resources, UniqueFd con
                     supervisor.Stop(info.si_signo == SIGTERM ? "SIGTERM" : "SIGINT");
                   })
                   .eagerlyEvaluate(nullptr);
-  supervisor.Start();
+  auto stopped = supervisor.Run();
   Notify("READY=1");
-  supervisor.WhenStopped().wait(io.waitScope);
+  stopped.wait(io.waitScope);
   supervisor.KillRemaining();
   unlink(options.control_socket.c_str());
   unlink(options.snapshotter_socket.c_str());
@@ -79,47 +75,41 @@ void ServeUntilStopped(const Options& options, Resources resources, UniqueFd con
   _exit(0);  // helper threads may be stuck in a system call; the kernel ends them
 }
 
-int Fail(const absl::Status& status) {
-  std::cerr << "holdfast-supervisor: " << FromAbsl(status.message()) << "\n";
-  return 1;
-}
-
-int Run(Options options) {
-  absl::Status status = PrepareProcess();
-  if (!status.ok()) return Fail(status);
-  auto lock = PrepareFolders(&options);
-  if (!lock.ok()) return Fail(lock.status());
-  auto resources = Prepare(options);
-  if (!resources.ok()) return Fail(resources.status());
-  auto control = ListenUnix(options.control_socket);
-  if (!control.ok()) return Fail(control.status());
+absl::Status Run(Options options) {
+  HF_RETURN_IF_ERROR(PrepareProcess());
+  HF_ASSIGN_OR_RETURN(UniqueFd lock, PrepareFolders(&options));
+  HF_ASSIGN_OR_RETURN(Resources resources, Prepare(options));
+  HF_ASSIGN_OR_RETURN(UniqueFd control, ListenUnix(options.control_socket));
   LOG(INFO) << "event=start build=" << LogValue(kBuild) << " state=" << LogValue(options.state_dir)
             << " snapshotter=" << LogValue(options.snapshotter_socket)
             << " control=" << LogValue(options.control_socket);
-  ServeUntilStopped(options, std::move(*resources), std::move(*control));
-  return 0;
+  ServeUntilStopped(options, std::move(resources), std::move(control));
 }
 
-}  // namespace
-}  // namespace holdfast::supervisor
-
-int main(int argc, char** argv) {
-  using holdfast::supervisor::kUsage;
-  auto options = holdfast::supervisor::ParseOptions(std::vector<std::string>(argv + 1, argv + argc));
+int Main(int argc, char** argv) {
+  auto options = ParseOptions(std::vector<std::string>(argv + 1, argv + argc));
   if (!options.ok()) {
-    std::cerr << "holdfast-supervisor: " << holdfast::FromAbsl(options.status().message())
-              << "; see --help\n";
+    std::cerr << "holdfast-supervisor: " << FromAbsl(options.status().message()) << "; see --help\n";
     return 2;
   }
   if (options->help) {
     std::cout << kUsage;
     return 0;
   }
-  holdfast::InitLogging(argv[0]);
+  InitLogging(argv[0]);
+  std::string error;
   try {
-    return holdfast::supervisor::Run(std::move(*options));
+    error = std::string(Run(std::move(*options)).message());
   } catch (const kj::Exception& exception) {
-    std::cerr << "holdfast-supervisor: " << exception.getDescription().cStr() << "\n";
-    return 1;
+    error = exception.getDescription().cStr();
+  } catch (const std::exception& exception) {
+    error = exception.what();
   }
+  std::cerr << "holdfast-supervisor: " << error << "\n";
+  return 1;
 }
+
+}  // namespace
+}  // namespace holdfast::supervisor
+
+int main(int argc, char** argv) { return holdfast::supervisor::Main(argc, argv); }

@@ -2,8 +2,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/resource.h>
@@ -12,6 +10,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <filesystem>
 #include <map>
 #include <utility>
 
@@ -20,12 +19,6 @@
 
 namespace holdfast::supervisor {
 namespace {
-
-absl::StatusOr<std::string> RealPath(const std::string& path) {
-  char resolved[PATH_MAX];
-  if (realpath(path.c_str(), resolved) == nullptr) return ErrnoStatus(errno, path);
-  return std::string(resolved);
-}
 
 absl::Status RefuseInsideFuse(const std::string& folder) {
   HF_ASSIGN_OR_RETURN(std::vector<MountInfo> mounts, ReadMountInfo());
@@ -139,8 +132,6 @@ absl::Status PrepareProcess() {
   }
   // Inherited by the workers: dumping core would delay the proof of a worker's death by up to seconds.
   rlimit core{};
-  getrlimit(RLIMIT_CORE, &core);
-  core.rlim_cur = 0;
   setrlimit(RLIMIT_CORE, &core);
   return absl::OkStatus();
 }
@@ -148,8 +139,8 @@ absl::Status PrepareProcess() {
 absl::StatusOr<UniqueFd> PrepareFolders(Options* options) {
   HF_RETURN_IF_ERROR(Annotate(MakeDirs(options->state_dir, 0711), "state folder"));
   HF_RETURN_IF_ERROR(Annotate(MakeDirs(options->runtime_dir, 0711), "runtime folder"));
-  HF_ASSIGN_OR_RETURN(options->state_dir, RealPath(options->state_dir));
-  HF_ASSIGN_OR_RETURN(options->runtime_dir, RealPath(options->runtime_dir));
+  options->state_dir = std::filesystem::canonical(options->state_dir).string();
+  options->runtime_dir = std::filesystem::canonical(options->runtime_dir).string();
   if (options->snapshotter_socket.empty())
     options->snapshotter_socket = options->runtime_dir + "/snapshotter.sock";
   if (options->control_socket.empty()) options->control_socket = options->runtime_dir + "/supervisor.sock";

@@ -42,15 +42,8 @@ static_assert(static_cast<int>(schema::MountState::GONE) == static_cast<int>(Mou
 schema::MountState Convert(MountState state) { return static_cast<schema::MountState>(state); }
 
 InitOptions Convert(schema::InitOptions::Reader in) {
-  InitOptions out;
-  out.flags = in.getFlags();
-  out.max_background = in.getMaxBackground();
-  out.congestion_threshold = in.getCongestionThreshold();
-  out.max_pages = in.getMaxPages();
-  out.max_stack_depth = in.getMaxStackDepth();
-  out.read_ahead_kib = in.getReadAheadKib();
-  out.max_readahead = in.getMaxReadahead();
-  return out;
+  return {in.getFlags(),         in.getMaxBackground(), in.getCongestionThreshold(), in.getMaxPages(),
+          in.getMaxStackDepth(), in.getReadAheadKib(),  in.getMaxReadahead()};
 }
 
 void FillMountEntry(const Mount& mount, bool with_device, schema::MountEntry::Builder out) {
@@ -68,6 +61,12 @@ void FillLedger(const Ledger& ledger, bool with_pipes, schema::OldLedger::Builde
   out.setLedger(MakeDescriptor(ledger.memory()));
   out.setOwnerExited(ledger.owner_exited);
   if (with_pipes) FillPipes(ledger, out.initRequestPipes(static_cast<unsigned>(ledger.pipes().size())));
+}
+
+template <typename Results>
+void FillLedgers(const std::vector<Ledger*>& page, bool with_pipes, Results results) {
+  auto out = results.initLedgers(static_cast<unsigned>(page.size()));
+  for (unsigned i = 0; i < page.size(); ++i) FillLedger(*page[i], with_pipes, out[i]);
 }
 
 // A page of the vault, for a worker (with descriptors) or for holdfastctl.
@@ -123,12 +122,10 @@ class SupervisorServer final : public schema::Supervisor::Server {
 
   kj::Promise<void> oldLedgers(OldLedgersContext context) override {
     bool more = false;
-    auto page =
-        supervisor_.ledgers().Page(context.getParams().getAfter(), generation_, kLedgersPerPage, &more);
-    auto results = context.getResults();
-    results.setMore(more);
-    auto out = results.initLedgers(static_cast<unsigned>(page.size()));
-    for (unsigned i = 0; i < page.size(); ++i) FillLedger(*page[i], true, out[i]);
+    uint64_t after = context.getParams().getAfter();
+    FillLedgers(supervisor_.ledgers().Page(after, generation_, kLedgersPerPage, &more), true,
+                context.getResults());
+    context.getResults().setMore(more);
     return kj::READY_NOW;
   }
 
@@ -174,9 +171,7 @@ class ControlServer final : public schema::Control::Server {
 
   kj::Promise<void> ledgers(LedgersContext context) override {
     bool more = false;
-    auto page = supervisor_.ledgers().Page(0, 0, kLedgersForControl, &more);
-    auto out = context.getResults().initLedgers(static_cast<unsigned>(page.size()));
-    for (unsigned i = 0; i < page.size(); ++i) FillLedger(*page[i], false, out[i]);
+    FillLedgers(supervisor_.ledgers().Page(0, 0, kLedgersForControl, &more), false, context.getResults());
     return kj::READY_NOW;
   }
 
@@ -254,15 +249,8 @@ void Supervisor::FillStatus(schema::Status::Builder status) const {
   status.setRequestsCarriedOverTotal(carried_over_total_);
   status.setStateDir(options_.state_dir.c_str());
   FillSwap(status.initLastSwap());
-  uint64_t detached = 0;
-  uint64_t live = 0;
-  for (const auto& [id, mount] : vault_.all()) {
-    detached += mount.state == MountState::kDetached ? 1 : 0;
-    live += mount.state == MountState::kLive ? 1 : 0;
-  }
-  status.setMountsLive(live);
-  status.setMountsDetached(detached);
-
+  status.setMountsLive(vault_.Count(MountState::kLive));
+  status.setMountsDetached(vault_.Count(MountState::kDetached));
   std::vector<std::string> warnings = warnings_;
   auto workers = status.initWorkers(static_cast<unsigned>(workers_.size()));
   unsigned i = 0;
@@ -278,12 +266,10 @@ void Supervisor::FillStatus(schema::Status::Builder status) const {
       out.setRequestsReceived(ledger->received());
       out.setRequestsAnswered(ledger->answered());
     }
-    uint64_t dead_for =
-        worker->dead_since_boot_nanos == 0 ? 0 : clock_->BootNanos() - worker->dead_since_boot_nanos;
-    if (dead_for > kUnkillableSeconds * 1'000'000'000) {
-      warnings.push_back("worker generation " + std::to_string(generation) + " (pid " +
-                         std::to_string(worker->pid) +
-                         ") was killed and does not exit; snapshot calls wait for it, reads do not");
+    uint64_t limit = worker->dead_since_boot_nanos + kUnkillableSeconds * 1'000'000'000;
+    if (worker->dead_since_boot_nanos != 0 && clock_->BootNanos() > limit) {
+      warnings.push_back("worker pid " + std::to_string(worker->pid) +
+                         " was killed and does not exit; snapshot calls wait for it, reads do not");
     }
   }
   if (state_.phase == Phase::kNoMetadata) {
@@ -306,10 +292,7 @@ void Supervisor::FillSwap(schema::SwapStatus::Builder out) const {
 kj::Maybe<capnp::Capability::Client> Supervisor::RunningAdmin() {
   for (Generation generation : {state_.owner, state_.successor}) {
     WorkerProcess* worker = Find(generation);
-    if (worker == nullptr || worker->disconnected) continue;
-    KJ_IF_MAYBE (admin, worker->admin) {
-      return *admin;
-    }
+    if (worker != nullptr && worker->admin != nullptr && !worker->disconnected) return worker->admin;
   }
   return nullptr;
 }

@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <string_view>
 #include <utility>
 
 #include "common/sha256.h"
@@ -35,7 +34,6 @@ absl::Status CheckProgram(int fd, const std::string& path) {
   if (fstat(fd, &info) != 0) return ErrnoStatus(errno, path);
   if (!S_ISREG(info.st_mode)) return InvalidArgument("worker " + path + " is not a regular file");
   if ((info.st_mode & 0111) == 0) return PermissionDenied("worker " + path + " is not executable (chmod +x)");
-  if (info.st_size == 0) return InvalidArgument("worker " + path + " is empty");
   return absl::OkStatus();
 }
 
@@ -53,17 +51,14 @@ absl::StatusOr<std::string> WriteCopy(int source, const std::string& path) {
 }
 
 std::vector<std::string> WorkerEnvironment(const std::string& token) {
-  std::vector<std::string> environment;
+  std::vector<std::string> environment = {"HOLDFAST_TOKEN=" + token};
   for (char** entry = environ; *entry != nullptr; ++entry) {
-    std::string_view text = *entry;
-    bool ours = false;
-    for (std::string_view name : {"HOLDFAST_TOKEN=", "NOTIFY_SOCKET=", "LISTEN_FDS=", "LISTEN_PID=",
-                                  "LISTEN_FDNAMES=", "WATCHDOG_"}) {
-      ours = ours || text.substr(0, name.size()) == name;
-    }
-    if (!ours) environment.emplace_back(text);
+    std::string text = *entry;
+    std::string name = text.substr(0, text.find('='));
+    // The service manager's variables speak to us, not to the worker.
+    bool ours = name == "HOLDFAST_TOKEN" || name == "NOTIFY_SOCKET" || name.substr(0, 7) == "LISTEN_";
+    if (!ours && name.substr(0, 9) != "WATCHDOG_") environment.push_back(text);
   }
-  environment.push_back("HOLDFAST_TOKEN=" + token);
   return environment;
 }
 
@@ -83,8 +78,7 @@ absl::StatusOr<pid_t> SpawnChild(int program, int socket, std::vector<std::strin
   posix_spawn_file_actions_init(&actions);
   posix_spawnattr_init(&attributes);
   posix_spawn_file_actions_adddup2(&actions, socket, kWorkerSocket);
-  sigset_t none;
-  sigset_t all;
+  sigset_t none, all;
   sigemptyset(&none);
   sigfillset(&all);
   posix_spawnattr_setsigmask(&attributes, &none);
@@ -112,8 +106,7 @@ absl::StatusOr<std::shared_ptr<const Executable>> CopyExecutable(const std::stri
   HF_ASSIGN_OR_RETURN(executable->sha256, WriteCopy(source->get(), temporary));
   std::string folder = state_dir + "/bin/" + executable->sha256;
   HF_RETURN_IF_ERROR(MakeDirs(folder, 0755));
-  if (rename(temporary.c_str(), (folder + kName).c_str()) != 0)
-    return ErrnoStatus(errno, "renaming " + temporary);
+  if (rename(temporary.c_str(), (folder + kName).c_str()) != 0) return ErrnoStatus(errno, temporary);
   HF_RETURN_IF_ERROR(SyncDir(folder));
   HF_RETURN_IF_ERROR(SyncDir(state_dir + "/bin"));
   HF_ASSIGN_OR_RETURN(executable->file, OpenFile(folder + kName, O_RDONLY | O_NOFOLLOW));

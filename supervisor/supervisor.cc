@@ -51,21 +51,24 @@ Supervisor::Supervisor(const Options& options, Resources resources, kj::AsyncIoC
       vault_(std::move(resources.mount_ids)),
       generations_(std::move(resources.generations)),
       running_(std::move(resources.executable)),
-      stopped_(nullptr),
       tasks_(*this) {
   state_.next_generation = 0;
-  auto pair = kj::newPromiseAndFulfiller<void>();
-  stopped_ = pair.promise.fork();
-  stopped_fulfiller_ = kj::mv(pair.fulfiller);
 }
 
 void Supervisor::taskFailed(kj::Exception&& exception) {
   LOG(ERROR) << "event=task_failed error=" << LogValue(Describe(exception));
 }
 
-void Supervisor::Start() {
+void Supervisor::Ignore(kj::Promise<void> promise) {
+  tasks_.add(promise.catch_([](kj::Exception&&) {}));
+}
+
+kj::Promise<void> Supervisor::Run() {
+  auto pair = kj::newPromiseAndFulfiller<void>();
+  stopped_ = kj::mv(pair.fulfiller);
   tasks_.add(WatchMounts());
   Dispatch({.type = EventType::kStart});
+  return kj::mv(pair.promise);
 }
 
 // Actions may bring events about (a spawn that fails): those wait until the actions before them are done.
@@ -115,18 +118,13 @@ void Supervisor::Do(const Action& action) {
   if (action.type == ActionType::kTellExited) return TellExited(action.generation, action.subject);
   if (action.type == ActionType::kKill) return KillWorker(action.generation);
   if (action.type == ActionType::kTimer) return ArmTimer(action.milliseconds);
-  if (action.type == ActionType::kExit) return stopped_fulfiller_->fulfill();
-  if (action.type == ActionType::kStopTimer) {
-    ++timer_token_;
-    return;
-  }
-  if (action.type != ActionType::kRefused)
-    FinishSwap(action.reason.empty() ? "done" : "failed: " + action.reason);
+  if (action.type == ActionType::kExit) return stopped_->fulfill();
+  if (action.type == ActionType::kStopTimer) return void(++timer_token_);
+  bool done = action.type == ActionType::kSwapDone;
+  if (action.type != ActionType::kRefused) FinishSwap(done ? "done" : "failed: " + action.reason);
   KJ_IF_MAYBE (waiter, upgrade_waiter_) {
-    if (action.type == ActionType::kSwapDone)
-      (*waiter)->fulfill();
-    else
-      (*waiter)->reject(KJ_EXCEPTION(FAILED, action.reason));
+    if (done) (*waiter)->fulfill();
+    if (!done) (*waiter)->reject(KJ_EXCEPTION(FAILED, action.reason));
     upgrade_waiter_ = nullptr;
   }
 }
@@ -173,15 +171,14 @@ void Supervisor::Connect(WorkerProcess* worker, UniqueFd socket) {
   worker->exit_observer = kj::heap<kj::UnixEventPort::FdObserver>(
       io_->unixEventPort, worker->pidfd.get(), kj::UnixEventPort::FdObserver::OBSERVE_READ);
   tasks_.add(worker->exit_observer->whenBecomesReadable().then([this, generation] { OnExit(generation); }));
-  tasks_.add(worker->connection->onDisconnect().then(
-      [this, generation] { OnDisconnected(generation); },
-      [this, generation](kj::Exception&&) { OnDisconnected(generation); }));
+  auto ended = worker->connection->onDisconnect().catch_([](kj::Exception&&) {});
+  tasks_.add(ended.then([this, generation] { OnDisconnected(generation); }));
 }
 
 void Supervisor::CallWorker(Generation generation, Call call) {
   WorkerProcess* worker = Find(generation);
   if (worker == nullptr) return;
-  if (call == Call::kTake && vault_.IsMounting()) {
+  if (call == Call::kTake && vault_.Count(MountState::kMounting) != 0) {
     // What a dead predecessor was mounting must be in the vault when its successor looks.
     tasks_.add(timer_.afterDelay(kMountingPollMillis * kj::MILLISECONDS).then([this, generation, call] {
       bool wanted = state_.phase == Phase::kCommitting || state_.phase == Phase::kReclaiming;
@@ -359,11 +356,8 @@ void Supervisor::Stop(const std::string& reason) {
   if (stopping_) return;
   stopping_ = true;
   LOG(INFO) << "event=stopping reason=" << LogValue(reason);
-  auto limit = timer_.afterDelay(kStopUnmountSeconds * kj::SECONDS).then([] {
-    LOG(WARNING) << "event=unmount_too_slow";
-  });
-  tasks_.add(
-      UnmountAll().exclusiveJoin(kj::mv(limit)).then([this] { Dispatch({.type = EventType::kStop}); }));
+  auto unmounted = UnmountAll().exclusiveJoin(timer_.afterDelay(kStopUnmountSeconds * kj::SECONDS));
+  tasks_.add(unmounted.then([this] { Dispatch({.type = EventType::kStop}); }));
 }
 
 void Supervisor::KillRemaining() {

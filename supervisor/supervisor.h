@@ -47,28 +47,19 @@ struct WorkerProcess {
   std::string build;
   int64_t started_wall_nanos = 0;
   uint64_t dead_since_boot_nanos = 0;  // first sign of death, or our SIGKILL; 0: alive
-  bool killed = false;
-  bool retired = false;
-  bool disconnected = false;
-  bool exited = false;
+  bool killed = false, retired = false, disconnected = false, exited = false;
 };
 
 struct Swap {
-  std::string kind = "none";
-  std::string result;
+  std::string kind = "none", result, from_build, to_build;
   int64_t finished_wall_nanos = 0;
-  uint64_t pause_nanos = 0;
-  uint64_t carried_over = 0;
-  std::string from_build;
-  std::string to_build;
+  uint64_t pause_nanos = 0, carried_over = 0;
 };
 
 // What main has prepared.
 struct Resources {
-  UniqueFd state_dir;
-  UniqueFd snapshot_listener;
-  IdFile mount_ids;
-  IdFile generations;
+  UniqueFd state_dir, snapshot_listener;
+  IdFile mount_ids, generations;
   std::shared_ptr<const Executable> executable;
   std::vector<std::string> warnings;
 };
@@ -88,10 +79,10 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
  public:
   Supervisor(const Options& options, Resources resources, kj::AsyncIoContext* io);
 
-  void Start();
-  // Unmounts what is not in use, ends the workers. WhenStopped() then resolves.
+  // Starts the first worker. Resolves after Stop().
+  kj::Promise<void> Run();
+  // Unmounts what is not in use, ends the workers.
   void Stop(const std::string& reason);
-  kj::Promise<void> WhenStopped() { return stopped_.addBranch(); }
   // Last: kills what is left.
   void KillRemaining();
 
@@ -101,9 +92,6 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   kj::Promise<const Mount*> MountLayer(Generation caller, std::string path, InitOptions options,
                                        std::string blob);
   kj::Promise<MountState> UnmountLayer(Generation caller, uint64_t mount_id);
-  // Resolves when a page of mounts may be given to `caller`: at the commit, mounts that a dead worker began
-  // have settled.
-  kj::Promise<void> MountsSettled(Generation caller);
   // True: swapped; false: the same build runs already.
   kj::Promise<bool> Upgrade(std::string path, bool force);
   // Why an orderly shutdown would hurt; empty if it would not.
@@ -137,10 +125,8 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   WorkerProcess* Find(Generation generation);
   const char* Role(const WorkerProcess& worker) const;
 
-  // Success or failure is learned elsewhere, or does not matter.
-  void Ignore(kj::Promise<void> promise) {
-    tasks_.add(promise.catch_([](kj::Exception&&) {}));
-  }
+  // Its failure is told elsewhere, or does not matter.
+  void Ignore(kj::Promise<void> promise);
   // Goes on even when the caller hangs up.
   template <typename T>
   kj::Promise<T> Keep(kj::Promise<T> promise) {
@@ -177,33 +163,23 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   bool dispatching_ = false;
   uint64_t timer_token_ = 0;
   std::map<Generation, std::unique_ptr<WorkerProcess>> workers_;
-  std::shared_ptr<const Executable> running_;
-  std::shared_ptr<const Executable> previous_;
+  std::shared_ptr<const Executable> running_, previous_, candidate_;
   std::string running_build_;
-  std::shared_ptr<const Executable> candidate_;
 
   Swap swap_;
   uint64_t reads_stopped_boot_nanos_ = 0;  // 0: somebody reads
-  uint64_t crashes_ = 0;
-  uint64_t swaps_ = 0;
-  uint64_t carried_over_total_ = 0;
-  bool upgrade_busy_ = false;
+  uint64_t crashes_ = 0, swaps_ = 0, carried_over_total_ = 0;
+  bool upgrade_busy_ = false, stopping_ = false;
   kj::Maybe<kj::Own<kj::PromiseFulfiller<void>>> upgrade_waiter_;
-
-  bool stopping_ = false;
-  kj::Own<kj::PromiseFulfiller<void>> stopped_fulfiller_;
-  kj::ForkedPromise<void> stopped_;
+  kj::Own<kj::PromiseFulfiller<void>> stopped_;
   kj::TaskSet tasks_;  // last: cancelled first
 };
 
-// rpc.cc: the Cap'n Proto servers; they translate, and decide nothing.
-
-// The bootstrap of a worker's connection.
+// rpc.cc: the Cap'n Proto servers; they translate, and decide nothing. The bootstrap of a worker's
+// connection:
 capnp::Capability::Client MakeSupervisorServer(Supervisor* supervisor, uint64_t generation);
-
 // Accepts holdfastctl's connections for ever; peers that are not root are turned away.
 kj::Promise<void> ServeControl(Supervisor* supervisor, kj::ConnectionReceiver* listener);
-
 // A capability that carries `fd` and keeps it open.
 schema::Descriptor::Client MakeDescriptor(SharedFd fd);
 void FillPipes(const Ledger& ledger, capnp::List<schema::PipePair>::Builder out);

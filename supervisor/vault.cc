@@ -88,18 +88,15 @@ std::vector<const Mount*> Vault::Page(uint64_t after, size_t limit, bool* more) 
   *more = false;
   for (auto it = mounts_.upper_bound(after); it != mounts_.end(); ++it) {
     if (it->second.state == MountState::kMounting) continue;
-    if (page.size() == limit) {
-      *more = true;
-      break;
-    }
+    if ((*more = page.size() == limit)) break;
     page.push_back(&it->second);
   }
   return page;
 }
 
-bool Vault::IsMounting() const {
-  return std::any_of(mounts_.begin(), mounts_.end(),
-                     [](const auto& entry) { return entry.second.state == MountState::kMounting; });
+size_t Vault::Count(MountState state) const {
+  return static_cast<size_t>(std::count_if(mounts_.begin(), mounts_.end(),
+                                           [&](const auto& entry) { return entry.second.state == state; }));
 }
 
 std::vector<uint64_t> Vault::TakeGone() {
@@ -179,10 +176,7 @@ std::vector<Ledger*> LedgerStore::Page(uint64_t after, uint64_t except, size_t l
   *more = false;
   for (auto it = ledgers_.upper_bound(after); it != ledgers_.end(); ++it) {
     if (it->first == except) continue;
-    if (page.size() == limit) {
-      *more = true;
-      break;
-    }
+    if ((*more = page.size() == limit)) break;
     page.push_back(it->second.get());
   }
   return page;

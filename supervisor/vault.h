@@ -32,8 +32,7 @@ class IdFile {
   IdFile(std::string path, uint64_t next, uint64_t block)
       : path_(std::move(path)), next_(next), end_(next), block_(block) {}
   std::string path_;
-  uint64_t next_;
-  uint64_t end_;  // numbers below it are reserved
+  uint64_t next_, end_;  // numbers below end_ are reserved
   uint64_t block_;
 };
 
@@ -42,12 +41,10 @@ enum class MountState { kMounting, kLive, kDetached, kGone };
 struct Mount {
   uint64_t id = 0;
   MountState state = MountState::kMounting;
-  std::string path{};
-  std::string blob{};
+  std::string path{}, blob{};
   uint64_t caller = 0;  // generation that asked for it
   SharedFd device{};
-  std::string init_request{};
-  std::string init_reply{};
+  std::string init_request{}, init_reply{};
 };
 
 class Vault {
@@ -62,7 +59,7 @@ class Vault {
   const std::map<uint64_t, Mount>& all() const { return mounts_; }
   // Live and detached entries with id > after, in order; *more says whether there are others.
   std::vector<const Mount*> Page(uint64_t after, size_t limit, bool* more) const;
-  bool IsMounting() const;  // some entry
+  size_t Count(MountState state) const;
   // Live or detached entries whose descriptor polls POLLERR: their superblock exists no more. Forgets and
   // returns them.
   std::vector<uint64_t> TakeGone();
@@ -73,8 +70,7 @@ class Vault {
 };
 
 struct Pipe {
-  SharedFd read_end;
-  SharedFd write_end;
+  SharedFd read_end, write_end;
 };
 
 class Ledger {

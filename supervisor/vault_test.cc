@@ -74,13 +74,13 @@ TEST_F(VaultTest, APathIsMountedOnceUntilItIsDetached) {
   EXPECT_FALSE(vault_.Allocate("/a", "", 1).ok()) << "being mounted";
 }
 
-TEST_F(VaultTest, TellsWhetherAMountIsBeingMade) {
+TEST_F(VaultTest, CountsMountsByState) {
   Live("/a");
-  EXPECT_FALSE(vault_.IsMounting());
+  EXPECT_EQ(vault_.Count(MountState::kMounting), 0u);
   uint64_t b = vault_.Allocate("/b", "", 1).value();
-  EXPECT_TRUE(vault_.IsMounting());
+  EXPECT_EQ(vault_.Count(MountState::kMounting), 1u);
   SetLive(b, DevNull());
-  EXPECT_FALSE(vault_.IsMounting());
+  EXPECT_EQ(vault_.Count(MountState::kMounting), 0u);
 }
 
 TEST_F(VaultTest, AMountIsGoneWhenItsDescriptorPollsAnError) {

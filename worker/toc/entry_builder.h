@@ -76,7 +76,7 @@ class EntryBuilder {
 // Clean("/" + name) without the leading slash; refuses "..", NUL, and what is too long or too deep.
 absl::StatusOr<std::string> CleanName(std::string_view name, const Limits& limits);
 
-// RFC 3339, as Go's time.Parse takes it. Before 1970: 0.
+// RFC 3339, as Go's time.Parse takes it. Before 1970 and after 2262: 0.
 absl::Status ParseTime(std::string_view text, int64_t* seconds, uint32_t* nanos);
 
 }  // namespace holdfast::toc

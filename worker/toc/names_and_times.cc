@@ -22,6 +22,9 @@ int64_t DaysInMonth(int64_t year, int64_t month) {
   return month == 2 && leap ? 29 : kDays[static_cast<size_t>(month - 1)];
 }
 
+// The last second whose nanoseconds fit 64 bits (2262-04-11). An ordinary unpack sets what is later to 0.
+constexpr int64_t kMaxSeconds = 9'223'372'036;
+
 // Days since 1970-01-01 in the proleptic Gregorian calendar; the year counts from March, so the leap day
 // comes last.
 int64_t DaysSinceEpoch(int64_t year, int64_t month, int64_t day) {
@@ -98,7 +101,7 @@ absl::Status ParseTime(std::string_view text, int64_t* seconds, uint32_t* nanos)
   if (!Zone(text.substr(at), &east)) return bad;
   *seconds = DaysSinceEpoch(year, month, day) * 86400 + hour * 3600 + minute * 60 + second - east;
   *nanos = static_cast<uint32_t>(fraction);
-  if (*seconds < 0) {
+  if (*seconds < 0 || *seconds > kMaxSeconds) {
     *seconds = 0;
     *nanos = 0;
   }

@@ -68,7 +68,7 @@ struct Entry {
   uint32_t mode = 0;  // permission bits and set-uid, set-gid, sticky only
   uint32_t uid = 0, gid = 0;
   uint64_t size = 0;
-  int64_t mtime_seconds = 0;  // clamped to >= 0, as in an ordinary unpack
+  int64_t mtime_seconds = 0;  // before 1970 and after 2262: 0, as in an ordinary unpack
   uint32_t mtime_nanos = 0;
   uint32_t dev_major = 0, dev_minor = 0;
   std::string link_target;                    // symlink: as is; hardlink: a clean relative path

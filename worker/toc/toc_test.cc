@@ -270,7 +270,9 @@ TEST(TocJsonTest, TimesFollowRfc3339) {
       {"2026-11-22T20:30:00+02:30", 1'795'370'400, 0},
       {"1969-12-31T23:59:59.9Z", 0, 0},
       {"0001-01-01T00:00:00Z", 0, 0},
-      {"9999-12-31T23:59:59Z", 253'402'300'799, 0}};
+      {"2262-04-11T23:47:16Z", 9'223'372'036, 0},
+      {"2262-04-11T23:47:17Z", 0, 0},
+      {"9999-12-31T23:59:59Z", 0, 0}};
   for (const auto& [text, seconds, nanos] : good) {
     auto toc = ParseEntries(R"({"name":"a","type":"dir","modtime":")" + text + "\"}");
     ASSERT_TRUE(toc.ok()) << text << toc.status();

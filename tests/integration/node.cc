@@ -55,9 +55,16 @@ Node::Node(const std::string& config) {
 void Node::Start(const std::string& config) {
   CHECK(MakeDirs(root() + "/state").ok() && MakeDirs(root() + "/run").ok());
   CHECK(WriteFileAtomic(root() + "/config.toml", config).ok());
-  std::vector<std::string> words = {Program("holdfast-supervisor"), "--worker", Program("holdfast-worker"),
-                                    "--state",  root() + "/state",  "--runtime", root() + "/run",
-                                    "--",       "--config",         root() + "/config.toml"};
+  std::vector<std::string> words = {Program("holdfast-supervisor"),
+                                    "--worker",
+                                    Program("holdfast-worker"),
+                                    "--state",
+                                    root() + "/state",
+                                    "--runtime",
+                                    root() + "/run",
+                                    "--",
+                                    "--config",
+                                    root() + "/config.toml"};
   std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);

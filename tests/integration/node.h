@@ -1,5 +1,6 @@
-// A whole holdfast for one test: real supervisor, real worker, in a temporary folder, with the registry in the test's process.
-// Everything it started is gone after the destructor, also when the test failed: processes by pid, mounts by path.
+// A whole holdfast for one test: real supervisor, real worker, in a temporary folder, with the registry in
+// the test's process. Everything it started is gone after the destructor, also when the test failed:
+// processes by pid, mounts by path.
 #pragma once
 
 #include <sys/types.h>

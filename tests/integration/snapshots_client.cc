@@ -19,7 +19,8 @@ absl::Status FromGrpc(const grpc::Status& status) {
 class ClientImpl final : public SnapshotsClient {
  public:
   explicit ClientImpl(const std::string& socket)
-      : stub_(pb::Snapshots::NewStub(grpc::CreateChannel("unix:" + socket, grpc::InsecureChannelCredentials()))) {}
+      : stub_(pb::Snapshots::NewStub(
+            grpc::CreateChannel("unix:" + socket, grpc::InsecureChannelCredentials()))) {}
 
   absl::StatusOr<std::vector<Mount>> Prepare(const std::string& key, const std::string& parent,
                                              const Labels& labels) override {

@@ -1,5 +1,5 @@
-// The whole path on real parts: a lazily pulled image of two layers is prepared through the gRPC API, its overlay is mounted,
-// and every byte is compared, while the worker is killed or upgraded.
+// The whole path on real parts: a lazily pulled image of two layers is prepared through the gRPC API, its
+// overlay is mounted, and every byte is compared, while the worker is killed or upgraded.
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/stat.h>
@@ -46,7 +46,8 @@ struct Image {
   std::map<std::string, std::string> files;  // path -> content, of the merged tree
 };
 
-// The upper layer holds a file in a folder that only the lower one describes, a whiteout, and a replaced file.
+// The upper layer holds a file in a folder that only the lower one describes, a whiteout, and a replaced
+// file.
 Image MakeImage(uint64_t seed) {
   Image image;
   toc::testing::WriterOptions options;
@@ -117,14 +118,16 @@ class WholePathTest : public ::testing::Test {
   std::string PrepareLazy(const EstargzLayer& layer, const std::string& parent, const std::string& image,
                           const std::string& layers) {
     const std::string chain = layer::Sha256Name(parent + layer.diff_id + image);
-    Labels labels = {{"containerd.io/snapshot.ref", chain},
-                     {"containerd.io/snapshot/cri.image-ref", registry_.host() + "/test/" + image + ":latest"},
-                     {"containerd.io/snapshot/cri.layer-digest", layer.layer_digest},
-                     {"containerd.io/snapshot/cri.image-layers", layers},
-                     {"containerd.io/snapshot/stargz/toc.digest", layer.toc_digest}};
+    Labels labels = {
+        {"containerd.io/snapshot.ref", chain},
+        {"containerd.io/snapshot/cri.image-ref", registry_.host() + "/test/" + image + ":latest"},
+        {"containerd.io/snapshot/cri.layer-digest", layer.layer_digest},
+        {"containerd.io/snapshot/cri.image-layers", layers},
+        {"containerd.io/snapshot/stargz/toc.digest", layer.toc_digest}};
     auto prepared = node_.snapshots()->Prepare("default/1/extract-1 " + chain, parent, labels);
     EXPECT_EQ(prepared.status().code(), absl::StatusCode::kAlreadyExists) << prepared.status();
-    auto found = node_.snapshots()->List("labels.\"containerd.io/snapshot.ref\"==" + chain + ",parent==\"" + parent + "\"");
+    auto found = node_.snapshots()->List("labels.\"containerd.io/snapshot.ref\"==" + chain + ",parent==\"" +
+                                         parent + "\"");
     EXPECT_TRUE(found.ok()) << found.status();
     if (!found.ok() || found->size() != 1) {
       ADD_FAILURE() << "the committed snapshot of " << chain << " is not listed";
@@ -201,7 +204,8 @@ TEST_F(WholePathTest, KillingTheWorkerInTheMiddleOfReadsFailsNone) {
   int kills = 0;
   while (!finished_ && kills < 4) {
     const uint64_t before = registry_.blob_requests();
-    registry_.WaitFor([&] { return finished_ || (registry_.in_flight() > 0 && registry_.blob_requests() > before + 2); });
+    registry_.WaitFor(
+        [&] { return finished_ || (registry_.in_flight() > 0 && registry_.blob_requests() > before + 2); });
     if (finished_) break;
     if (node_.KillWorker() > 0) kills++;
     EXPECT_TRUE(node_.WaitRunning()) << "no successor after kill " << kills;

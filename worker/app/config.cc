@@ -194,8 +194,7 @@ Config ReadAll(Reader* reader, const toml::table& root) {
     section.Count("max_connections_per_host", 1, 1024, &config.fetch.max_connections_per_host);
     section.NoOtherKeys();
   });
-  top.Table("registry",
-            [&](const toml::table& table) { ReadRegistries(reader, table, &config.registry); });
+  top.Table("registry", [&](const toml::table& table) { ReadRegistries(reader, table, &config.registry); });
   top.Table("snapshotter", [&](const toml::table& table) {
     Section section(reader, &table, "snapshotter");
     section.Duration("lazy_deadline", &config.snapshotter.lazy_deadline_nanos);
@@ -213,8 +212,8 @@ Config ReadAll(Reader* reader, const toml::table& root) {
 }  // namespace
 
 absl::StatusOr<uint64_t> ParseSize(std::string_view text) {
-  static const std::vector<Unit> units = {{"", 1},         {"B", 1},          {"KiB", 1ull << 10},
-                                          {"MiB", 1ull << 20}, {"GiB", 1ull << 30}, {"TiB", 1ull << 40}};
+  static const std::vector<Unit> units = {
+      {"", 1}, {"B", 1}, {"KiB", 1ull << 10}, {"MiB", 1ull << 20}, {"GiB", 1ull << 30}, {"TiB", 1ull << 40}};
   return ParseWithUnit(text, units, "\"500MiB\" or \"10GiB\"");
 }
 

@@ -1,8 +1,8 @@
-// The worker's configuration file, TOML. Every key is known by name and type; anything else is an error that names file,
-// line and key, so a typing error never silently means a default.
+// The worker's configuration file, TOML. Every key is known by name and type; anything else is an error that
+// names file, line and key, so a typing error never silently means a default.
 //
-// Sizes are integers (bytes) or strings with a binary unit ("10GiB"); durations are strings with a unit ("60s", "500ms",
-// "2m"). packaging/config.toml shows every key with its default.
+// Sizes are integers (bytes) or strings with a binary unit ("10GiB"); durations are strings with a unit
+// ("60s", "500ms", "2m"). packaging/config.toml shows every key with its default.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ inline constexpr char kDefaultConfigPath[] = "/etc/holdfast/config.toml";
 
 struct Config {
   struct Cache {
-    uint64_t limit_bytes = 0;                     // 0 = only the free floor bounds it
+    uint64_t limit_bytes = 0;  // 0 = only the free floor bounds it
     uint64_t free_floor_bytes = 1ull << 30;
   };
   struct Fetch {
@@ -26,7 +26,7 @@ struct Config {
     std::string docker_config;                     // "" = $DOCKER_CONFIG or /root/.docker/config.json
     uint32_t max_connections_per_host = 8;
   };
-  struct Registry {                                // [registry."host:port"]
+  struct Registry {  // [registry."host:port"]
     bool plain_http = false;
     std::string ca_file;
     std::string username, password;
@@ -35,7 +35,7 @@ struct Config {
     uint64_t lazy_deadline_nanos = 20'000'000'000;  // then Prepare falls back to an ordinary snapshot
   };
   struct Fuse {
-    uint32_t threads = 0;                          // 0 = one a processor, at most the ledger's slots
+    uint32_t threads = 0;  // 0 = one a processor, at most the ledger's slots
   };
 
   Cache cache;

@@ -41,7 +41,8 @@ password = "p"
 lazy_deadline = "2m"
 [fuse]
 threads = 4
-)", "test.toml");
+)",
+                                              "test.toml");
   ASSERT_TRUE(config.ok()) << config.status();
   EXPECT_EQ(config->cache.limit_bytes, 10ull << 30);
   EXPECT_EQ(config->cache.free_floor_bytes, 4096u);
@@ -63,7 +64,8 @@ TEST(ConfigTest, AnUnknownKeyIsNamedWithFileAndLineAndTheKnownOnes) {
   EXPECT_EQ(ErrorOf("\n[cach]\nlimit = 1\n"),
             "test.toml:2: unknown key 'cach'; the file may hold: cache, fetch, fuse, registry, snapshotter");
   EXPECT_EQ(ErrorOf("[registry.\"a:1\"]\nplain = true\n"),
-            "test.toml:2: unknown key 'plain'; [registry.\"a:1\"] may hold: ca_file, password, plain_http, username");
+            "test.toml:2: unknown key 'plain'; [registry.\"a:1\"] may hold: ca_file, password, plain_http, "
+            "username");
 }
 
 TEST(ConfigTest, AMistypedKeyIsNamedWithItsLineAndWhatItMustBe) {
@@ -84,7 +86,8 @@ TEST(ConfigTest, AValueOutOfRangeIsNamedWithTheRange) {
   EXPECT_EQ(ErrorOf("[fuse]\nthreads = 17\n"), "test.toml:2: 'fuse.threads' must be 1 to 16");
   EXPECT_EQ(ErrorOf("[fuse]\nthreads = 0\n"), "test.toml:2: 'fuse.threads' must be 1 to 16");
   EXPECT_EQ(ErrorOf("[cache]\nlimit = -1\n"), "test.toml:2: 'cache.limit' must not be negative");
-  EXPECT_EQ(ErrorOf("[fetch]\nmiss_timeout = \"0s\"\n"), "test.toml:2: 'fetch.miss_timeout' must be more than 0");
+  EXPECT_EQ(ErrorOf("[fetch]\nmiss_timeout = \"0s\"\n"),
+            "test.toml:2: 'fetch.miss_timeout' must be more than 0");
 }
 
 TEST(ConfigTest, ASizeOrDurationWithoutSenseIsShownWithAnExample) {
@@ -113,7 +116,8 @@ TEST(ConfigTest, BrokenTomlIsAnErrorWithItsLine) {
 TEST(ConfigTest, ANamedFileThatIsMissingIsAnErrorThatNamesIt) {
   absl::StatusOr<Config> config = LoadConfig("/nonexistent/holdfast.toml");
   ASSERT_FALSE(config.ok());
-  EXPECT_NE(std::string(FromAbsl(config.status().message())).find("/nonexistent/holdfast.toml"), std::string::npos);
+  EXPECT_NE(std::string(FromAbsl(config.status().message())).find("/nonexistent/holdfast.toml"),
+            std::string::npos);
 }
 
 TEST(ConfigTest, TheShippedFileIsValidAndSaysTheDefaults) {

@@ -73,7 +73,8 @@ absl::StatusOr<LayerRecord> LayerFiles::Load(const std::string& layer_digest) co
 }
 
 absl::Status LayerFiles::Store(const LayerRecord& record) {
-  if (!layer::IsSha256Digest(record.layer_digest)) return InvalidArgument("not a layer digest: " + record.layer_digest);
+  if (!layer::IsSha256Digest(record.layer_digest))
+    return InvalidArgument("not a layer digest: " + record.layer_digest);
   MutexLock lock(&mutex_);
   HF_RETURN_IF_ERROR(MakeDirs(Folder(record.layer_digest)));
   return WriteFileAtomic(Folder(record.layer_digest) + "/layer.json", EncodeLayerRecord(record));
@@ -91,7 +92,8 @@ absl::Status LayerFiles::AddImage(const std::string& layer_digest, const std::st
 absl::Status LayerFiles::StoreIndex(const std::string& layer_digest, const std::string& index_sha256,
                                     std::string_view bytes) {
   const std::string path = IndexPath(layer_digest, index_sha256);
-  if (absl::StatusOr<std::string> there = ReadFile(path); there.ok() && *there == bytes) return absl::OkStatus();
+  if (absl::StatusOr<std::string> there = ReadFile(path); there.ok() && *there == bytes)
+    return absl::OkStatus();
   HF_RETURN_IF_ERROR(MakeDirs(Folder(layer_digest)));
   return WriteFileAtomic(path, bytes, 0400);
 }

@@ -71,7 +71,8 @@ absl::StatusOr<LayerRecord> LayerResolver::Resolve(const ResolveRequest& request
     return FailedPrecondition("not a layer digest: " + request.layer_digest);
   }
   if (request.toc_digest.empty()) {
-    return FailedPrecondition("the image names no TOC digest for this layer, so its content could not be verified");
+    return FailedPrecondition(
+        "the image names no TOC digest for this layer, so its content could not be verified");
   }
   TraceSpan span(options_.trace, "layer.resolve", "layer=" + request.layer_digest);
   HF_ASSIGN_OR_RETURN(LayerRecord record, Join(request));
@@ -101,7 +102,8 @@ void LayerResolver::AheadLoop() {
       ahead_.pop_front();
     }
     absl::StatusOr<LayerRecord> record = Join(request);
-    VLOG_IF(1, !record.ok()) << "layer.ahead_failed layer=" << request.layer_digest << " error=" << record.status();
+    VLOG_IF(1, !record.ok()) << "layer.ahead_failed layer=" << request.layer_digest
+                             << " error=" << record.status();
   }
 }
 
@@ -117,7 +119,8 @@ absl::StatusOr<LayerRecord> LayerResolver::Join(const ResolveRequest& request) {
     while (!leader && !flight->done && !stopping_) {
       uint64_t now = options_.clock->BootNanos();
       if (now >= request.deadline_boot_nanos) return DeadlineExceeded("layer not resolved in time");
-      auto left = std::chrono::nanoseconds(std::min<uint64_t>(request.deadline_boot_nanos - now, 1'000'000'000));
+      auto left =
+          std::chrono::nanoseconds(std::min<uint64_t>(request.deadline_boot_nanos - now, 1'000'000'000));
       changed_.WaitUntil(&mutex_, std::chrono::steady_clock::now() + left);
     }
     if (!leader) return flight->done ? flight->result : Cancelled("the worker is ending");
@@ -139,7 +142,8 @@ absl::StatusOr<LayerRecord> LayerResolver::LoadOrFetch(const ResolveRequest& req
                                          known->index_sha256);
     if (index.ok() && CheckTocDigest(request.toc_digest, known->toc_digest).ok()) {
       absl::Status noted = files_->AddImage(request.layer_digest, request.image_ref);
-      LOG_IF(WARNING, !noted.ok()) << "layer.image_not_noted layer=" << request.layer_digest << " error=" << noted;
+      LOG_IF(WARNING, !noted.ok()) << "layer.image_not_noted layer=" << request.layer_digest
+                                   << " error=" << noted;
       return known;
     }
   }
@@ -158,7 +162,8 @@ absl::StatusOr<LayerRecord> LayerResolver::Fetch(const ResolveRequest& request) 
 
   const std::string_view bytes = tail.bytes;
   const size_t footer_bytes = std::min<size_t>(bytes.size(), toc::kFooterTailBytes);
-  absl::StatusOr<toc::Footer> footer = toc::ParseFooter(bytes.substr(bytes.size() - footer_bytes), tail.blob_size);
+  absl::StatusOr<toc::Footer> footer =
+      toc::ParseFooter(bytes.substr(bytes.size() - footer_bytes), tail.blob_size);
   if (!footer.ok()) return CannotBeLazy(footer.status(), "no eStargz layer");
   const uint64_t toc_end = tail.blob_size - footer->footer_size;
   if (footer->toc_offset >= toc_end || toc_end - footer->toc_offset > options_.limits.max_toc_bytes) {
@@ -207,8 +212,9 @@ absl::StatusOr<LayerRecord> LayerResolver::Build(const ResolveRequest& request, 
   record.images.insert(request.image_ref);
   HF_RETURN_IF_ERROR(files_->StoreIndex(record.layer_digest, record.index_sha256, built->bytes));
   HF_RETURN_IF_ERROR(files_->Store(record));
-  LOG(INFO) << "layer.resolved layer=" << record.layer_digest << " toc=" << record.toc_digest << " index="
-            << record.index_sha256 << " blob_bytes=" << blob_size << " entries=" << parsed->entries.size();
+  LOG(INFO) << "layer.resolved layer=" << record.layer_digest << " toc=" << record.toc_digest
+            << " index=" << record.index_sha256 << " blob_bytes=" << blob_size
+            << " entries=" << parsed->entries.size();
   return record;
 }
 

@@ -1,10 +1,11 @@
-// Makes a layer known: its footer and TOC from the registry (one request when the TOC lies within the tail asked for),
-// digest compared, LayerIndex built and stored. A layer known already costs no network.
+// Makes a layer known: its footer and TOC from the registry (one request when the TOC lies within the tail
+// asked for), digest compared, LayerIndex built and stored. A layer known already costs no network.
 //
-// Thread safety: all methods. One resolution of a layer at a time, whoever asked first; layers named as neighbours are
-// resolved ahead by a few threads, so a wanted layer never queues behind them. Callbacks of the client only wake a waiter.
-// Errors: FailedPrecondition (this layer cannot be lazy: no footer, no TOC, digest missing or different), the client's own
-// (NotFound, PermissionDenied, Unavailable, DeadlineExceeded), Cancelled when the resolver ends.
+// Thread safety: all methods. One resolution of a layer at a time, whoever asked first; layers named as
+// neighbours are resolved ahead by a few threads, so a wanted layer never queues behind them. Callbacks of
+// the client only wake a waiter. Errors: FailedPrecondition (this layer cannot be lazy: no footer, no TOC,
+// digest missing or different), the client's own (NotFound, PermissionDenied, Unavailable, DeadlineExceeded),
+// Cancelled when the resolver ends.
 #pragma once
 
 #include <deque>
@@ -62,8 +63,8 @@ class LayerResolver {
   absl::StatusOr<LayerRecord> Join(const ResolveRequest& request);
   absl::StatusOr<LayerRecord> LoadOrFetch(const ResolveRequest& request);
   absl::StatusOr<LayerRecord> Fetch(const ResolveRequest& request);
-  absl::StatusOr<LayerRecord> Build(const ResolveRequest& request, const std::string& json, uint64_t toc_offset,
-                                    uint64_t blob_size);
+  absl::StatusOr<LayerRecord> Build(const ResolveRequest& request, const std::string& json,
+                                    uint64_t toc_offset, uint64_t blob_size);
 
   const ResolverOptions options_;
   LayerFiles* const files_;

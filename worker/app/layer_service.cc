@@ -12,7 +12,8 @@ namespace {
 
 // FUSE_INIT flags (include/uapi/linux/fuse.h); the newest are not in Debian 12's header.
 constexpr uint64_t kAsyncRead = 1ull << 0;
-constexpr uint64_t kIoctlDir = 1ull << 11;  // for a later live probe on the root; INIT is fixed for the mount's life
+constexpr uint64_t kIoctlDir =
+    1ull << 11;  // for a later live probe on the root; INIT is fixed for the mount's life
 constexpr uint64_t kDoReaddirplus = 1ull << 13;
 constexpr uint64_t kNoOpenSupport = 1ull << 17;
 constexpr uint64_t kParallelDirops = 1ull << 18;
@@ -42,7 +43,8 @@ fuse::MountFlags FlagsOf(const handover::MountBlob& blob) {
 
 absl::StatusOr<LayerService::IndexPtr> LayerService::OpenIndex(const std::string& layer_digest,
                                                                const std::string& sha256, bool verify) {
-  return layer::LayerIndex::Open(parts_.files->IndexPath(layer_digest, sha256), verify ? sha256 : std::string());
+  return layer::LayerIndex::Open(parts_.files->IndexPath(layer_digest, sha256),
+                                 verify ? sha256 : std::string());
 }
 
 absl::StatusOr<LayerBelow> LayerService::Below(const snapshot::ParentLayer& parent) {
@@ -54,10 +56,9 @@ absl::StatusOr<LayerBelow> LayerService::Below(const snapshot::ParentLayer& pare
   return below;
 }
 
-absl::StatusOr<LayerService::IndexPtr> LayerService::BindToParents(IndexPtr base,
-                                                                   const std::vector<snapshot::ParentLayer>& parents,
-                                                                   const std::string& layer_digest,
-                                                                   std::string* sha256) {
+absl::StatusOr<LayerService::IndexPtr> LayerService::BindToParents(
+    IndexPtr base, const std::vector<snapshot::ParentLayer>& parents, const std::string& layer_digest,
+    std::string* sha256) {
   if (!base->has_implied_folders() || parents.empty()) return base;
   std::vector<LayerBelow> below;
   for (const snapshot::ParentLayer& parent : parents) {
@@ -65,7 +66,8 @@ absl::StatusOr<LayerService::IndexPtr> LayerService::BindToParents(IndexPtr base
     if (!one.ok()) return Annotate(one.status(), "layer below");
     below.push_back(std::move(*one));
   }
-  HF_ASSIGN_OR_RETURN(layer::BuiltIndex bound, layer::BindImpliedFolders(*base, AttributesFrom(std::move(below))));
+  HF_ASSIGN_OR_RETURN(layer::BuiltIndex bound,
+                      layer::BindImpliedFolders(*base, AttributesFrom(std::move(below))));
   HF_RETURN_IF_ERROR(parts_.files->StoreIndex(layer_digest, bound.sha256, bound.bytes));
   *sha256 = bound.sha256;
   return OpenIndex(layer_digest, bound.sha256, /*verify=*/true);
@@ -102,8 +104,9 @@ absl::StatusOr<snapshot::MountedLayer> LayerService::Mount(const snapshot::Layer
 }
 
 absl::Status LayerService::Remount(const std::string& layer_digest, const std::string& index_sha256,
-                                   const std::string& image_ref, uint64_t blob_size, const std::string& /*tenant*/,
-                                   uint64_t snapshot_id, const std::string& folder) {
+                                   const std::string& image_ref, uint64_t blob_size,
+                                   const std::string& /*tenant*/, uint64_t snapshot_id,
+                                   const std::string& folder) {
   if (IsMounted(snapshot_id)) return absl::OkStatus();
   if (!layer::IsSha256Digest(layer_digest)) return InvalidArgument("not a layer digest: " + layer_digest);
   HF_ASSIGN_OR_RETURN(IndexPtr index, OpenIndex(layer_digest, index_sha256, /*verify=*/true));
@@ -129,8 +132,8 @@ absl::Status LayerService::MountIndex(const handover::MountBlob& blob, const std
   const uint64_t mount_id = entry.mount_id;
   absl::Status served = Serve(std::move(entry), blob);
   if (served.ok()) {
-    LOG(INFO) << "layer.mounted layer=" << blob.layer_digest << " mount=" << mount_id << " snapshot="
-              << blob.snapshot_id << " index=" << blob.index_digest;
+    LOG(INFO) << "layer.mounted layer=" << blob.layer_digest << " mount=" << mount_id
+              << " snapshot=" << blob.snapshot_id << " index=" << blob.index_digest;
     return served;
   }
   absl::Status undone = parts_.vault->Unmount(mount_id).status();
@@ -151,8 +154,8 @@ absl::Status LayerService::Serve(handover::MountEntry entry, const handover::Mou
   spec.init_request = std::move(entry.init_request);
   spec.flags = FlagsOf(blob);
   spec.description = blob.layer_digest;
-  // The index was verified when the layer was mounted, under this same vault: on the first request its bytes need not be
-  // hashed again.
+  // The index was verified when the layer was mounted, under this same vault: on the first request its bytes
+  // need not be hashed again.
   spec.open_layer = [this, blob] { return OpenLayer(blob, /*verify_index=*/false); };
   absl::Status added = parts_.server->AddMount(std::move(spec));
   if (!added.ok()) {
@@ -164,7 +167,8 @@ absl::Status LayerService::Serve(handover::MountEntry entry, const handover::Mou
 
 absl::Status LayerService::AdoptMount(handover::MountEntry entry) {
   absl::StatusOr<handover::MountBlob> blob = handover::DecodeMountBlob(entry.blob);
-  if (!blob.ok()) return Annotate(blob.status(), "mount " + std::to_string(entry.mount_id) + " at " + entry.path);
+  if (!blob.ok())
+    return Annotate(blob.status(), "mount " + std::to_string(entry.mount_id) + " at " + entry.path);
   return Serve(std::move(entry), *blob);
 }
 
@@ -178,11 +182,13 @@ absl::StatusOr<std::shared_ptr<layer::Layer>> LayerService::OpenLayer(const hand
     }
   }
   HF_ASSIGN_OR_RETURN(IndexPtr index, OpenIndex(blob.layer_digest, blob.index_digest, verify_index));
-  if (index->numbering_version() != blob.numbering_version || index->info().layer_digest != blob.layer_digest) {
+  if (index->numbering_version() != blob.numbering_version ||
+      index->info().layer_digest != blob.layer_digest) {
     return DataLoss("index " + blob.index_digest + " is not the one this mount was made with");
   }
-  HF_ASSIGN_OR_RETURN(std::shared_ptr<cache::LayerContent> content,
-                      parts_.store->OpenLayer(blob.layer_digest, index->chunk_count(), index->content_bytes()));
+  HF_ASSIGN_OR_RETURN(
+      std::shared_ptr<cache::LayerContent> content,
+      parts_.store->OpenLayer(blob.layer_digest, index->chunk_count(), index->content_bytes()));
   fetch::BlobRef ref;
   HF_ASSIGN_OR_RETURN(ref.image, fetch::ParseImageReference(blob.image_ref));
   ref.digest = blob.layer_digest;

@@ -1,8 +1,9 @@
-// Lazily served layers as the snapshotter sees them (snapshot::LayerMounter), made of fetch, toc, layer, cache, fuse and the
-// supervisor's vault. Also the table of mounts: which snapshot is which mount, and how a mount's layer is opened.
+// Lazily served layers as the snapshotter sees them (snapshot::LayerMounter), made of fetch, toc, layer,
+// cache, fuse and the supervisor's vault. Also the table of mounts: which snapshot is which mount, and how a
+// mount's layer is opened.
 //
-// Serving a mount needs its blob and files only: AdoptMount parses nothing and opens nothing; the layer is opened on the
-// mount's first request.
+// Serving a mount needs its blob and files only: AdoptMount parses nothing and opens nothing; the layer is
+// opened on the mount's first request.
 //
 // Thread safety: all methods. The lock guards the tables and is held over no call into another module.
 // Errors: LayerMounter's. Without a supervisor mounting and unmounting are Unavailable; reading goes on.
@@ -51,15 +52,15 @@ class LayerService final : public snapshot::LayerMounter {
                                                const std::string& folder,
                                                const std::vector<snapshot::ParentLayer>& parents,
                                                uint64_t deadline_boot_nanos) override;
-  absl::Status Remount(const std::string& layer_digest, const std::string& index_sha256, const std::string& image_ref,
-                       uint64_t blob_size, const std::string& tenant, uint64_t snapshot_id,
-                       const std::string& folder) override;
+  absl::Status Remount(const std::string& layer_digest, const std::string& index_sha256,
+                       const std::string& image_ref, uint64_t blob_size, const std::string& tenant,
+                       uint64_t snapshot_id, const std::string& folder) override;
   bool IsMounted(uint64_t snapshot_id) const override;
   absl::Status Unmount(uint64_t snapshot_id, bool* still_used) override;
   void Usage(const std::string& layer_digest, uint64_t* bytes, uint64_t* inodes) override;
 
-  // Serves a mount that the vault holds already. Fast. An entry whose blob cannot be read is an error and not served:
-  // guessing would mean wrong bytes.
+  // Serves a mount that the vault holds already. Fast. An entry whose blob cannot be read is an error and not
+  // served: guessing would mean wrong bytes.
   absl::Status AdoptMount(handover::MountEntry entry);
   // The vault says these are gone.
   void ForgetMounts(const std::vector<uint64_t>& mount_ids);

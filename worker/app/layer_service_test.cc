@@ -124,15 +124,17 @@ class LayerServiceTest : public ::testing::Test {
     const uint64_t node = (*layer)->index().LookupPath(path);
     std::promise<absl::StatusOr<layer::ReadResult>> promise;
     auto future = promise.get_future();
-    (*layer)->ReadAsync(node, 0, 1 << 20, Clock::Real()->BootNanos() + 5'000'000'000,
-                        [&](absl::StatusOr<layer::ReadResult> result) { promise.set_value(std::move(result)); });
+    (*layer)->ReadAsync(
+        node, 0, 1 << 20, Clock::Real()->BootNanos() + 5'000'000'000,
+        [&](absl::StatusOr<layer::ReadResult> result) { promise.set_value(std::move(result)); });
     absl::StatusOr<layer::ReadResult> result = future.get();
     if (!result.ok()) return result.status().ToString();
     std::string content;
     for (const auto& segment : result->segments) {
       std::string bytes(segment.length, '\0');
       if (segment.file != nullptr) {
-        EXPECT_TRUE(PreadFull(segment.file->data.get(), bytes.data(), bytes.size(), segment.file_offset).ok());
+        EXPECT_TRUE(
+            PreadFull(segment.file->data.get(), bytes.data(), bytes.size(), segment.file_offset).ok());
       } else if (segment.memory != nullptr) {
         bytes = segment.memory->substr(segment.memory_offset, segment.length);
       }
@@ -188,7 +190,8 @@ TEST_F(LayerServiceTest, ATocThatReachesBeyondTheTailIsFetchedWithOneMoreRequest
   options.tail_bytes = 200;
   Build(options);
   std::vector<WriterEntry> entries;
-  for (int i = 0; i < 200; ++i) entries.push_back(File("f" + std::to_string(i), "content " + std::to_string(i)));
+  for (int i = 0; i < 200; ++i)
+    entries.push_back(File("f" + std::to_string(i), "content " + std::to_string(i)));
   EstargzLayer layer = Push(entries);
   ASSERT_TRUE(Mount(Request(layer), 1).ok());
   EXPECT_EQ(registry_.blob_requests(), 2u);
@@ -231,8 +234,8 @@ TEST_F(LayerServiceTest, ManyMountsOfOneLayerAtOnceFetchItsTocOnce) {
   std::vector<std::thread> threads;
   for (uint64_t i = 1; i <= 4; ++i) {
     threads.emplace_back([&] {
-      ResolveRequest request{registry_.host() + "/test/image:latest", layer.layer_digest, layer.toc_digest, "default",
-                             Clock::Real()->BootNanos() + 5'000'000'000};
+      ResolveRequest request{registry_.host() + "/test/image:latest", layer.layer_digest, layer.toc_digest,
+                             "default", Clock::Real()->BootNanos() + 5'000'000'000};
       if (!resolver_->Resolve(request).ok()) failed++;
     });
   }
@@ -247,7 +250,8 @@ TEST_F(LayerServiceTest, NeighboursAreResolvedAheadOfTheirTurn) {
   snapshot::LayerRequest request = Request(first);
   request.neighbours = {first.layer_digest, second.layer_digest};
   ASSERT_TRUE(Mount(request, 1).ok());
-  ASSERT_TRUE(registry_.WaitFor([&] { return registry_.blob_requests() == 2; })) << "the neighbour was not asked for";
+  ASSERT_TRUE(registry_.WaitFor([&] { return registry_.blob_requests() == 2; }))
+      << "the neighbour was not asked for";
   ASSERT_TRUE(Mount(Request(second), 2).ok());
   EXPECT_EQ(registry_.blob_requests(), 2u) << "its turn cost another request";
 }
@@ -347,10 +351,12 @@ TEST_F(LayerServiceTest, ARemountNeedsTheIndexAndNoNetwork) {
   service_->ForgetMounts({1});
   registry_.Stop();
   const std::string image = registry_.host() + "/test/image:latest";
-  EXPECT_FALSE(service_->Remount(layer.layer_digest, std::string(64, '0'), image, layer.blob.size(), "default", 1,
-                                 state_.path() + "/fs").ok());
-  absl::Status status = service_->Remount(layer.layer_digest, mounted->index_sha256, image, layer.blob.size(), "default",
-                                          1, state_.path() + "/fs");
+  EXPECT_FALSE(service_
+                   ->Remount(layer.layer_digest, std::string(64, '0'), image, layer.blob.size(), "default", 1,
+                             state_.path() + "/fs")
+                   .ok());
+  absl::Status status = service_->Remount(layer.layer_digest, mounted->index_sha256, image, layer.blob.size(),
+                                          "default", 1, state_.path() + "/fs");
   ASSERT_TRUE(status.ok()) << status;
   EXPECT_TRUE(service_->IsMounted(1));
 }
@@ -381,7 +387,8 @@ TEST(LayerFilesTest, TheRecordOfTheFirstReleaseIsReadable) {
   record.numbering_version = 1;
   record.images = {"host/a:1"};
   const std::string golden =
-      "{\n \"v\": 1,\n \"layer_digest\": \"sha256:aa\",\n \"toc_digest\": \"sha256:bb\",\n \"blob_size\": 10,\n"
+      "{\n \"v\": 1,\n \"layer_digest\": \"sha256:aa\",\n \"toc_digest\": \"sha256:bb\",\n \"blob_size\": "
+      "10,\n"
       " \"index_sha256\": \"cc\",\n \"numbering_version\": 1,\n \"images\": [\n  \"host/a:1\"\n ]\n}\n";
   EXPECT_EQ(EncodeLayerRecord(record), golden);
   auto decoded = DecodeLayerRecord(golden);

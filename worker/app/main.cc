@@ -84,7 +84,8 @@ sigset_t PrepareSignals() {
 
 [[noreturn]] void ExitNow(int code) {
   google::FlushLogFiles(google::GLOG_INFO);
-  // Without destructors: threads of the parts may be in the middle of something, and everything on disk is safe at any moment.
+  // Without destructors: threads of the parts may be in the middle of something, and everything on disk is
+  // safe at any moment.
   _exit(code);
 }
 
@@ -123,7 +124,8 @@ int Serve(const Arguments& arguments) {
       LOG(INFO) << "worker.ended signal=" << signal;
       ExitNow(kDone);
     }
-    LOG(INFO) << "worker.signal_ignored signal=" << signal << " reason=\"the supervisor decides when a worker ends\"";
+    LOG(INFO) << "worker.signal_ignored signal=" << signal
+              << " reason=\"the supervisor decides when a worker ends\"";
   }
 }
 

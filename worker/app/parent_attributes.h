@@ -1,5 +1,6 @@
-// What the layers below say of a folder that a layer only implies: owner, mode, times and xattrs of the nearest one that
-// has it, as an ordinary unpack over overlayfs would copy them up. Whiteouts and opaque folders hide what lies below.
+// What the layers below say of a folder that a layer only implies: owner, mode, times and xattrs of the
+// nearest one that has it, as an ordinary unpack over overlayfs would copy them up. Whiteouts and opaque
+// folders hide what lies below.
 #pragma once
 
 #include <memory>

@@ -34,7 +34,8 @@ absl::Status CheckIndex() {
   HF_RETURN_IF_ERROR(WriteFileAtomic(path, built.bytes));
   HF_ASSIGN_OR_RETURN(auto index, layer::LayerIndex::Open(path, built.sha256));
   const layer::NodeRecord* node = index->node(index->LookupPath("etc/a"));
-  if (node == nullptr || node->size != 5 || node->count != 1) return Internal("the index does not answer as built");
+  if (node == nullptr || node->size != 5 || node->count != 1)
+    return Internal("the index does not answer as built");
   return absl::OkStatus();
 }
 
@@ -44,7 +45,8 @@ absl::Status SelfTest() {
   if (layer::Sha256Hex("") != "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855") {
     return Internal("OpenSSL computes a wrong SHA-256");
   }
-  if (fetch::RegistryClient::Create(fetch::ClientOptions()) == nullptr) return Internal("libcurl does not start");
+  if (fetch::RegistryClient::Create(fetch::ClientOptions()) == nullptr)
+    return Internal("libcurl does not start");
   return Annotate(CheckIndex(), "index");
 }
 

@@ -166,8 +166,9 @@ absl::Status Worker::BuildFuse(handover::Welcome* welcome) {
   options.miss_timeout_nanos = options_.config.fetch.miss_timeout_nanos;
   options.trace = &trace_;
   options.faults = faults_;
-  HF_ASSIGN_OR_RETURN(server_, fuse::FuseServer::Create(
-                                   options, ToHandle(std::move(welcome->ledger), std::move(welcome->request_pipes))));
+  HF_ASSIGN_OR_RETURN(server_,
+                      fuse::FuseServer::Create(
+                          options, ToHandle(std::move(welcome->ledger), std::move(welcome->request_pipes))));
   fuse::InstallCrashRecorder(server_.get());
   return absl::OkStatus();
 }
@@ -206,7 +207,8 @@ absl::Status Worker::AdoptLedgers() {
     }
     absl::StatusOr<uint64_t> taken = server_->AdoptLedger(
         ledger.generation, ToHandle(std::move(ledger.memory), std::move(ledger.pipes)), ledger.owner_exited);
-    if (!taken.ok()) return Annotate(taken.status(), "ledger of generation " + std::to_string(ledger.generation));
+    if (!taken.ok())
+      return Annotate(taken.status(), "ledger of generation " + std::to_string(ledger.generation));
   }
   return absl::OkStatus();
 }
@@ -249,8 +251,9 @@ absl::Status Worker::TakeMetadata() {
 }
 
 absl::Status Worker::OpenMetadata() {
-  HF_ASSIGN_OR_RETURN(std::unique_ptr<metadata::MetadataStore> store,
-                      metadata::MetadataStore::Open(state_dir_ + "/metadata", kMetadataLockWaitNanos, faults_));
+  HF_ASSIGN_OR_RETURN(
+      std::unique_ptr<metadata::MetadataStore> store,
+      metadata::MetadataStore::Open(state_dir_ + "/metadata", kMetadataLockWaitNanos, faults_));
   snapshot::Options options;
   options.root = state_dir_;
   options.lazy_deadline_nanos = options_.config.snapshotter.lazy_deadline_nanos;
@@ -348,7 +351,8 @@ void Worker::Housekeeping() {
   }
 }
 
-// The supervisor drops a ledger by itself when nothing is in it; this tells it of records that we answered since.
+// The supervisor drops a ledger by itself when nothing is in it; this tells it of records that we answered
+// since.
 void Worker::ReportDrained() {
   std::vector<uint64_t> candidates;
   {
@@ -376,8 +380,9 @@ std::vector<handover::SnapshotInfo> Worker::Snapshots() {
   }
   std::vector<handover::SnapshotInfo> snapshots;
   for (metadata::SnapshotRow& row : rows) {
-    snapshots.push_back({std::move(row.key), std::move(row.parent), KindName(row.kind), std::move(row.lazy_digest),
-                         std::move(row.lazy_image), row.id, row.created_wall_nanos});
+    snapshots.push_back({std::move(row.key), std::move(row.parent), KindName(row.kind),
+                         std::move(row.lazy_digest), std::move(row.lazy_image), row.id,
+                         row.created_wall_nanos});
   }
   return snapshots;
 }

@@ -1,11 +1,12 @@
-// The composition root: owns every object of a worker, starts them in order, and does what the supervisor asks.
+// The composition root: owns every object of a worker, starts them in order, and does what the supervisor
+// asks.
 //
-// What is exclusive comes and goes: reads between Serve/Resume and Park, metadata between TakeMetadata and YieldMetadata.
-// Everything else lives as long as the process.
+// What is exclusive comes and goes: reads between Serve/Resume and Park, metadata between TakeMetadata and
+// YieldMetadata. Everything else lives as long as the process.
 //
-// Threads: calls of the supervisor arrive one at a time (SupervisorLink's action thread); one housekeeping thread; the
-// threads of the parts. How it fails: without a supervisor it serves reads on; it ends on SIGTERM then, or by itself when it
-// serves no mount.
+// Threads: calls of the supervisor arrive one at a time (SupervisorLink's action thread); one housekeeping
+// thread; the threads of the parts. How it fails: without a supervisor it serves reads on; it ends on SIGTERM
+// then, or by itself when it serves no mount.
 #pragma once
 
 #include <atomic>
@@ -47,12 +48,13 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
     std::function<void(int exit_code)> exit;
   };
 
-  // Makes what needs no supervisor. Do it before registering: once registered, the predecessor parks and reads wait for us.
+  // Makes what needs no supervisor. Do it before registering: once registered, the predecessor parks and
+  // reads wait for us.
   static absl::StatusOr<std::unique_ptr<Worker>> Create(const Options& options);
   ~Worker() override;
 
-  // `link` is connected and not started. Makes the rest and opens the link's gate: from then on the supervisor's calls are
-  // carried out.
+  // `link` is connected and not started. Makes the rest and opens the link's gate: from then on the
+  // supervisor's calls are carried out.
   absl::Status Run(std::unique_ptr<handover::SupervisorLink> link);
   bool supervisor_lost() const { return link_->lost(); }
 
@@ -98,7 +100,8 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   std::unique_ptr<handover::SupervisorLink> link_;
   std::string state_dir_, forward_path_;
   uint64_t generation_ = 0;
-  const void* ledger_header_ = nullptr;  // a read-only mapping of the own ledger's header page, never unmapped
+  const void* ledger_header_ =
+      nullptr;  // a read-only mapping of the own ledger's header page, never unmapped
   std::unique_ptr<fetch::RegistryClient> client_;
   std::unique_ptr<cache::ContentStore> content_;
   std::unique_ptr<layer::LayerReader> reader_;
@@ -110,15 +113,17 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
 
   // Action thread only.
   bool parked_ = false;
-  std::vector<std::unique_ptr<snapshot::Snapshotter>> former_;  // aborted; may wait for an overdue mount when destroyed
+  std::vector<std::unique_ptr<snapshot::Snapshotter>>
+      former_;  // aborted; may wait for an overdue mount when destroyed
   std::unique_ptr<snapshot::Snapshotter> snapshotter_;
   std::thread restore_thread_;
   std::thread retire_thread_;
 
   Mutex mutex_;
   CondVar changed_;
-  std::unique_ptr<metadata::MetadataStore> store_ ABSL_GUARDED_BY(mutex_);  // set while this worker is the owner
-  std::map<uint64_t, bool> old_ledgers_ ABSL_GUARDED_BY(mutex_);            // generation -> its owner's exit is proven
+  std::unique_ptr<metadata::MetadataStore> store_
+      ABSL_GUARDED_BY(mutex_);                                    // set while this worker is the owner
+  std::map<uint64_t, bool> old_ledgers_ ABSL_GUARDED_BY(mutex_);  // generation -> its owner's exit is proven
   bool service_started_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status service_status_ ABSL_GUARDED_BY(mutex_);
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;

@@ -42,7 +42,8 @@ absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path) {
   memcpy(address.sun_path, path.c_str(), path.size() + 1);
   UniqueFd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
   if (!fd.valid()) return ErrnoStatus(errno, "socket");
-  if (connect(fd.get(), static_cast<const sockaddr*>(static_cast<const void*>(&address)), sizeof address) != 0) {
+  if (connect(fd.get(), static_cast<const sockaddr*>(static_cast<const void*>(&address)), sizeof address) !=
+      0) {
     return Unavailable("no supervisor at " + path + ": " + strerror(errno));
   }
   return fd;
@@ -75,8 +76,9 @@ SupervisorStatus ToStatus(schema::Status::Reader from) {
   to.last_swap = ToSwap(from.getLastSwap());
   for (auto warning : from.getWarnings()) to.warnings.push_back(TextOf(warning));
   for (auto worker : from.getWorkers()) {
-    to.workers.push_back({worker.getGeneration(), worker.getPid(), TextOf(worker.getRole()), TextOf(worker.getBuild()),
-                          TextOf(worker.getExecutable()), worker.getStartedWallNanos(), worker.getRequestsReceived(),
+    to.workers.push_back({worker.getGeneration(), worker.getPid(), TextOf(worker.getRole()),
+                          TextOf(worker.getBuild()), TextOf(worker.getExecutable()),
+                          worker.getStartedWallNanos(), worker.getRequestsReceived(),
                           worker.getRequestsAnswered()});
   }
   return to;
@@ -116,7 +118,7 @@ void ReadBlob(capnp::Data::Reader data, MountInfo* mount) {
 kj::Promise<void> TakeFd(schema::Descriptor::Client descriptor, UniqueFd* out) {
   auto promise = descriptor.getFd();
   return promise.then([out, keep = kj::mv(descriptor)](kj::Maybe<int> fd) mutable {
-    KJ_IF_MAYBE(number, fd) {
+    KJ_IF_MAYBE (number, fd) {
       absl::StatusOr<UniqueFd> copy = DupFd(*number);
       if (copy.ok()) *out = std::move(*copy);
     }
@@ -127,7 +129,8 @@ class ClientImpl final : public ControlClient {
  public:
   explicit ClientImpl(UniqueFd socket)
       : io_(kj::setupAsyncIo()),
-        stream_(io_.lowLevelProvider->wrapUnixSocketFd(socket.Release(), kj::LowLevelAsyncIoProvider::TAKE_OWNERSHIP)),
+        stream_(io_.lowLevelProvider->wrapUnixSocketFd(socket.Release(),
+                                                       kj::LowLevelAsyncIoProvider::TAKE_OWNERSHIP)),
         network_(*stream_, kMaxFdsPerMessage, capnp::rpc::twoparty::Side::CLIENT),
         rpc_(capnp::makeRpcClient(network_)),
         control_(Bootstrap()) {}
@@ -269,12 +272,15 @@ class ClientImpl final : public ControlClient {
 
   template <typename T>
   capnp::Response<T> Wait(capnp::RemotePromise<T>&& promise) {
-    auto timeout = io_.provider->getTimer().afterDelay(kReplySeconds * kj::SECONDS).then([]() -> capnp::Response<T> {
-      kj::throwFatalException(kj::Exception(kj::Exception::Type::FAILED, __FILE__, __LINE__,
-                                            kj::str("no answer within ", kReplySeconds, " s")));
-      KJ_UNREACHABLE;
-    });
-    return kj::Promise<capnp::Response<T>>(kj::mv(promise)).exclusiveJoin(kj::mv(timeout)).wait(io_.waitScope);
+    auto timeout =
+        io_.provider->getTimer().afterDelay(kReplySeconds * kj::SECONDS).then([]() -> capnp::Response<T> {
+          kj::throwFatalException(kj::Exception(kj::Exception::Type::FAILED, __FILE__, __LINE__,
+                                                kj::str("no answer within ", kReplySeconds, " s")));
+          KJ_UNREACHABLE;
+        });
+    return kj::Promise<capnp::Response<T>>(kj::mv(promise))
+        .exclusiveJoin(kj::mv(timeout))
+        .wait(io_.waitScope);
   }
 
   template <typename Function>

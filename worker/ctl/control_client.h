@@ -52,7 +52,8 @@ struct LedgerFd {
 
 struct LayerInfo {
   std::string digest, image, index_digest;
-  uint64_t compressed_bytes = 0, content_bytes = 0, cached_bytes = 0, fetched_bytes = 0, touched_bytes = 0, files = 0;
+  uint64_t compressed_bytes = 0, content_bytes = 0, cached_bytes = 0, fetched_bytes = 0, touched_bytes = 0,
+           files = 0;
   uint32_t mounts = 0;
   int64_t last_access_wall_nanos = 0;
 };

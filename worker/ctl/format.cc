@@ -63,23 +63,23 @@ std::string Percent(uint64_t part, uint64_t whole) {
 std::string OpcodeName(uint32_t opcode) {
   // include/uapi/linux/fuse.h, enum fuse_opcode: what a read-only mount can see.
   static constexpr std::array<std::pair<uint32_t, const char*>, 18> kNames = {{{1, "LOOKUP"},
-                                                                              {2, "FORGET"},
-                                                                              {3, "GETATTR"},
-                                                                              {5, "READLINK"},
-                                                                              {14, "OPEN"},
-                                                                              {15, "READ"},
-                                                                              {17, "STATFS"},
-                                                                              {18, "RELEASE"},
-                                                                              {22, "GETXATTR"},
-                                                                              {23, "LISTXATTR"},
-                                                                              {25, "FLUSH"},
-                                                                              {27, "OPENDIR"},
-                                                                              {28, "READDIR"},
-                                                                              {29, "RELEASEDIR"},
-                                                                              {34, "ACCESS"},
-                                                                              {36, "INTERRUPT"},
-                                                                              {42, "BATCH_FORGET"},
-                                                                              {44, "READDIRPLUS"}}};
+                                                                               {2, "FORGET"},
+                                                                               {3, "GETATTR"},
+                                                                               {5, "READLINK"},
+                                                                               {14, "OPEN"},
+                                                                               {15, "READ"},
+                                                                               {17, "STATFS"},
+                                                                               {18, "RELEASE"},
+                                                                               {22, "GETXATTR"},
+                                                                               {23, "LISTXATTR"},
+                                                                               {25, "FLUSH"},
+                                                                               {27, "OPENDIR"},
+                                                                               {28, "READDIR"},
+                                                                               {29, "RELEASEDIR"},
+                                                                               {34, "ACCESS"},
+                                                                               {36, "INTERRUPT"},
+                                                                               {42, "BATCH_FORGET"},
+                                                                               {44, "READDIRPLUS"}}};
   for (const auto& [number, name] : kNames) {
     if (number == opcode) return name;
   }

@@ -25,7 +25,8 @@ const T* At(std::string_view ledger, uint64_t offset) {
 
 // [offset, offset + count * stride) lies inside, and an element fits its stride.
 bool TableFits(std::string_view ledger, uint64_t offset, uint64_t count, uint64_t stride, uint64_t element) {
-  if (count > 1u << 24 || stride < element || stride > 1u << 24 || offset % 8 != 0 || stride % 8 != 0) return false;
+  if (count > 1u << 24 || stride < element || stride > 1u << 24 || offset % 8 != 0 || stride % 8 != 0)
+    return false;
   return offset <= ledger.size() && count * stride <= ledger.size() - offset;
 }
 
@@ -75,7 +76,8 @@ absl::StatusOr<std::vector<InflightRequest>> ReadLedger(std::string_view ledger,
     return DataLoss("ledger: not version 1");
   }
   if (!TableFits(ledger, header->slot_offset, header->slot_count, header->slot_stride, sizeof(hf_slot)) ||
-      !TableFits(ledger, header->record_offset, header->record_count, header->record_stride, sizeof(hf_record))) {
+      !TableFits(ledger, header->record_offset, header->record_count, header->record_stride,
+                 sizeof(hf_record))) {
     return DataLoss("ledger: its tables lie outside of it");
   }
   std::vector<InflightRequest> found;
@@ -86,12 +88,15 @@ absl::StatusOr<std::vector<InflightRequest>> ReadLedger(std::string_view ledger,
   };
   for (uint64_t i = 0; i < header->slot_count; ++i) {
     InflightRequest request;
-    keep(ReadSlot(At<hf_slot>(ledger, header->slot_offset + i * header->slot_stride), now_boot_nanos, &request), request);
+    keep(ReadSlot(At<hf_slot>(ledger, header->slot_offset + i * header->slot_stride), now_boot_nanos,
+                  &request),
+         request);
   }
   const uint64_t used = std::min(header->record_count, LoadAtomic(&header->record_high_water));
   for (uint64_t i = 0; i < used; ++i) {
     InflightRequest request;
-    keep(ReadRecord(At<hf_record>(ledger, header->record_offset + i * header->record_stride), now_boot_nanos, &request),
+    keep(ReadRecord(At<hf_record>(ledger, header->record_offset + i * header->record_stride), now_boot_nanos,
+                    &request),
          request);
   }
   return found;

@@ -1,5 +1,5 @@
-// Reads request ledgers (schema/ledger.h) for `holdfastctl inflight`, from a read-only mapping: works when the worker is
-// dead or wedged. Words change while they are read; what is shown is a moment's picture.
+// Reads request ledgers (schema/ledger.h) for `holdfastctl inflight`, from a read-only mapping: works when
+// the worker is dead or wedged. Words change while they are read; what is shown is a moment's picture.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@ struct InflightRequest {
   bool executing = false;          // in a receive slot; else a READ that waits for content
   uint64_t mount_id = 0, unique = 0, nodeid = 0, offset = 0;
   uint32_t opcode = 0, size = 0;
-  uint64_t age_nanos = 0;          // slots: since it was received
-  uint64_t left_nanos = 0;         // records: until it is answered EIO
+  uint64_t age_nanos = 0;   // slots: since it was received
+  uint64_t left_nanos = 0;  // records: until it is answered EIO
   bool interrupted = false;
 };
 

@@ -96,9 +96,10 @@ int Session::Upgrade() {
   if (!options_.json) std::cerr << "swapping the worker; containers go on reading ...\n";
   absl::StatusOr<UpgradeResult> result = client_->Upgrade(options_.worker, options_.force);
   if (!result.ok()) {
-    return Fail(result.status(),
-                "the old worker still serves and nothing was lost; see the worker's log lines in the supervisor's "
-                "journal, try the binary with --self-test, then upgrade again");
+    return Fail(
+        result.status(),
+        "the old worker still serves and nothing was lost; see the worker's log lines in the supervisor's "
+        "journal, try the binary with --self-test, then upgrade again");
   }
   std::cout << (options_.json ? UpgradeJson(*result) : UpgradeText(*result));
   return kDone;
@@ -107,9 +108,10 @@ int Session::Upgrade() {
 int Session::Run() {
   auto client = ControlClient::Connect(options_.socket);
   if (!client.ok()) {
-    return Fail(client.status(),
-                "is holdfast-supervisor running (systemctl status holdfast), does --socket name its socket, and are "
-                "you root?");
+    return Fail(
+        client.status(),
+        "is holdfast-supervisor running (systemctl status holdfast), does --socket name its socket, and are "
+        "you root?");
   }
   client_ = std::move(*client);
   if (command_ == "status") return Status();
@@ -117,11 +119,13 @@ int Session::Run() {
   if (command_ == "upgrade") return Upgrade();
   if (command_ == "mounts") return Show(client_->Mounts(), MountsText, MountsJson);
   if (command_ == "layers") {
-    return Show(client_->Layers(), [&](const auto& layers) { return LayersText(layers, now_); }, LayersJson);
+    return Show(
+        client_->Layers(), [&](const auto& layers) { return LayersText(layers, now_); }, LayersJson);
   }
   if (command_ == "snapshots") {
-    return Show(client_->Snapshots(), [&](const auto& snapshots) { return SnapshotsText(snapshots, now_); },
-                SnapshotsJson);
+    return Show(
+        client_->Snapshots(), [&](const auto& snapshots) { return SnapshotsText(snapshots, now_); },
+        SnapshotsJson);
   }
   return Show(client_->Trace(options_.limit), TraceText, TraceJson);
 }
@@ -133,7 +137,8 @@ int Main(int argc, char** argv) {
   app.require_subcommand(1);
   app.fallthrough();
   app.add_option("--socket", options.socket, "the supervisor's control socket")->capture_default_str();
-  app.add_flag("--json", options.json, "machine-readable output, {\"schema\": 1, ...}; keys are only ever added");
+  app.add_flag("--json", options.json,
+               "machine-readable output, {\"schema\": 1, ...}; keys are only ever added");
   app.set_version_flag("--version", HOLDFAST_VERSION);
   app.add_subcommand("status", "supervisor, workers, mounts, the last swap; works without a worker");
   app.add_subcommand("mounts", "every FUSE mount the supervisor holds, detached ones included");

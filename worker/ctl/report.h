@@ -1,5 +1,5 @@
-// What each command prints: for people, or as JSON of schema 1 ({"schema": 1, ...}; keys are only ever added). Pure
-// functions of what was asked for, so they are tested without a supervisor.
+// What each command prints: for people, or as JSON of schema 1 ({"schema": 1, ...}; keys are only ever
+// added). Pure functions of what was asked for, so they are tested without a supervisor.
 #pragma once
 
 #include <cstdint>

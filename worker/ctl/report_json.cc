@@ -35,7 +35,8 @@ Json SwapJson(const SwapStatus& swap) {
 
 std::string StatusJson(const SupervisorStatus& status, const std::optional<WorkerStats>& stats) {
   Json json = Document();
-  json["supervisor"] = {{"build", status.build}, {"pid", status.pid}, {"started_wall_ns", status.started_wall_nanos}};
+  json["supervisor"] = {
+      {"build", status.build}, {"pid", status.pid}, {"started_wall_ns", status.started_wall_nanos}};
   json["phase"] = status.phase;
   json["state_dir"] = status.state_dir;
   json["mounts_live"] = status.mounts_live;

@@ -26,9 +26,10 @@ std::string SwapText(const SwapStatus& swap, int64_t now) {
   std::string text = swap.kind + ", " + swap.result;
   if (swap.result == "running") return text;
   text += ", " + HumanAge(swap.finished_wall_nanos, now) + " ago";
-  text += ": pause " + HumanDuration(swap.pause_nanos) + ", " +
-          Count(swap.requests_carried_over, "request") + " carried over";
-  if (swap.from_build != swap.to_build) text += ", " + OrDash(swap.from_build) + " -> " + OrDash(swap.to_build);
+  text += ": pause " + HumanDuration(swap.pause_nanos) + ", " + Count(swap.requests_carried_over, "request") +
+          " carried over";
+  if (swap.from_build != swap.to_build)
+    text += ", " + OrDash(swap.from_build) + " -> " + OrDash(swap.to_build);
   return text;
 }
 
@@ -49,15 +50,15 @@ std::string StatusText(const SupervisorStatus& status, const std::optional<Worke
                                            HumanAge(status.started_wall_nanos, now));
   out += Line("state", status.phase);
   out += Line("folder", status.state_dir);
-  out += Line("mounts", std::to_string(status.mounts_live) + " live, " + std::to_string(status.mounts_detached) +
-                            " detached");
+  out += Line("mounts", std::to_string(status.mounts_live) + " live, " +
+                            std::to_string(status.mounts_detached) + " detached");
   out += Line("last swap", SwapText(status.last_swap, now));
   out += Line("since start", Count(status.swaps, "swap") + ", " + Count(status.crashes, "crash") + ", " +
                                  Count(status.carried_over_total, "request") + " carried over");
   if (stats.has_value()) {
-    out += Line("fetched", HumanBytes(stats->fetch_bytes) + " in " + Count(stats->fetch_requests, "request") + ", " +
-                               Count(stats->fetch_failures, "failure") + ", " + std::to_string(stats->fetch_in_flight) +
-                               " in flight");
+    out += Line("fetched", HumanBytes(stats->fetch_bytes) + " in " + Count(stats->fetch_requests, "request") +
+                               ", " + Count(stats->fetch_failures, "failure") + ", " +
+                               std::to_string(stats->fetch_in_flight) + " in flight");
     out += Line("cache", HumanBytes(stats->cache_bytes) +
                              (stats->cache_limit_bytes == 0 ? std::string(", no limit")
                                                             : " of " + HumanBytes(stats->cache_limit_bytes)) +
@@ -67,12 +68,17 @@ std::string StatusText(const SupervisorStatus& status, const std::optional<Worke
   if (status.workers.empty()) {
     out += "\nno worker is running: reads that need one wait for it\n";
   } else {
-    Table table({{"GENERATION", true}, {"ROLE"}, {"PID", true}, {"UP", true}, {"ANSWERED", true}, {"BUILD"},
+    Table table({{"GENERATION", true},
+                 {"ROLE"},
+                 {"PID", true},
+                 {"UP", true},
+                 {"ANSWERED", true},
+                 {"BUILD"},
                  {"EXECUTABLE"}});
     for (const WorkerStatus& worker : status.workers) {
       table.Add({std::to_string(worker.generation), worker.role, std::to_string(worker.pid),
-                 HumanAge(worker.started_wall_nanos, now), std::to_string(worker.requests_answered), worker.build,
-                 worker.executable.substr(0, 12)});
+                 HumanAge(worker.started_wall_nanos, now), std::to_string(worker.requests_answered),
+                 worker.build, worker.executable.substr(0, 12)});
     }
     out += "\n" + table.ToString();
   }
@@ -92,8 +98,16 @@ std::string MountsText(const std::vector<MountInfo>& mounts) {
 
 std::string LayersText(const std::vector<LayerInfo>& layers, int64_t now) {
   if (layers.empty()) return "no layers\n";
-  Table table({{"LAYER"}, {"CACHED", true}, {"OF", true}, {"", true}, {"FETCHED", true}, {"BLOB", true},
-               {"FILES", true}, {"MOUNTS", true}, {"READ", true}, {"IMAGE"}});
+  Table table({{"LAYER"},
+               {"CACHED", true},
+               {"OF", true},
+               {"", true},
+               {"FETCHED", true},
+               {"BLOB", true},
+               {"FILES", true},
+               {"MOUNTS", true},
+               {"READ", true},
+               {"IMAGE"}});
   for (const LayerInfo& layer : layers) {
     table.Add({layer.digest, HumanBytes(layer.cached_bytes), HumanBytes(layer.content_bytes),
                Percent(layer.cached_bytes, layer.content_bytes), HumanBytes(layer.fetched_bytes),
@@ -107,8 +121,8 @@ std::string SnapshotsText(const std::vector<SnapshotInfo>& snapshots, int64_t no
   if (snapshots.empty()) return "no snapshots\n";
   Table table({{"ID", true}, {"KIND"}, {"AGE", true}, {"KEY"}, {"PARENT"}, {"LAZY LAYER"}});
   for (const SnapshotInfo& snapshot : snapshots) {
-    table.Add({std::to_string(snapshot.id), snapshot.kind, HumanAge(snapshot.created_wall_nanos, now), snapshot.key,
-               OrDash(snapshot.parent), OrDash(snapshot.lazy_digest)});
+    table.Add({std::to_string(snapshot.id), snapshot.kind, HumanAge(snapshot.created_wall_nanos, now),
+               snapshot.key, OrDash(snapshot.parent), OrDash(snapshot.lazy_digest)});
   }
   return table.ToString();
 }
@@ -117,8 +131,15 @@ std::string InflightText(const Inflight& inflight) {
   if (inflight.requests.empty()) return "nothing in flight\n";
   std::map<uint64_t, const MountInfo*> mounts;
   for (const MountInfo& mount : inflight.mounts) mounts[mount.mount_id] = &mount;
-  Table table({{"MOUNT", true}, {"OPERATION"}, {"NODE", true}, {"OFFSET", true}, {"SIZE", true}, {"STATE"},
-               {"LEDGER", true}, {"OWNER", true}, {"LAYER"}});
+  Table table({{"MOUNT", true},
+               {"OPERATION"},
+               {"NODE", true},
+               {"OFFSET", true},
+               {"SIZE", true},
+               {"STATE"},
+               {"LEDGER", true},
+               {"OWNER", true},
+               {"LAYER"}});
   for (const InflightRequest& request : inflight.requests) {
     std::string state = request.executing ? "executing for " + HumanDuration(request.age_nanos)
                                           : "waits, EIO in " + HumanDuration(request.left_nanos);
@@ -135,7 +156,8 @@ std::string InflightText(const Inflight& inflight) {
 
 std::string UpgradeText(const UpgradeResult& result) {
   if (!result.changed) {
-    return "nothing to do: that build already runs (--force swaps to it all the same, e.g. for new libraries or a "
+    return "nothing to do: that build already runs (--force swaps to it all the same, e.g. for new libraries "
+           "or a "
            "changed configuration)\n";
   }
   std::string out = Line("upgrade", result.swap.result);

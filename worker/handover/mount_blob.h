@@ -1,5 +1,5 @@
-// What a worker attaches to each mount so that any successor can serve it: schema/mount_blob.capnp as a plain struct.
-// Pure functions. Golden bytes in mount_blob_test.cc: every later build must decode them.
+// What a worker attaches to each mount so that any successor can serve it: schema/mount_blob.capnp as a plain
+// struct. Pure functions. Golden bytes in mount_blob_test.cc: every later build must decode them.
 #pragma once
 
 #include <cstdint>

@@ -9,7 +9,8 @@
 namespace holdfast::handover {
 namespace {
 
-// Posts `function` to the executor; the promise (of the calling loop) gets its result. An unrun task rejects it.
+// Posts `function` to the executor; the promise (of the calling loop) gets its result. An unrun task rejects
+// it.
 template <typename T, typename Function>
 kj::Promise<T> RunOn(SerialExecutor* executor, Function function) {
   auto pair = kj::newPromiseAndCrossThreadFulfiller<T>();
@@ -23,21 +24,23 @@ kj::Promise<T> RunOn(SerialExecutor* executor, Function function) {
 
 class WorkerServer final : public schema::Worker::Server {
  public:
-  WorkerServer(SerialExecutor* executor, const Callbacks* callbacks) : executor_(executor), callbacks_(callbacks) {}
+  WorkerServer(SerialExecutor* executor, const Callbacks* callbacks)
+      : executor_(executor), callbacks_(callbacks) {}
 
  protected:
   kj::Promise<void> serve(ServeContext) override { return Run(&WorkerActions::Serve); }
   kj::Promise<void> takeMetadata(TakeMetadataContext) override { return Run(&WorkerActions::TakeMetadata); }
   kj::Promise<void> park(ParkContext) override { return Run(&WorkerActions::Park); }
   kj::Promise<void> resume(ResumeContext) override { return Run(&WorkerActions::Resume); }
-  kj::Promise<void> yieldMetadata(YieldMetadataContext) override { return Run(&WorkerActions::YieldMetadata); }
+  kj::Promise<void> yieldMetadata(YieldMetadataContext) override {
+    return Run(&WorkerActions::YieldMetadata);
+  }
   kj::Promise<void> retire(RetireContext) override { return Run(&WorkerActions::Retire); }
 
   kj::Promise<void> ownerExited(OwnerExitedContext context) override {
     uint64_t generation = context.getParams().getGeneration();
-    return RunStatus([callbacks = callbacks_, generation] {
-      return callbacks->actions.load()->OwnerExited(generation);
-    });
+    return RunStatus(
+        [callbacks = callbacks_, generation] { return callbacks->actions.load()->OwnerExited(generation); });
   }
 
   kj::Promise<void> mountsGone(MountsGoneContext context) override {
@@ -71,7 +74,8 @@ class WorkerServer final : public schema::Worker::Server {
 
 class AdminServer final : public schema::WorkerAdmin::Server {
  public:
-  AdminServer(SerialExecutor* executor, const Callbacks* callbacks) : executor_(executor), callbacks_(callbacks) {}
+  AdminServer(SerialExecutor* executor, const Callbacks* callbacks)
+      : executor_(executor), callbacks_(callbacks) {}
 
  protected:
   kj::Promise<void> layers(LayersContext context) override {
@@ -83,7 +87,8 @@ class AdminServer final : public schema::WorkerAdmin::Server {
   }
 
   kj::Promise<void> snapshots(SnapshotsContext context) override {
-    return RunOn<std::vector<SnapshotInfo>>(executor_, [c = callbacks_] { return c->admin.load()->Snapshots(); })
+    return RunOn<std::vector<SnapshotInfo>>(executor_,
+                                            [c = callbacks_] { return c->admin.load()->Snapshots(); })
         .then([context](std::vector<SnapshotInfo> snapshots) mutable {
           auto list = context.getResults().initSnapshots(static_cast<uint32_t>(snapshots.size()));
           for (uint32_t i = 0; i < list.size(); ++i) Fill(snapshots[i], list[i]);
@@ -110,7 +115,8 @@ class AdminServer final : public schema::WorkerAdmin::Server {
 
   kj::Promise<void> trace(TraceContext context) override {
     uint32_t limit = context.getParams().getLimit();
-    return RunOn<std::vector<TraceEvent>>(executor_, [c = callbacks_, limit] { return c->admin.load()->Trace(limit); })
+    return RunOn<std::vector<TraceEvent>>(executor_,
+                                          [c = callbacks_, limit] { return c->admin.load()->Trace(limit); })
         .then([context](std::vector<TraceEvent> events) mutable {
           auto list = context.getResults().initEvents(static_cast<uint32_t>(events.size()));
           for (uint32_t i = 0; i < list.size(); ++i) {

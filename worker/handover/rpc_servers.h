@@ -1,5 +1,5 @@
-// Internal to worker/handover (the one header here with Cap'n Proto types): the objects that the supervisor and
-// holdfastctl call. They live on the event loop's thread and hand every call to a SerialExecutor.
+// Internal to worker/handover (the one header here with Cap'n Proto types): the objects that the supervisor
+// and holdfastctl call. They live on the event loop's thread and hand every call to a SerialExecutor.
 #pragma once
 
 #include <atomic>

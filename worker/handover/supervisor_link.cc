@@ -41,7 +41,7 @@ std::string HexOf(capnp::Data::Reader data) {
 kj::Promise<void> TakeFd(schema::Descriptor::Client descriptor, UniqueFd* out) {
   auto promise = descriptor.getFd();
   return promise.then([out, keep = kj::mv(descriptor)](kj::Maybe<int> fd) mutable {
-    KJ_IF_MAYBE(number, fd) {
+    KJ_IF_MAYBE (number, fd) {
       absl::StatusOr<UniqueFd> copy = DupFd(*number);
       if (!copy.ok()) kj::throwFatalException(ToException(copy.status()));
       *out = std::move(*copy);
@@ -256,7 +256,8 @@ absl::StatusOr<MountEntry> LinkImpl::Mount(const std::string& path, const InitOp
       auto entry = kj::heap<MountEntry>();
       FillInfo(response.getEntry(), entry.get());
       auto promise = TakeFd(response.getEntry().getDevice(), &entry->device);
-      return promise.then([entry = kj::mv(entry)]() mutable { return std::move(*entry); }).attach(kj::mv(response));
+      return promise.then([entry = kj::mv(entry)]() mutable { return std::move(*entry); })
+          .attach(kj::mv(response));
     });
   });
 }
@@ -365,10 +366,12 @@ absl::Status LinkImpl::Progress(const std::string& step) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<SupervisorLink>> SupervisorLink::Connect(UniqueFd socket, const std::string& token,
+absl::StatusOr<std::unique_ptr<SupervisorLink>> SupervisorLink::Connect(UniqueFd socket,
+                                                                        const std::string& token,
                                                                         const std::string& build) {
   auto link = std::make_unique<LinkImpl>();
-  HF_RETURN_IF_ERROR(Annotate(link->Register(std::move(socket), token, build), "register with the supervisor"));
+  HF_RETURN_IF_ERROR(
+      Annotate(link->Register(std::move(socket), token, build), "register with the supervisor"));
   if (!link->welcome()->ledger.valid()) return Internal("the supervisor gave no ledger");
   return std::unique_ptr<SupervisorLink>(std::move(link));
 }

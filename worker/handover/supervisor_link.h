@@ -1,11 +1,13 @@
-// The worker's end of the supervisor protocol (schema/handover.capnp) as plain C++: no Cap'n Proto type leaves the .cc.
+// The worker's end of the supervisor protocol (schema/handover.capnp) as plain C++: no Cap'n Proto type
+// leaves the .cc.
 //
-// Threads: Connect starts one thread that runs the RPC event loop and never blocks; calls of the supervisor (WorkerActions)
-// run one after the other on a second thread, calls of holdfastctl (AdminActions) on a third. The methods of SupervisorLink
-// block their caller, are thread-safe and must not be called from within `ping`.
+// Threads: Connect starts one thread that runs the RPC event loop and never blocks; calls of the supervisor
+// (WorkerActions) run one after the other on a second thread, calls of holdfastctl (AdminActions) on a third.
+// The methods of SupervisorLink block their caller, are thread-safe and must not be called from within
+// `ping`.
 //
-// How it fails: when the connection ends the supervisor is gone. Every call then returns Unavailable, `lost` runs once on
-// the action thread, and reads go on: they need no supervisor.
+// How it fails: when the connection ends the supervisor is gone. Every call then returns Unavailable, `lost`
+// runs once on the action thread, and reads go on: they need no supervisor.
 #pragma once
 
 #include <cstdint>
@@ -94,7 +96,8 @@ class WorkerActions {
 // admin.capnp, plain.
 struct LayerInfo {
   std::string digest, image, index_digest;
-  uint64_t compressed_bytes = 0, content_bytes = 0, cached_bytes = 0, fetched_bytes = 0, touched_bytes = 0, files = 0;
+  uint64_t compressed_bytes = 0, content_bytes = 0, cached_bytes = 0, fetched_bytes = 0, touched_bytes = 0,
+           files = 0;
   uint32_t mounts = 0;
   int64_t last_access_wall_nanos = 0;
 };

@@ -205,7 +205,8 @@ bool PeerIsRoot(kj::AsyncIoStream& stream) {
 
 kj::Promise<void> AcceptControl(kj::ConnectionReceiver& listener, capnp::TwoPartyServer& server) {
   return listener.accept().then([&](kj::Own<kj::AsyncIoStream>&& stream) {
-    if (PeerIsRoot(*stream)) server.accept(stream.downcast<kj::AsyncCapabilityStream>(), 0);
+    // With a limit of 0 Cap'n Proto would not send descriptors either, and the ledgers are descriptors.
+    if (PeerIsRoot(*stream)) server.accept(stream.downcast<kj::AsyncCapabilityStream>(), 1);
     return AcceptControl(listener, server);
   });
 }

@@ -8,14 +8,17 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <random>
 #include <thread>
 
+#include "common/clock.h"
 #include "common/mutex.h"
 #include "gtest/gtest.h"
 #include "tests/integration/node.h"
 #include "tests/support/registry_server.h"
+#include "worker/ctl/inflight.h"
 #include "worker/layer/digest.h"
 #include "worker/toc/testing/estargz_writer.h"
 
@@ -97,6 +100,11 @@ std::string ReadWhole(const std::string& path, size_t step = 65536) {
   }
 }
 
+bool WaitUntil(const std::function<bool()>& condition) {
+  for (int i = 0; i < 2000 && !condition(); ++i) usleep(5000);
+  return condition();
+}
+
 class WholePathTest : public ::testing::Test {
  protected:
   WholePathTest() : node_("[cache]\nfree_floor = 0\n[fetch]\nmiss_timeout = \"50s\"\n") {}
@@ -162,6 +170,23 @@ class WholePathTest : public ::testing::Test {
     if (control == nullptr) return 0;
     auto status = control->Status();
     return status.ok() ? status->carried_over_total : 0;
+  }
+
+  // Requests that wait for content, as `holdfastctl inflight` sees them.
+  size_t Waiting() {
+    auto control = node_.Control();
+    if (control == nullptr) return 0;
+    auto ledgers = control->Ledgers();
+    EXPECT_TRUE(ledgers.ok()) << ledgers.status();
+    if (!ledgers.ok()) return 0;
+    size_t waiting = 0;
+    for (const ctl::LedgerFd& ledger : *ledgers) {
+      auto requests = ctl::ReadLedgerFd(ledger.memory.get(), Clock::Real()->BootNanos());
+      EXPECT_TRUE(requests.ok()) << requests.status();
+      if (!requests.ok()) continue;
+      for (const ctl::InflightRequest& request : *requests) waiting += request.executing ? 0 : 1;
+    }
+    return waiting;
   }
 
   RegistryServer registry_;
@@ -235,6 +260,7 @@ TEST_F(WholePathTest, AnUpgradeInTheMiddleOfReadsFailsNeitherReadsNorCalls) {
     // The registry falls silent, so that there are reads which wait while the worker is swapped.
     registry_.SetBlackHole(true);
     EXPECT_TRUE(registry_.WaitFor([&] { return registry_.in_flight() > 0; })) << "upgrade " << upgrade;
+    EXPECT_TRUE(WaitUntil([&] { return Waiting() > 0; })) << "upgrade " << upgrade;
     auto result = node_.Control()->Upgrade("", /*force=*/true);
     EXPECT_TRUE(result.ok()) << result.status();
     registry_.SetBlackHole(false);

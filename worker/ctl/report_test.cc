@@ -58,6 +58,7 @@ TEST(ReportTest, StatusShowsTheLastSwapWithPauseAndCarriedRequests) {
             std::string::npos)
       << text;
   EXPECT_NE(text.find("owner"), std::string::npos);
+  EXPECT_NE(text.find("0 crashes"), std::string::npos) << text;
 }
 
 TEST(ReportTest, StatusWithoutAWorkerSaysSo) {

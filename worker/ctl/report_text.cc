@@ -1,6 +1,7 @@
 #include <cstdio>
 #include <ctime>
 #include <map>
+#include <string_view>
 
 #include "worker/ctl/format.h"
 #include "worker/ctl/report.h"
@@ -16,9 +17,10 @@ std::string Line(const std::string& name, const std::string& value) {
 
 std::string OrDash(const std::string& text) { return text.empty() ? "-" : text; }
 
-// "12 request(s)"
+// "1 request", "12 requests", "2 crashes"
 std::string Count(uint64_t number, const char* noun) {
-  return std::to_string(number) + " " + noun + (number == 1 ? "" : "s");
+  if (number == 1) return "1 " + std::string(noun);
+  return std::to_string(number) + " " + noun + (std::string_view(noun) == "crash" ? "es" : "s");
 }
 
 std::string SwapText(const SwapStatus& swap, int64_t now) {

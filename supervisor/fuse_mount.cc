@@ -38,8 +38,7 @@ absl::StatusOr<UniqueFd> OpenMountPoint(int state_fd, const std::string& state_d
     fd.Reset(static_cast<int>(syscall(SYS_openat2, state_fd, relative.c_str(), &how, sizeof(how))));
   } while (!fd.valid() && (errno == EINTR || errno == EAGAIN));
   if (fd.valid()) return fd;
-  if (errno == EXDEV)
-    return FailedPrecondition("mount point " + path + " is, or lies below, a mount already");
+  if (errno == EXDEV) return FailedPrecondition("mount point " + path + " is, or lies in, a mount already");
   return ErrnoStatus(errno, "mount point " + path);
 }
 
@@ -147,8 +146,7 @@ absl::StatusOr<std::string> BuildInitReply(std::string_view request, const InitO
 }
 
 absl::StatusOr<bool> UnmountFuse(const std::string& path, int device) {
-  // MNT_DETACH: what uses it keeps it alive, but not in the tree. EINVAL and ENOENT: unmounted by somebody
-  // else.
+  // MNT_DETACH: what uses it keeps it alive, out of the tree. EINVAL, ENOENT: unmounted already.
   if (umount2(path.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW) != 0 && errno != EINVAL && errno != ENOENT) {
     return ErrnoStatus(errno, "umount of " + path);
   }

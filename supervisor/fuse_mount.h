@@ -1,6 +1,5 @@
-// Making and ending FUSE mounts. Everything here may block and is called on helper threads; nothing here
-// opens, stats or lists a path of a mounted file system. Formats: <linux/fuse.h> (FUSE_INIT, protocol 7.x),
-// proc(5) mountinfo.
+// Making and ending FUSE mounts. May block: for helper threads. Nothing here opens, stats or lists a path of
+// a mounted file system. Formats: <linux/fuse.h> (FUSE_INIT, protocol 7.x), proc(5) mountinfo.
 #pragma once
 
 #include <cstdint>
@@ -33,12 +32,10 @@ struct FuseMount {
 absl::StatusOr<FuseMount> MountFuse(int state_fd, const std::string& state_dir, const std::string& path,
                                     const InitOptions& options);
 
-// The answer to `request`: of the wanted flags those that the kernel offered. InvalidArgument when it is no
-// FUSE_INIT.
+// The answer to `request`, with the wanted flags the kernel offered. InvalidArgument when it is no FUSE_INIT.
 absl::StatusOr<std::string> BuildInitReply(std::string_view request, const InitOptions& options);
 
-// Takes the mount out of the file tree. True: nothing uses it, it is gone; false: something (an overlay)
-// still does.
+// Takes the mount out of the file tree. True: it is gone; false: something (an overlay) still uses it.
 absl::StatusOr<bool> UnmountFuse(const std::string& path, int device);
 
 struct MountInfo {
@@ -57,8 +54,7 @@ bool IsUnder(std::string_view path, std::string_view folder);
 // Lazily unmounts what a dead predecessor left under `state_dir`, untouched otherwise. Returns how many.
 absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir);
 
-// An overlay in `mounts` names `path` as a lower layer (absolute, or by its last two parts: containerd
-// shortens the names).
+// An overlay names `path` as a lower layer, in full or by its last two parts (containerd shortens the names).
 bool UsedByOverlay(const std::vector<MountInfo>& mounts, const std::string& path);
 
 }  // namespace holdfast::supervisor

@@ -116,7 +116,7 @@ struct StepResult {
 // Every event is allowed in every phase; one without meaning there changes nothing.
 StepResult Step(const State& state, const Event& event, const Limits& limits);
 
-// Wait before the n-th spawn after n quick deaths in a row.
+// Wait before the next spawn after n quick deaths in a row.
 uint64_t BackoffMillis(uint32_t quick_deaths);
 
 }  // namespace holdfast::supervisor

@@ -2,7 +2,7 @@
 #include <kj/async-io.h>
 #include <kj/async-unix.h>
 #include <signal.h>
-#include <stdlib.h>
+#include <string.h>
 #include <systemd/sd-daemon.h>
 #include <unistd.h>
 
@@ -23,20 +23,15 @@ namespace {
 constexpr uint64_t kMountIdBlock = 1'000;
 constexpr uint64_t kGenerationBlock = 100;
 
-void Notify(const char* state) {
-  if (getenv("NOTIFY_SOCKET") != nullptr) sd_notify(0, state);
-}
-
 // Everything that must be in order before the first worker is started.
 absl::StatusOr<Resources> Prepare(const Options& options) {
   HF_ASSIGN_OR_RETURN(size_t stale, RemoveStaleMounts(options.state_dir));
   if (stale != 0) LOG(WARNING) << "event=stale_mounts_removed count=" << stale;
   HF_ASSIGN_OR_RETURN(UniqueFd state_dir, OpenFile(options.state_dir, O_PATH | O_DIRECTORY));
-  HF_RETURN_IF_ERROR(MakeDirs(options.state_dir + "/supervisor"));
-  HF_ASSIGN_OR_RETURN(IdFile mount_ids,
-                      IdFile::Open(options.state_dir + "/supervisor/next-mount-id", kMountIdBlock));
-  HF_ASSIGN_OR_RETURN(IdFile generations,
-                      IdFile::Open(options.state_dir + "/supervisor/next-generation", kGenerationBlock));
+  std::string folder = options.state_dir + "/supervisor";
+  HF_RETURN_IF_ERROR(MakeDirs(folder));
+  HF_ASSIGN_OR_RETURN(IdFile mount_ids, IdFile::Open(folder + "/next-mount-id", kMountIdBlock));
+  HF_ASSIGN_OR_RETURN(IdFile generations, IdFile::Open(folder + "/next-generation", kGenerationBlock));
   HF_ASSIGN_OR_RETURN(auto executable, CopyExecutable(options.worker, options.state_dir));
   HF_ASSIGN_OR_RETURN(UniqueFd listener, ListenUnix(options.snapshotter_socket));
   std::vector<std::string> warnings = MachineWarnings();
@@ -57,21 +52,19 @@ absl::StatusOr<Resources> Prepare(const Options& options) {
   auto serving = ServeControl(&supervisor, listener.get()).eagerlyEvaluate([](kj::Exception&& exception) {
     LOG(ERROR) << "event=control_ended error=" << LogValue(exception.getDescription().cStr());
   });
-  auto told = io.unixEventPort.onSignal(SIGTERM)
-                  .exclusiveJoin(io.unixEventPort.onSignal(SIGINT))
-                  .then([&](siginfo_t info) {
-                    Notify("STOPPING=1");
-                    supervisor.Stop(info.si_signo == SIGTERM ? "SIGTERM" : "SIGINT");
-                  })
-                  .eagerlyEvaluate(nullptr);
+  auto signalled = io.unixEventPort.onSignal(SIGTERM).exclusiveJoin(io.unixEventPort.onSignal(SIGINT));
+  auto told = signalled.then([&](siginfo_t info) {
+    sd_notify(0, "STOPPING=1");
+    supervisor.Stop(strsignal(info.si_signo));
+  });
+  told = told.eagerlyEvaluate(nullptr);
   auto stopped = supervisor.Run();
-  Notify("READY=1");
+  sd_notify(0, "READY=1");  // nothing without NOTIFY_SOCKET
   stopped.wait(io.waitScope);
   supervisor.KillRemaining();
   unlink(options.control_socket.c_str());
   unlink(options.snapshotter_socket.c_str());
   LOG(INFO) << "event=stopped";
-  google::FlushLogFiles(google::INFO);
   _exit(0);  // helper threads may be stuck in a system call; the kernel ends them
 }
 
@@ -100,9 +93,7 @@ int Main(int argc, char** argv) {
   std::string error;
   try {
     error = std::string(Run(std::move(*options)).message());
-  } catch (const kj::Exception& exception) {
-    error = exception.getDescription().cStr();
-  } catch (const std::exception& exception) {
+  } catch (const std::exception& exception) {  // KJ's are of this type, too
     error = exception.what();
   }
   std::cerr << "holdfast-supervisor: " << error << "\n";

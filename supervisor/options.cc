@@ -24,12 +24,11 @@ absl::Status RefuseInsideFuse(const std::string& folder) {
   HF_ASSIGN_OR_RETURN(std::vector<MountInfo> mounts, ReadMountInfo());
   const MountInfo* nearest = nullptr;
   for (const MountInfo& mount : mounts) {
-    if (IsUnder(folder, mount.path) && (nearest == nullptr || mount.path.size() >= nearest->path.size()))
-      nearest = &mount;
+    size_t depth = nearest == nullptr ? 0 : nearest->path.size();
+    if (IsUnder(folder, mount.path) && mount.path.size() >= depth) nearest = &mount;
   }
   if (nearest != nullptr && nearest->type.substr(0, 4) == "fuse" && nearest->type != "fusectl") {
-    return FailedPrecondition("state folder " + folder + " lies in the FUSE mount " + nearest->path +
-                              "; use a local disk");
+    return FailedPrecondition("state folder " + folder + " lies in the FUSE mount " + nearest->path);
   }
   return absl::OkStatus();
 }
@@ -37,8 +36,7 @@ absl::Status RefuseInsideFuse(const std::string& folder) {
 absl::StatusOr<sockaddr_un> SocketAddress(const std::string& path) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
-  if (path.size() >= sizeof(address.sun_path))
-    return InvalidArgument("socket path is too long (107 bytes at most): " + path);
+  if (path.size() >= sizeof(address.sun_path)) return InvalidArgument("longer than 107 bytes: " + path);
   memcpy(address.sun_path, path.c_str(), path.size() + 1);
   return address;
 }
@@ -51,15 +49,12 @@ absl::StatusOr<UniqueFd> UnixSocket() {
 
 absl::Status RemoveStaleSocket(const std::string& path, const sockaddr_un& address) {
   struct stat info;
-  if (lstat(path.c_str(), &info) != 0)
-    return errno == ENOENT ? absl::OkStatus() : ErrnoStatus(errno, "socket path " + path);
-  if (!S_ISSOCK(info.st_mode))
-    return AlreadyExists("socket path " + path + " is taken by something that is not a socket");
+  if (lstat(path.c_str(), &info) != 0) return errno == ENOENT ? absl::OkStatus() : ErrnoStatus(errno, path);
+  if (!S_ISSOCK(info.st_mode)) return AlreadyExists("socket path " + path + " exists and is not a socket");
   HF_ASSIGN_OR_RETURN(UniqueFd probe, UnixSocket());
-  if (connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0 ||
-      errno == EAGAIN) {
-    return AlreadyExists("socket path " + path + " is in use by a running process");
-  }
+  int result = connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address));
+  if (result == 0 || errno == EAGAIN)
+    return AlreadyExists("socket " + path + " is in use by a running process");
   if (unlink(path.c_str()) != 0) return ErrnoStatus(errno, "removing the stale socket " + path);
   return absl::OkStatus();
 }
@@ -76,7 +71,6 @@ Usage: holdfast-supervisor [options] [-- worker arguments...]
   --runtime DIR              sockets (default /run/holdfast)
   --snapshotter-socket PATH  containerd's end (default <runtime>/snapshotter.sock): proxy_plugins address
   --control-socket PATH      holdfastctl's end (default <runtime>/supervisor.sock), for root only
-  --help
 
 What follows -- goes to every worker, e.g. -- --config /etc/holdfast/config.toml
 
@@ -104,10 +98,8 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
     std::string name = args[i].substr(0, args[i].find('='));
     auto flag = flags.find(name);
     if (flag == flags.end()) return InvalidArgument("unknown argument '" + args[i] + "'");
-    if (name.size() < args[i].size())
-      *flag->second = args[i].substr(name.size() + 1);
-    else
-      *flag->second = ++i < args.size() ? args[i] : "";
+    bool inline_value = name.size() < args[i].size();
+    *flag->second = inline_value ? args[i].substr(name.size() + 1) : ++i < args.size() ? args[i] : "";
     if (flag->second->empty()) return InvalidArgument(name + " needs a value");
   }
   if (!register_limit.empty() && !absl::SimpleAtoi(ToAbsl(register_limit), &options.limits.register_ms)) {
@@ -117,8 +109,7 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
 }
 
 absl::Status PrepareProcess() {
-  if (geteuid() != 0)
-    return PermissionDenied("holdfast-supervisor must run as root (it mounts file systems)");
+  if (geteuid() != 0) return PermissionDenied("it must run as root (it mounts file systems)");
   if (access("/dev/fuse", R_OK | W_OK) != 0) {
     return Unavailable(
         "/dev/fuse cannot be used: load the module (modprobe fuse), or give the container the device");
@@ -141,9 +132,9 @@ absl::StatusOr<UniqueFd> PrepareFolders(Options* options) {
   HF_RETURN_IF_ERROR(Annotate(MakeDirs(options->runtime_dir, 0711), "runtime folder"));
   options->state_dir = std::filesystem::canonical(options->state_dir).string();
   options->runtime_dir = std::filesystem::canonical(options->runtime_dir).string();
-  if (options->snapshotter_socket.empty())
-    options->snapshotter_socket = options->runtime_dir + "/snapshotter.sock";
-  if (options->control_socket.empty()) options->control_socket = options->runtime_dir + "/supervisor.sock";
+  std::string folder = options->runtime_dir;
+  if (options->snapshotter_socket.empty()) options->snapshotter_socket = folder + "/snapshotter.sock";
+  if (options->control_socket.empty()) options->control_socket = folder + "/supervisor.sock";
   HF_RETURN_IF_ERROR(RefuseInsideFuse(options->state_dir));
   std::string path = options->state_dir + "/lock";
   HF_ASSIGN_OR_RETURN(UniqueFd lock, OpenFile(path, O_RDWR | O_CREAT, 0600));

@@ -29,13 +29,11 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args);
 // Root, /dev/fuse, descriptor limit raised, no core dumps.
 absl::Status PrepareProcess();
 
-// Creates the state folder, resolves it, refuses one inside a FUSE mount, and locks it. Sets
-// options->state_dir to the real path and runtime_dir likewise. The returned descriptor is the lock, held as
-// long as it is open.
+// Creates both folders, makes their names in `options` real paths, refuses a state folder inside a FUSE
+// mount, and locks it. The returned descriptor is the lock.
 absl::StatusOr<UniqueFd> PrepareFolders(Options* options);
 
-// A listening unix socket, mode 0600. A stale socket file is replaced; AlreadyExists when a living process
-// listens there.
+// A listening unix socket, mode 0600. A stale socket is replaced; AlreadyExists when a living process has it.
 absl::StatusOr<UniqueFd> ListenUnix(const std::string& path);
 
 // Settings of the machine that endanger mounts, in words.

@@ -26,13 +26,13 @@ namespace holdfast::supervisor {
 namespace {
 
 constexpr char kName[] = "/holdfast-worker";
-constexpr int kPidfdIdType = 3;  // P_PIDFD
+constexpr idtype_t kPidfd = static_cast<idtype_t>(3);  // P_PIDFD
 constexpr mode_t kMode = 0555;
 
 absl::Status CheckProgram(int fd, const std::string& path) {
   struct stat info;
-  if (fstat(fd, &info) != 0) return ErrnoStatus(errno, path);
-  if (!S_ISREG(info.st_mode)) return InvalidArgument("worker " + path + " is not a regular file");
+  if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode))
+    return InvalidArgument("worker " + path + " is no file");
   if ((info.st_mode & 0111) == 0) return PermissionDenied("worker " + path + " is not executable (chmod +x)");
   return absl::OkStatus();
 }
@@ -156,14 +156,10 @@ std::string RandomBytes(size_t bytes) {
 
 std::string ReapReason(int pidfd) {
   siginfo_t info{};
-  int result;
-  do {
-    result = waitid(static_cast<idtype_t>(kPidfdIdType), static_cast<id_t>(pidfd), &info, WEXITED);
-  } while (result != 0 && errno == EINTR);
-  if (result != 0) return "unknown";
+  // It has exited, so this does not sleep and cannot be interrupted.
+  if (waitid(kPidfd, static_cast<id_t>(pidfd), &info, WEXITED) != 0) return "unknown";
   if (info.si_code == CLD_EXITED) return "exit " + std::to_string(info.si_status);
-  const char* name = strsignal(info.si_status);
-  return "signal " + std::to_string(info.si_status) + " (" + (name == nullptr ? "?" : name) + ")";
+  return "signal " + std::to_string(info.si_status) + " (" + strsignal(info.si_status) + ")";
 }
 
 }  // namespace holdfast::supervisor

@@ -1,5 +1,4 @@
-// Private copies of worker executables, and starting one. A worker outlives the supervisor on purpose:
-// nothing here ties its life to ours.
+// Private copies of worker executables, and starting one. A worker outlives the supervisor, on purpose.
 #pragma once
 
 #include <sys/types.h>
@@ -20,8 +19,7 @@ struct Executable {
   UniqueFd file;
 };
 
-// Copies the program at `path`, synced, root-owned, mode 0555. Blocks:
-// helper threads only, or at the start. The error says what is wrong with `path`.
+// Copies the program at `path`, synced, mode 0555. Blocks. The error says what is wrong with `path`.
 absl::StatusOr<std::shared_ptr<const Executable>> CopyExecutable(const std::string& path,
                                                                  const std::string& state_dir);
 
@@ -36,9 +34,8 @@ struct Process {
 
 inline constexpr int kWorkerSocket = 3;
 
-// Starts it with descriptors 0, 1, 2 of ours and the socket only, in a session of its own, with
-// HOLDFAST_TOKEN=<token> and without the service manager's variables. Every other descriptor of this process
-// must be close-on-exec.
+// Starts it in a session of its own with HOLDFAST_TOKEN=<token>, our descriptors 0, 1 and 2, and the socket;
+// all others must be close-on-exec. The service manager's variables are left out.
 absl::StatusOr<Process> Spawn(const Executable& executable, const std::vector<std::string>& args,
                               const std::string& token);
 

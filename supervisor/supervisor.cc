@@ -19,9 +19,7 @@ constexpr unsigned kMaxIncomingFds = 16;
 constexpr uint64_t kMountingPollMillis = 5;
 constexpr uint64_t kGonePollMillis = 1'000;
 
-std::string Describe(const kj::Exception& exception) {
-  return std::string(exception.getDescription().cStr());
-}
+std::string Describe(const kj::Exception& exception) { return exception.getDescription().cStr(); }
 
 [[noreturn]] void Throw(const absl::Status& status) {
   kj::throwFatalException(KJ_EXCEPTION(FAILED, std::string(FromAbsl(status.message()))));
@@ -76,11 +74,7 @@ void Supervisor::Dispatch(Event event) {
   events_.push_back(std::move(event));
   if (dispatching_) return;
   dispatching_ = true;
-  while (!events_.empty()) {
-    Event next = std::move(events_.front());
-    events_.pop_front();
-    Apply(next);
-  }
+  for (; !events_.empty(); events_.pop_front()) Apply(Event(events_.front()));
   dispatching_ = false;
 }
 
@@ -96,9 +90,9 @@ void Supervisor::Apply(const Event& event) {
     LOG(INFO) << "event=phase from=" << PhaseName(state_.phase) << " to=" << PhaseName(result.state.phase)
               << " owner=" << result.state.owner << " successor=" << result.state.successor;
   }
-  bool spawned = result.state.next_generation != state_.next_generation;
+  if (result.state.next_generation != state_.next_generation)
+    result.state.next_generation = 0;  // it is spent
   state_ = std::move(result.state);
-  if (spawned) state_.next_generation = 0;  // the number is spent
   AdoptRunningBinary();
   for (const Action& action : result.actions) Do(action);
 }
@@ -189,10 +183,8 @@ void Supervisor::CallWorker(Generation generation, Call call) {
   if (call == Call::kPark) reads_stopped_boot_nanos_ = clock_->BootNanos();
   if (call == Call::kServe) swap_.carried_over = ledgers_.CountUnanswered(generation);
   worker->retired = call == Call::kRetire;
-  if (worker->retired) {
-    auto limit = timer_.afterDelay(kRetireLimitSeconds * kj::SECONDS);
-    tasks_.add(limit.then([this, generation] { KillWorker(generation); }));  // nothing if it exited
-  }
+  auto too_long = [this, generation] { KillWorker(generation); };  // nothing if it exited
+  if (worker->retired) tasks_.add(timer_.afterDelay(kRetireLimitSeconds * kj::SECONDS).then(too_long));
   KJ_IF_MAYBE (client, worker->client) {
     auto failed = [this, generation, call](kj::Exception&& exception) {
       // A broken connection is a death, and told as one.
@@ -269,13 +261,11 @@ void Supervisor::OnDisconnected(Generation generation) {
 
 void Supervisor::OnExit(Generation generation) {
   WorkerProcess* worker = Find(generation);
-  if (worker == nullptr) return;
   std::string reason = ReapReason(worker->pidfd.get());
   worker->exited = true;
   NoteDeath(worker, reason);
   LOG(INFO) << "event=exited generation=" << generation << " pid=" << worker->pid
-            << " reason=" << LogValue(reason) << " retired=" << worker->retired
-            << " killed=" << worker->killed;
+            << " how=" << LogValue(reason);
   ledgers_.OwnerExited(generation);
   // Not in this callback: it belongs to what is destroyed.
   tasks_.add(kj::evalLater([this, generation] { workers_.erase(generation); }));
@@ -309,7 +299,6 @@ void Supervisor::Register(Generation generation, schema::Hello::Reader hello,
   uint64_t common = hello.getCapabilities() & kOurs;
   KJ_REQUIRE(common == kOurs, "this supervisor needs the capabilities serveReads and metadataHandover");
   Ledger* ledger = ledgers_.Find(generation);
-  KJ_REQUIRE(ledger != nullptr, "no ledger");
   worker->client = kj::mv(worker_client);
   worker->admin = kj::mv(admin);
   worker->build = hello.getBuild().cStr();
@@ -334,8 +323,7 @@ kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force) {
   upgrade_busy_ = true;
   if (path.empty()) path = options_.worker;
   using Copy = absl::StatusOr<std::shared_ptr<const Executable>>;
-  std::vector<std::string> keep = {running_->sha256};
-  if (previous_ != nullptr) keep.push_back(previous_->sha256);
+  std::vector<std::string> keep = {running_->sha256, previous_ == nullptr ? "" : previous_->sha256};
   auto copied = Offload<Copy>([path, keep, state_dir = options_.state_dir] {
     RemoveOtherExecutables(state_dir, keep);
     return CopyExecutable(path, state_dir);
@@ -361,9 +349,9 @@ void Supervisor::Stop(const std::string& reason) {
 }
 
 void Supervisor::KillRemaining() {
-  for (auto& [generation, worker] : workers_) KillWorker(generation);
   for (auto& [generation, worker] : workers_) {
     if (worker->exited) continue;
+    KillWorker(generation);
     pollfd exit{.fd = worker->pidfd.get(), .events = POLLIN, .revents = 0};
     if (poll(&exit, 1, 1'000) == 1) ReapReason(worker->pidfd.get());
   }

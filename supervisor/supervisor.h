@@ -1,6 +1,5 @@
-// The supervisor proper: carries out what the swap machine decides, and holds what it is about (vault,
-// ledgers, worker processes). One thread, the KJ event loop; only what goes through Offload runs elsewhere.
-// Nothing here blocks.
+// The supervisor proper: carries out what the swap machine decides; owns vault, ledgers and worker processes.
+// One thread, the KJ event loop, which never blocks; what may block goes through Offload.
 #pragma once
 
 #include <capnp/rpc-twoparty.h>
@@ -175,8 +174,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   kj::TaskSet tasks_;  // last: cancelled first
 };
 
-// rpc.cc: the Cap'n Proto servers; they translate, and decide nothing. The bootstrap of a worker's
-// connection:
+// rpc.cc: the Cap'n Proto servers, which only translate. The bootstrap of a worker's connection:
 capnp::Capability::Client MakeSupervisorServer(Supervisor* supervisor, uint64_t generation);
 // Accepts holdfastctl's connections for ever; peers that are not root are turned away.
 kj::Promise<void> ServeControl(Supervisor* supervisor, kj::ConnectionReceiver* listener);

@@ -297,9 +297,10 @@ TEST(SupervisorTest, TwentyDeathsLeakNoDescriptorAndNoLedger) {
     usleep(1'050'000);
   };
   kill_once();
-  size_t fds = harness.OpenFds();
+  auto fds = harness.OpenFds();
   for (int i = 0; i < 20; ++i) kill_once();
   EXPECT_EQ(harness.Status().crashes, 21u);
+  Eventually([&] { return harness.OpenFds() == fds; }, 5);
   EXPECT_EQ(harness.OpenFds(), fds);
   EXPECT_EQ(harness.LedgerGenerations().size(), 1u);
   EXPECT_GT(Stat(mount.path).Result(), 0);

@@ -20,8 +20,8 @@ namespace holdfast::supervisor {
 
 using SharedFd = std::shared_ptr<UniqueFd>;
 
-// Numbers that are never reused within one state folder, across restarts: reserved in blocks, the reservation
-// synced to the file before a number of it is given out.
+// Numbers never reused within one state folder: a block is reserved in the file before one of it is given
+// out.
 class IdFile {
  public:
   // `path` need not exist. DataLoss when it holds anything but a number.
@@ -60,8 +60,7 @@ class Vault {
   // Live and detached entries with id > after, in order; *more says whether there are others.
   std::vector<const Mount*> Page(uint64_t after, size_t limit, bool* more) const;
   size_t Count(MountState state) const;
-  // Live or detached entries whose descriptor polls POLLERR: their superblock exists no more. Forgets and
-  // returns them.
+  // Forgets and returns the entries whose descriptor polls POLLERR: their superblock exists no more.
   std::vector<uint64_t> TakeGone();
 
  private:
@@ -72,7 +71,6 @@ class Vault {
 struct Pipe {
   SharedFd read_end, write_end;
 };
-
 class Ledger {
  public:
   static absl::StatusOr<std::unique_ptr<Ledger>> Create(uint64_t generation);
@@ -111,8 +109,7 @@ class LedgerStore {
   std::vector<Ledger*> Page(uint64_t after, uint64_t except, size_t limit, bool* more) const;
 
   void OwnerExited(uint64_t generation);
-  // A worker says that nothing unanswered is left there. Before the owner's exit is proven that may become
-  // untrue again.
+  // A worker says that nothing unanswered is left. Not final before the owner's exit is proven.
   void Drained(uint64_t generation);
   uint64_t CountUnanswered(uint64_t except) const;
 

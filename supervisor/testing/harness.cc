@@ -304,12 +304,19 @@ Info Harness::WorkerInfo() {
   return info;
 }
 
-size_t Harness::OpenFds() const {
-  size_t count = 0;
-  DIR* folder = opendir(("/proc/" + std::to_string(pid_) + "/fd").c_str());
-  while (readdir(folder) != nullptr) ++count;
+std::map<std::string, int> Harness::OpenFds() const {
+  std::map<std::string, int> kinds;
+  std::string path = "/proc/" + std::to_string(pid_) + "/fd";
+  DIR* folder = opendir(path.c_str());
+  while (dirent* entry = readdir(folder)) {
+    char target[256] = {};
+    if (entry->d_name[0] == '.' ||
+        readlink((path + "/" + entry->d_name).c_str(), target, sizeof(target) - 1) < 0)
+      continue;
+    ++kinds[std::string(target).substr(0, std::string(target).find(':'))];
+  }
   closedir(folder);
-  return count;
+  return kinds;
 }
 
 Stat::Stat(const std::string& path) {

@@ -82,7 +82,8 @@ class Harness {
   void SetBlob(uint64_t id, const std::string& blob);
   Info WorkerInfo();
 
-  size_t OpenFds() const;  // of the supervisor
+  // What the supervisor's descriptors are ("socket", "/memfd", ...), and how many of each.
+  std::map<std::string, int> OpenFds() const;
 
   template <typename T>
   T Wait(kj::Promise<T> promise, int seconds = 20) {

@@ -3,7 +3,7 @@ checksum is that of the undisturbed image.
 
     kill.py [--runs N] [--seed S]       (defaults: HOLDFAST_KILL_RUNS or 5; a seed from the clock, printed)
 
-The registry answers 20 ms late, so that requests are outstanding; a run counts only if at least one of its kills left
+The registry answers 10 ms late, so that requests are outstanding; a run counts only if at least one of its kills left
 requests in the ledger, and fails otherwise.
 """
 
@@ -21,7 +21,7 @@ from holdfast_harness import images
 # some directories the moment of unpacking.
 _READ = ["sh", "-c", "tar --sort=name --numeric-owner --mtime=@0 -C / -cf - bin etc home lib opt root sbin srv usr var"
          " | sha256sum && echo complete"]  # fmt: skip
-_DELAY_MS = 20
+_DELAY_MS = 10
 _SLOWEST_RUN = 300.0
 
 

@@ -235,6 +235,7 @@ bool RegistryServer::ServeOne(Stream* stream, const RegistryRequest& request) {
   Answer answer;
   uint64_t delay = fault.delay_nanos;
   bool stall = fault.stall;
+  uint64_t epoch = 0;
   if (!stall && fault.raw.empty()) {
     answer = Respond(request, fault);
     entry.status = answer.status;
@@ -242,6 +243,7 @@ bool RegistryServer::ServeOne(Stream* stream, const RegistryRequest& request) {
   {
     MutexLock lock(&mutex_);
     stall = stall || black_hole_;
+    epoch = stall_epoch_;  // from here on a release counts, also one during the delay
     if (stall) entry.status = 0;
     log_.push_back(entry);
     if (chosen) faults_served_++;
@@ -250,7 +252,7 @@ bool RegistryServer::ServeOne(Stream* stream, const RegistryRequest& request) {
   }
   Delay(delay);
   if (stall) {
-    WaitWhileStalled();
+    WaitWhileStalled(epoch);
     return false;
   }
   if (!fault.raw.empty()) {
@@ -403,9 +405,14 @@ bool RegistryServer::SendBody(Stream* stream, const RegistryRequest& request, co
                               const RegistryFault& fault) {
   const uint64_t cut = fault.cut_after.value_or(UINT64_MAX);
   uint64_t stall = fault.stall_after.value_or(UINT64_MAX);
+  uint64_t epoch = 0;
+  {
+    MutexLock lock(&mutex_);
+    epoch = stall_epoch_;
+  }
   for (uint64_t sent = 0; sent < answer.length && sent < cut;) {
     if (sent == stall) {
-      WaitWhileStalled();
+      WaitWhileStalled(epoch);
       stall = UINT64_MAX;
     }
     const uint64_t piece = std::min(
@@ -420,13 +427,12 @@ bool RegistryServer::SendBody(Stream* stream, const RegistryRequest& request, co
     if (request.IsBlob()) body_bytes_ += piece;
   }
   if (cut < answer.length) return false;
-  if (stall == answer.length) WaitWhileStalled();
+  if (stall == answer.length) WaitWhileStalled(epoch);
   return stream->Write(fault.append);
 }
 
-void RegistryServer::WaitWhileStalled() {
+void RegistryServer::WaitWhileStalled(uint64_t epoch) {
   MutexLock lock(&mutex_);
-  const uint64_t epoch = stall_epoch_;
   while (!stopping_ && stall_epoch_ == epoch) changed_.Wait(&mutex_);
 }
 

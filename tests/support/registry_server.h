@@ -162,7 +162,7 @@ class RegistryServer {
   bool SendBody(Stream* stream, const RegistryRequest& request, const Answer& answer,
                 const RegistryFault& fault);
   bool IsAuthorized(const RegistryRequest& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void WaitWhileStalled();
+  void WaitWhileStalled(uint64_t epoch);  // until the epoch is over
   void Delay(uint64_t nanos);
   void Changed() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   static Answer Error(int status, const std::string& code);

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <map>
 #include <set>
 
 #include "gtest/gtest.h"
@@ -40,6 +41,13 @@ bool IsMounted(const std::string& path) {
   auto mounts = ReadMountInfo();
   return mounts.ok() &&
          std::any_of(mounts->begin(), mounts->end(), [&](const MountInfo& m) { return m.path == path; });
+}
+
+// The descriptors are those of `before`. libunwind opens one pipe for good when it traces the first
+// exception.
+bool SameFds(const std::map<std::string, int>& before, std::map<std::string, int> now) {
+  if (now["pipe"] == before.at("pipe") + 2) now["pipe"] -= 2;
+  return now == before;
 }
 
 // An overlay over a lower layer, like a container's root.
@@ -126,6 +134,7 @@ TEST(SupervisorTest, ASuccessorAnswersTheRequestThatTheDeadWorkerHadTaken) {
     MountView mount = harness.Mount("a", 0, "first");
     harness.SetBlob(mount.id, "second");
     StatusView before = harness.Status();
+    auto fds = harness.OpenFds();
     std::ofstream(harness.state_dir() + hold) << "1";
     uint64_t received = before.Worker("owner").received;
     Stat stat(mount.path);
@@ -148,6 +157,8 @@ TEST(SupervisorTest, ASuccessorAnswersTheRequestThatTheDeadWorkerHadTaken) {
     EXPECT_EQ(info.blobs, std::vector<std::string>{"second"});
     EXPECT_EQ(harness.LedgerGenerations(), std::vector<uint64_t>{info.generation})
         << "the drained ledger is dropped";
+    EXPECT_TRUE(Eventually([&] { return SameFds(fds, harness.OpenFds()); }, 5))
+        << "and with it its descriptors";
   }
 }
 
@@ -300,8 +311,8 @@ TEST(SupervisorTest, TwentyDeathsLeakNoDescriptorAndNoLedger) {
   auto fds = harness.OpenFds();
   for (int i = 0; i < 20; ++i) kill_once();
   EXPECT_EQ(harness.Status().crashes, 21u);
-  Eventually([&] { return harness.OpenFds() == fds; }, 5);
-  EXPECT_EQ(harness.OpenFds(), fds);
+  EXPECT_TRUE(Eventually([&] { return SameFds(fds, harness.OpenFds()); }, 5))
+      << ::testing::PrintToString(fds) << " became " << ::testing::PrintToString(harness.OpenFds());
   EXPECT_EQ(harness.LedgerGenerations().size(), 1u);
   EXPECT_GT(Stat(mount.path).Result(), 0);
 }

@@ -8,7 +8,8 @@ namespace holdfast {
 class Clock {
  public:
   virtual ~Clock() = default;
-  // CLOCK_BOOTTIME in nanoseconds: monotonic, counts suspend, the same in every process of one boot. Ledger deadlines.
+  // CLOCK_BOOTTIME in nanoseconds: monotonic, counts suspend, the same in every process of one boot. Ledger
+  // deadlines.
   virtual uint64_t BootNanos() const = 0;
   // Wall clock in nanoseconds since 1970.
   virtual int64_t WallNanos() const = 0;
@@ -16,6 +17,5 @@ class Clock {
   // The system's clock; lives for ever.
   static const Clock* Real();
 };
-
 
 }  // namespace holdfast

@@ -10,7 +10,9 @@ namespace holdfast {
 class FakeClock final : public Clock {
  public:
   uint64_t BootNanos() const override { return boot_nanos_; }
-  int64_t WallNanos() const override { return 1'700'000'000'000'000'000 + static_cast<int64_t>(boot_nanos_.load()); }
+  int64_t WallNanos() const override {
+    return 1'700'000'000'000'000'000 + static_cast<int64_t>(boot_nanos_.load());
+  }
   void Advance(uint64_t nanos) { boot_nanos_ += nanos; }
 
  private:

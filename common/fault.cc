@@ -28,7 +28,8 @@ absl::Status FaultPoints::Parse(std::string_view spec) {
     } else if (action.first == "enospc") {
       FailAt(parts.first, ErrnoStatus(ENOSPC, "injected at " + parts.first), nth);
     } else {
-      return InvalidArgument("fault point '" + std::string(item) + "': the action is not kill, block, eio or enospc");
+      return InvalidArgument("fault point '" + std::string(item) +
+                             "': the action is not kill, block, eio or enospc");
     }
   }
   return absl::OkStatus();
@@ -46,7 +47,9 @@ void FaultPoints::Arm(std::string_view point, Kind kind, absl::Status status, in
 void FaultPoints::FailAt(std::string_view point, absl::Status status, int nth) {
   Arm(point, Kind::kFail, std::move(status), nth);
 }
-void FaultPoints::BlockAt(std::string_view point, int nth) { Arm(point, Kind::kBlock, absl::OkStatus(), nth); }
+void FaultPoints::BlockAt(std::string_view point, int nth) {
+  Arm(point, Kind::kBlock, absl::OkStatus(), nth);
+}
 void FaultPoints::KillAt(std::string_view point, int nth) { Arm(point, Kind::kKill, absl::OkStatus(), nth); }
 
 void FaultPoints::Release(std::string_view point) {

@@ -1,6 +1,6 @@
-// Named fault points: a test (or, in the fault matrix, an operator of a debug build) makes the n-th pass through a
-// point fail, kill the process or wait. Given by constructor; a null FaultPoints* means "no faults" and costs one
-// branch. The points are listed in docs/FAILURES.md. Thread-safe.
+// Named fault points: a test (or, in the fault matrix, an operator of a debug build) makes the n-th pass
+// through a point fail, kill the process or wait. Given by constructor; a null FaultPoints* means "no faults"
+// and costs one branch. The points are listed in docs/FAILURES.md. Thread-safe.
 #pragma once
 
 #include <map>
@@ -14,8 +14,8 @@ namespace holdfast {
 
 class FaultPoints {
  public:
-  // Arms the points of "point=action[@n][;point=action...]" where action is kill, eio, enospc, or block; n is the pass that fires
-  // (default 1; 0 = every pass). The worker takes it from HOLDFAST_FAULTS.
+  // Arms the points of "point=action[@n][;point=action...]" where action is kill, eio, enospc, or block; n is
+  // the pass that fires (default 1; 0 = every pass). The worker takes it from HOLDFAST_FAULTS.
   absl::Status Parse(std::string_view spec);
 
   // The next pass (or n-th from now) through `point` returns `status`.
@@ -29,7 +29,8 @@ class FaultPoints {
   // Called by the code under test at the named point.
   absl::Status Pass(std::string_view point);
 
-  // How often `point` was passed, and how often a fault fired there: a test that did not see its fault happen fails.
+  // How often `point` was passed, and how often a fault fired there: a test that did not see its fault happen
+  // fails.
   int passes(std::string_view point) const;
   int fired(std::string_view point) const;
   // Waits until `point` has fired `count` times; false after `seconds`.

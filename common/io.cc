@@ -56,7 +56,8 @@ absl::Status RemoveTreeAt(int parent, const char* name, dev_t device, const std:
   }
   closedir(dir);
   if (!result.ok()) return result;
-  if (unlinkat(parent, name, AT_REMOVEDIR) != 0 && errno != ENOENT) return ErrnoStatus(errno, "rmdir " + shown);
+  if (unlinkat(parent, name, AT_REMOVEDIR) != 0 && errno != ENOENT)
+    return ErrnoStatus(errno, "rmdir " + shown);
   return absl::OkStatus();
 }
 
@@ -97,7 +98,8 @@ absl::Status WriteFileAtomic(const std::string& path, std::string_view content, 
   HF_ASSIGN_OR_RETURN(UniqueFd fd, OpenFile(temporary, O_WRONLY | O_CREAT | O_EXCL, mode));
   absl::Status status = PwriteFull(fd.get(), content.data(), content.size(), 0);
   if (status.ok() && fsync(fd.get()) != 0) status = ErrnoStatus(errno, "fsync " + temporary);
-  if (status.ok() && rename(temporary.c_str(), path.c_str()) != 0) status = ErrnoStatus(errno, "rename to " + path);
+  if (status.ok() && rename(temporary.c_str(), path.c_str()) != 0)
+    status = ErrnoStatus(errno, "rename to " + path);
   if (!status.ok()) {
     unlink(temporary.c_str());
     return Annotate(status, "write " + path);

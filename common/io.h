@@ -38,8 +38,8 @@ absl::StatusOr<UniqueFd> DupFd(int fd);
 
 absl::StatusOr<std::string> ReadFile(const std::string& path);
 
-// Writes a temporary file beside `path`, syncs it, renames it over `path` and syncs the folder: after a crash the
-// file is the old or the new one, whole.
+// Writes a temporary file beside `path`, syncs it, renames it over `path` and syncs the folder: after a crash
+// the file is the old or the new one, whole.
 absl::Status WriteFileAtomic(const std::string& path, std::string_view content, mode_t mode = 0600);
 
 // Reads or writes exactly `size` bytes; a short read is OutOfRange.
@@ -53,7 +53,8 @@ absl::Status RemoveTree(const std::string& path);
 absl::Status SyncDir(const std::string& path);
 bool PathExists(const std::string& path);
 
-// A fresh folder under $TMPDIR (or /tmp), removed with all its content by the destructor. For tests and self-tests.
+// A fresh folder under $TMPDIR (or /tmp), removed with all its content by the destructor. For tests and
+// self-tests.
 class TempDir {
  public:
   TempDir();

@@ -1,5 +1,5 @@
-// glog set up alike in all programs: to standard error (journald or a file takes it from there), one line an event,
-// "event key=value key=value".
+// glog set up alike in all programs: to standard error (journald or a file takes it from there), one line an
+// event, "event key=value key=value".
 #pragma once
 
 #include <string>

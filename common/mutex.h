@@ -1,5 +1,5 @@
-// std::mutex and std::condition_variable with clang's thread-safety annotations. absl::Mutex is not used: Debian's
-// library is not instrumented, so ThreadSanitizer reports false races through it.
+// std::mutex and std::condition_variable with clang's thread-safety annotations. absl::Mutex is not used:
+// Debian's library is not instrumented, so ThreadSanitizer reports false races through it.
 #pragma once
 
 #include <chrono>

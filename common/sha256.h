@@ -1,5 +1,5 @@
-// SHA-256 (FIPS 180-4). Only for the supervisor, which names its copies of executables by digest and links no OpenSSL
-// (docs/adr/0002); everything in the worker uses worker/layer/digest.h, which is OpenSSL's.
+// SHA-256 (FIPS 180-4). Only for the supervisor, which names its copies of executables by digest and links no
+// OpenSSL (docs/adr/0002); everything in the worker uses worker/layer/digest.h, which is OpenSSL's.
 #pragma once
 
 #include <array>

@@ -17,13 +17,15 @@ TEST(Sha256Test, MatchesThePublishedVectors) {
   EXPECT_EQ(Hash("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
   EXPECT_EQ(Hash("abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq"),
             "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
-  EXPECT_EQ(Hash(std::string(1'000'000, 'a')), "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
+  EXPECT_EQ(Hash(std::string(1'000'000, 'a')),
+            "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
 }
 
 TEST(Sha256Test, PiecesAndTheWholeGiveTheSameDigest) {
   std::string text(1000, 'x');
   Sha256 hash;
-  for (size_t i = 0; i < text.size(); i += 7) hash.Update(text.data() + i, std::min<size_t>(7, text.size() - i));
+  for (size_t i = 0; i < text.size(); i += 7)
+    hash.Update(text.data() + i, std::min<size_t>(7, text.size() - i));
   EXPECT_EQ(hash.FinishHex(), Hash(text));
 }
 

@@ -14,21 +14,46 @@ constexpr char kErrnoPayload[] = "holdfast/errno";
 
 absl::StatusCode CodeForErrno(int error) {
   switch (error) {
-    case ENOENT: return absl::StatusCode::kNotFound;
-    case EEXIST: return absl::StatusCode::kAlreadyExists;
-    case EINVAL: case ENAMETOOLONG: return absl::StatusCode::kInvalidArgument;
-    case EACCES: case EPERM: return absl::StatusCode::kPermissionDenied;
-    case ENOSPC: case EDQUOT: case EMFILE: case ENFILE: case ENOMEM: return absl::StatusCode::kResourceExhausted;
-    case EBUSY: case ENOTEMPTY: return absl::StatusCode::kFailedPrecondition;
-    case EAGAIN: case ECONNREFUSED: case ECONNRESET: case ENOTCONN: return absl::StatusCode::kUnavailable;
-    case ETIMEDOUT: return absl::StatusCode::kDeadlineExceeded;
-    case EINTR: case ECANCELED: return absl::StatusCode::kCancelled;
-    case ENOSYS: case EOPNOTSUPP: return absl::StatusCode::kUnimplemented;
-    default: return absl::StatusCode::kInternal;
+    case ENOENT:
+      return absl::StatusCode::kNotFound;
+    case EEXIST:
+      return absl::StatusCode::kAlreadyExists;
+    case EINVAL:
+    case ENAMETOOLONG:
+      return absl::StatusCode::kInvalidArgument;
+    case EACCES:
+    case EPERM:
+      return absl::StatusCode::kPermissionDenied;
+    case ENOSPC:
+    case EDQUOT:
+    case EMFILE:
+    case ENFILE:
+    case ENOMEM:
+      return absl::StatusCode::kResourceExhausted;
+    case EBUSY:
+    case ENOTEMPTY:
+      return absl::StatusCode::kFailedPrecondition;
+    case EAGAIN:
+    case ECONNREFUSED:
+    case ECONNRESET:
+    case ENOTCONN:
+      return absl::StatusCode::kUnavailable;
+    case ETIMEDOUT:
+      return absl::StatusCode::kDeadlineExceeded;
+    case EINTR:
+    case ECANCELED:
+      return absl::StatusCode::kCancelled;
+    case ENOSYS:
+    case EOPNOTSUPP:
+      return absl::StatusCode::kUnimplemented;
+    default:
+      return absl::StatusCode::kInternal;
   }
 }
 
-absl::Status Make(absl::StatusCode code, std::string_view message) { return absl::Status(code, ToAbsl(message)); }
+absl::Status Make(absl::StatusCode code, std::string_view message) {
+  return absl::Status(code, ToAbsl(message));
+}
 
 }  // namespace
 
@@ -49,20 +74,28 @@ int StatusErrno(const absl::Status& status) {
     if (absl::SimpleAtoi(std::string(*payload), &error)) return error;
   }
   switch (status.code()) {
-    case absl::StatusCode::kNotFound: return ENOENT;
-    case absl::StatusCode::kAlreadyExists: return EEXIST;
-    case absl::StatusCode::kInvalidArgument: return EINVAL;
-    case absl::StatusCode::kPermissionDenied: return EACCES;
-    case absl::StatusCode::kUnimplemented: return ENOSYS;
-    case absl::StatusCode::kCancelled: return EINTR;
-    default: return EIO;
+    case absl::StatusCode::kNotFound:
+      return ENOENT;
+    case absl::StatusCode::kAlreadyExists:
+      return EEXIST;
+    case absl::StatusCode::kInvalidArgument:
+      return EINVAL;
+    case absl::StatusCode::kPermissionDenied:
+      return EACCES;
+    case absl::StatusCode::kUnimplemented:
+      return ENOSYS;
+    case absl::StatusCode::kCancelled:
+      return EINTR;
+    default:
+      return EIO;
   }
 }
 
 absl::Status Annotate(const absl::Status& status, std::string_view context) {
   if (status.ok()) return status;
   absl::Status result(status.code(), std::string(context) + ": " + std::string(FromAbsl(status.message())));
-  status.ForEachPayload([&](absl::string_view url, const absl::Cord& value) { result.SetPayload(url, value); });
+  status.ForEachPayload(
+      [&](absl::string_view url, const absl::Cord& value) { result.SetPayload(url, value); });
   return result;
 }
 

@@ -1,5 +1,5 @@
-// The one error channel: absl::Status and absl::StatusOr. Exceptions are contained where they arise (KJ, in the
-// supervisor's and the worker's RPC edges; JSON and TOML parsers, in their adapters).
+// The one error channel: absl::Status and absl::StatusOr. Exceptions are contained where they arise (KJ, in
+// the supervisor's and the worker's RPC edges; JSON and TOML parsers, in their adapters).
 #pragma once
 
 #include <string>
@@ -15,12 +15,13 @@ namespace holdfast {
 inline absl::string_view ToAbsl(std::string_view s) { return {s.data(), s.size()}; }
 inline std::string_view FromAbsl(absl::string_view s) { return {s.data(), s.size()}; }
 
-// A status whose code follows the errno (ENOENT -> NotFound, ENOSPC -> ResourceExhausted, ...) and whose message is
+// A status whose code follows the errno (ENOENT -> NotFound, ENOSPC -> ResourceExhausted, ...) and whose
+// message is
 // "<what>: <strerror>". The errno itself travels along: see StatusErrno.
 absl::Status ErrnoStatus(int error, std::string_view what);
 
-// The errno for a status: the one given to ErrnoStatus, else one chosen from the code (DataLoss -> EIO, ...). The only
-// place that turns a status into an errno.
+// The errno for a status: the one given to ErrnoStatus, else one chosen from the code (DataLoss -> EIO, ...).
+// The only place that turns a status into an errno.
 int StatusErrno(const absl::Status& status);
 
 // The same status with "<context>: " before its message; OK stays OK.
@@ -46,11 +47,11 @@ absl::Status Cancelled(std::string_view message);
 #define HF_CONCAT(a, b) HF_CONCAT_INNER(a, b)
 
 // Returns from the enclosing function when the expression is not OK.
-#define HF_RETURN_IF_ERROR(expr)                          \
-  do {                                                    \
-    if (auto hf_status_ = (expr); !hf_status_.ok()) {     \
-      return hf_status_;                                  \
-    }                                                     \
+#define HF_RETURN_IF_ERROR(expr)                      \
+  do {                                                \
+    if (auto hf_status_ = (expr); !hf_status_.ok()) { \
+      return hf_status_;                              \
+    }                                                 \
   } while (false)
 
 // HF_ASSIGN_OR_RETURN(auto x, Function()): binds the value or returns the status.

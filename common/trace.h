@@ -1,5 +1,6 @@
 // Trace points: what happened to which object, and how long it took. A point is one log line at verbosity 1
-// ("trace event=fuse.read mount=7 ... us=123") and an entry in a fixed ring that `holdfastctl` can show. Thread-safe.
+// ("trace event=fuse.read mount=7 ... us=123") and an entry in a fixed ring that `holdfastctl` can show.
+// Thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,8 @@ struct TraceEvent {
 
 class TraceRing {
  public:
-  explicit TraceRing(size_t capacity = 512, const Clock* clock = Clock::Real()) : capacity_(capacity), clock_(clock) {}
+  explicit TraceRing(size_t capacity = 512, const Clock* clock = Clock::Real())
+      : capacity_(capacity), clock_(clock) {}
   void Record(std::string_view event, std::string detail, uint64_t duration_nanos);
   // Oldest first.
   std::vector<TraceEvent> Snapshot() const;

@@ -1,25 +1,27 @@
-/* The request ledger: the shared memory in which a worker keeps every FUSE request that it has taken from the kernel
- * and not yet answered, so that its successor can answer it (DESIGN 4.3, docs/HANDOVER.md).
+/* The request ledger: the shared memory in which a worker keeps every FUSE request that it has taken from the
+ * kernel and not yet answered, so that its successor can answer it (DESIGN 4.3, docs/HANDOVER.md).
  *
- * This is a frozen C ABI, version 1: after a rollback an older build reads a newer one's ledger. Nothing here may move
- * or change its meaning; new meaning goes into `reserved` words and only when both sides announced the capability.
- * Readers find things by the offsets and sizes the header states. schema/ledger_abi_test.cc holds the golden layout.
+ * This is a frozen C ABI, version 1: after a rollback an older build reads a newer one's ledger. Nothing here
+ * may move or change its meaning; new meaning goes into `reserved` words and only when both sides announced
+ * the capability. Readers find things by the offsets and sizes the header states. schema/ledger_abi_test.cc
+ * holds the golden layout.
  *
- * The supervisor creates the memfd (zeroed, sealed against resizing), fills the header once and keeps a descriptor. The
- * supervisor itself reads only the header's counters, and those only as numbers.
+ * The supervisor creates the memfd (zeroed, sealed against resizing), fills the header once and keeps a
+ * descriptor. The supervisor itself reads only the header's counters, and those only as numbers.
  *
  * Who writes what:
  *  - a receive slot belongs to one pool thread of the worker that owns the ledger (header.generation);
- *  - a pending record is written by the owner until it dies or parks, then adopted by a successor by compare-and-swap
- *    on owner_generation. Whoever's generation stands there, and nobody else, answers it and frees it;
+ *  - a pending record is written by the owner until it dies or parks, then adopted by a successor by
+ * compare-and-swap on owner_generation. Whoever's generation stands there, and nobody else, answers it and
+ * frees it;
  *  - all words that two processes may see at once are accessed as lock-free 32- or 64-bit atomics.
  *
  * The life of a request:
- *  1. slot: in.len (first word of `request`) = 0; mount_id; state = RECEIVING; splice /dev/fuse -> the slot's pipe (which
- *     the supervisor also holds); read pipe -> request; crc; length; state = EXECUTING.
+ *  1. slot: in.len (first word of `request`) = 0; mount_id; state = RECEIVING; splice /dev/fuse -> the slot's
+ * pipe (which the supervisor also holds); read pipe -> request; crc; length; state = EXECUTING.
  *  2. answered at once: reply; state = FREE.
- *  3. must wait for content (READ only): fill a record, state = PENDING (release); then slot state = FREE. Killed in
- *     between, both exist; the kernel refuses the second reply with ENOENT, which is normal.
+ *  3. must wait for content (READ only): fill a record, state = PENDING (release); then slot state = FREE.
+ * Killed in between, both exist; the kernel refuses the second reply with ENOENT, which is normal.
  *  4. when the content is there: reply, record state = FREE.
  * The successor drains each pipe into its slot, then executes slots and records with their original `unique`.
  */
@@ -58,8 +60,9 @@ enum hf_mark {
 };
 
 enum hf_exit_cause { /* header.exit_cause, written by the worker's own signal handler */
-  HF_EXIT_UNKNOWN = 0,
-  HF_EXIT_FATAL_SIGNAL = 1, /* exit_signal and exit_slot say which signal, and which slot that thread was executing */
+                     HF_EXIT_UNKNOWN = 0,
+                     HF_EXIT_FATAL_SIGNAL = 1, /* exit_signal and exit_slot say which signal, and which slot
+                                                  that thread was executing */
 };
 
 struct hf_ledger_header {
@@ -81,7 +84,7 @@ struct hf_ledger_header {
   uint64_t loop_heartbeat_ns; /* CLOCK_BOOTTIME of the pool's last turn */
   uint32_t exit_cause;        /* hf_exit_cause */
   uint32_t exit_signal;
-  uint32_t exit_slot; /* slot index + 1; 0 = none */
+  uint32_t exit_slot;         /* slot index + 1; 0 = none */
   uint32_t record_high_water; /* records at and above this index were never used: bounds a walk */
   uint8_t reserved1[88];
 };
@@ -96,7 +99,8 @@ struct hf_slot {
   uint32_t strikes;
   uint64_t received_ns; /* CLOCK_BOOTTIME */
   uint8_t reserved[24];
-  uint8_t request[HF_LEDGER_REQUEST_BYTES]; /* exactly the kernel's bytes: struct fuse_in_header, then its arguments */
+  uint8_t request[HF_LEDGER_REQUEST_BYTES]; /* exactly the kernel's bytes: struct fuse_in_header, then its
+                                               arguments */
 };
 
 struct hf_record {
@@ -120,7 +124,8 @@ static_assert(sizeof(struct hf_slot) == 64 + HF_LEDGER_REQUEST_BYTES, "frozen");
 static_assert(sizeof(struct hf_record) == 64, "frozen");
 #endif
 
-/* Layout of a version 1 ledger: header page, slots, records, each page-aligned. A slot's stride is whole pages. */
+/* Layout of a version 1 ledger: header page, slots, records, each page-aligned. A slot's stride is whole
+ * pages. */
 enum {
   HF_LEDGER_SLOT_OFFSET = 4096,
   HF_LEDGER_SLOT_STRIDE = 36864,

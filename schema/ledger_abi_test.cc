@@ -24,8 +24,10 @@ TEST(LedgerAbiTest, TheLayoutIsFrozen) {
 TEST(LedgerAbiTest, TheRegionsFollowEachOtherInWholePages) {
   EXPECT_GE(size_t{HF_LEDGER_SLOT_STRIDE}, sizeof(hf_slot));
   EXPECT_EQ(size_t{HF_LEDGER_SLOT_STRIDE} % HF_LEDGER_PAGE, 0u);
-  EXPECT_EQ(size_t{HF_LEDGER_RECORD_OFFSET}, size_t{HF_LEDGER_SLOT_OFFSET} + HF_LEDGER_SLOTS * size_t{HF_LEDGER_SLOT_STRIDE});
-  EXPECT_EQ(size_t{HF_LEDGER_TOTAL_SIZE}, size_t{HF_LEDGER_RECORD_OFFSET} + HF_LEDGER_RECORDS * sizeof(hf_record));
+  EXPECT_EQ(size_t{HF_LEDGER_RECORD_OFFSET},
+            size_t{HF_LEDGER_SLOT_OFFSET} + HF_LEDGER_SLOTS * size_t{HF_LEDGER_SLOT_STRIDE});
+  EXPECT_EQ(size_t{HF_LEDGER_TOTAL_SIZE},
+            size_t{HF_LEDGER_RECORD_OFFSET} + HF_LEDGER_RECORDS * sizeof(hf_record));
 }
 
 }  // namespace

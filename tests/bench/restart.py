@@ -49,7 +49,9 @@ class Miss(threading.Thread):
 
     def __init__(self, view: Path, cold: Path):
         super().__init__(daemon=True)
-        size, digests, path = cold.read_text().splitlines()[0].split(" ", 2)
+        # A large file: small ones come along with their neighbours.
+        line = max(cold.read_text().splitlines(), key=lambda one: int(one.split(" ")[0]))
+        size, digests, path = line.split(" ", 2)
         self._path, self._size, self._digest = view / path, int(size), digests.split(",")[0]
         self.result = "still waiting"
 
@@ -90,7 +92,7 @@ def read_for(views: list[Path], manifests: list[Path], seconds: float, folder: P
 
 def kill_repeatedly(holdfast: Holdfast, kills: int, rng: random.Random) -> None:
     for _ in range(kills):
-        time.sleep(0.3 + rng.random() * 0.4)
+        time.sleep(1.1 + rng.random() * 0.4)  # a worker that dies within a second counts as crash-looping and is held back
         former = holdfast.kill_worker()
         holdfast.wait_worker(unlike=former)
 
@@ -128,7 +130,7 @@ def measure(kills: int, seed: int) -> dict[str, Any]:
         miss.start()
         wait_for("the outstanding miss", lambda: holdfast.ctl_json("inflight")["requests"], 20)
         carried = holdfast.carried_over()
-        disturbed = read_for(views, warm, kills * 1.2 + 3, box.root, lambda: kill_repeatedly(holdfast, kills, rng))
+        disturbed = read_for(views, warm, kills * 2 + 3, box.root, lambda: kill_repeatedly(holdfast, kills, rng))
         carried = holdfast.carried_over() - carried
         fetched = proxy.counters()["bytes"] - fetched
         registry.start()

@@ -1,4 +1,5 @@
-// Replays a corpus through a fuzz target where libFuzzer is not linked in, so every test run checks all kept inputs.
+// Replays a corpus through a fuzz target where libFuzzer is not linked in, so every test run checks all kept
+// inputs.
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>

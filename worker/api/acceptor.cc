@@ -19,7 +19,8 @@ constexpr int kPauseWhenOutOfDescriptorsMillis = 100;
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Acceptor>> Acceptor::Create(UniqueFd listener, std::function<void(int)> accepted) {
+absl::StatusOr<std::unique_ptr<Acceptor>> Acceptor::Create(UniqueFd listener,
+                                                           std::function<void(int)> accepted) {
   // Several generations poll one socket: who loses the race must not block in accept.
   int flags = fcntl(listener.get(), F_GETFL);
   if (flags < 0 || fcntl(listener.get(), F_SETFL, flags | O_NONBLOCK) != 0) {

@@ -1,5 +1,5 @@
-// Accepts connections from a shared listening socket on a thread of its own and hands each to `accepted`. Knows which of
-// them are still open. Thread-safe.
+// Accepts connections from a shared listening socket on a thread of its own and hands each to `accepted`.
+// Knows which of them are still open. Thread-safe.
 #pragma once
 
 #include <sys/types.h>
@@ -18,7 +18,8 @@ namespace holdfast::api {
 class Acceptor {
  public:
   // `accepted` takes the non-blocking descriptor and closes it at the end of the connection.
-  static absl::StatusOr<std::unique_ptr<Acceptor>> Create(UniqueFd listener, std::function<void(int)> accepted);
+  static absl::StatusOr<std::unique_ptr<Acceptor>> Create(UniqueFd listener,
+                                                          std::function<void(int)> accepted);
   ~Acceptor();
 
   void Start();

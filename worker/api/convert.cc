@@ -9,12 +9,18 @@ constexpr int64_t kNanosPerSecond = 1'000'000'000;
 
 const char* SuffixFor(absl::StatusCode code) {
   switch (code) {
-    case absl::StatusCode::kNotFound: return ": not found";
-    case absl::StatusCode::kAlreadyExists: return ": already exists";
-    case absl::StatusCode::kFailedPrecondition: return ": failed precondition";
-    case absl::StatusCode::kInvalidArgument: return ": invalid argument";
-    case absl::StatusCode::kUnavailable: return ": unavailable";
-    default: return "";
+    case absl::StatusCode::kNotFound:
+      return ": not found";
+    case absl::StatusCode::kAlreadyExists:
+      return ": already exists";
+    case absl::StatusCode::kFailedPrecondition:
+      return ": failed precondition";
+    case absl::StatusCode::kInvalidArgument:
+      return ": invalid argument";
+    case absl::StatusCode::kUnavailable:
+      return ": unavailable";
+    default:
+      return "";
   }
 }
 
@@ -31,9 +37,12 @@ void ToProto(int64_t wall_nanos, google::protobuf::Timestamp* out) {
 
 pb::Kind ToProto(metadata::Kind kind) {
   switch (kind) {
-    case metadata::Kind::kActive: return pb::ACTIVE;
-    case metadata::Kind::kView: return pb::VIEW;
-    case metadata::Kind::kCommitted: return pb::COMMITTED;
+    case metadata::Kind::kActive:
+      return pb::ACTIVE;
+    case metadata::Kind::kView:
+      return pb::VIEW;
+    case metadata::Kind::kCommitted:
+      return pb::COMMITTED;
   }
   return pb::UNKNOWN;
 }
@@ -73,7 +82,8 @@ snapshot::Info FromProto(const pb::Info& info) {
   return result;
 }
 
-void ToProto(const std::vector<snapshot::Mount>& mounts, google::protobuf::RepeatedPtrField<containerd::types::Mount>* out) {
+void ToProto(const std::vector<snapshot::Mount>& mounts,
+             google::protobuf::RepeatedPtrField<containerd::types::Mount>* out) {
   for (const snapshot::Mount& mount : mounts) {
     containerd::types::Mount* entry = out->Add();
     entry->set_type(mount.type);

@@ -38,7 +38,8 @@ grpc::Status Forwarder::Connect(const std::string& path, std::shared_ptr<Connect
     *out = connection;
   }
   if ((*out)->channel->WaitForConnected(std::chrono::system_clock::now() + limit_)) return grpc::Status::OK;
-  return grpc::Status(grpc::StatusCode::UNAVAILABLE, "the successor of this worker does not answer: unavailable");
+  return grpc::Status(grpc::StatusCode::UNAVAILABLE,
+                      "the successor of this worker does not answer: unavailable");
 }
 
 std::unique_ptr<grpc::ClientContext> Forwarder::ContextFor(grpc::ServerContext* caller) {
@@ -47,13 +48,15 @@ std::unique_ptr<grpc::ClientContext> Forwarder::ContextFor(grpc::ServerContext* 
   return context;
 }
 
-grpc::Status Forwarder::List(const std::string& path, grpc::ServerContext* caller, const pb::ListSnapshotsRequest& request,
+grpc::Status Forwarder::List(const std::string& path, grpc::ServerContext* caller,
+                             const pb::ListSnapshotsRequest& request,
                              grpc::ServerWriter<pb::ListSnapshotsResponse>* writer) {
   std::shared_ptr<Connection> connection;
   grpc::Status status = Connect(path, &connection);
   if (!status.ok()) return status;
   std::unique_ptr<grpc::ClientContext> context = ContextFor(caller);
-  std::unique_ptr<grpc::ClientReader<pb::ListSnapshotsResponse>> reader = connection->stub->List(context.get(), request);
+  std::unique_ptr<grpc::ClientReader<pb::ListSnapshotsResponse>> reader =
+      connection->stub->List(context.get(), request);
   pb::ListSnapshotsResponse block;
   while (reader->Read(&block)) {
     if (!writer->Write(block)) context->TryCancel();

@@ -1,4 +1,5 @@
-// Sends calls to the successor over its unix socket and relays the answers. One connection, made on first use. Thread-safe.
+// Sends calls to the successor over its unix socket and relays the answers. One connection, made on first
+// use. Thread-safe.
 #pragma once
 
 #include <grpcpp/channel.h>
@@ -18,11 +19,13 @@ class Forwarder {
  public:
   using Stub = containerd::services::snapshots::v1::Snapshots::Stub;
 
-  // `limit`: how long a call waits until the successor answers at all; after that it takes as long as it takes.
+  // `limit`: how long a call waits until the successor answers at all; after that it takes as long as it
+  // takes.
   explicit Forwarder(std::chrono::milliseconds limit) : limit_(limit) {}
 
   template <typename Request, typename Response>
-  grpc::Status Call(const std::string& path, grpc::ServerContext* caller, const Request& request, Response* response,
+  grpc::Status Call(const std::string& path, grpc::ServerContext* caller, const Request& request,
+                    Response* response,
                     grpc::Status (Stub::*method)(grpc::ClientContext*, const Request&, Response*)) {
     std::shared_ptr<Connection> connection;
     grpc::Status status = Connect(path, &connection);

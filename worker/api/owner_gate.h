@@ -1,5 +1,5 @@
-// Who answers a call: nobody yet (wait), the Snapshotter of this worker, or the successor behind a socket path. Counts who is
-// inside the Snapshotter, so it can be taken away safely. Thread-safe.
+// Who answers a call: nobody yet (wait), the Snapshotter of this worker, or the successor behind a socket
+// path. Counts who is inside the Snapshotter, so it can be taken away safely. Thread-safe.
 #pragma once
 
 #include <chrono>
@@ -19,7 +19,8 @@ class OwnerGate {
     std::string forward_to;                        // else: the successor's socket
   };
 
-  // Unavailable when there is no owner within `limit`; Cancelled when `cancelled` (asked now and then) says so.
+  // Unavailable when there is no owner within `limit`; Cancelled when `cancelled` (asked now and then) says
+  // so.
   absl::StatusOr<Pass> Enter(std::chrono::milliseconds limit, const std::function<bool()>& cancelled) {
     auto deadline = std::chrono::steady_clock::now() + limit;
     MutexLock lock(&mutex_);

@@ -63,7 +63,8 @@ class Handlers final : public pb::Snapshots::Service {
     auto local = [&](Snapshotter* s) {
       return SetMounts(s->Prepare(request->key(), request->parent(), ToLabels(request->labels())), response);
     };
-    return Answer("Prepare", request->key(), context, *request, response, local, &pb::Snapshots::Stub::Prepare);
+    return Answer("Prepare", request->key(), context, *request, response, local,
+                  &pb::Snapshots::Stub::Prepare);
   }
 
   grpc::Status View(ServerContext* context, const pb::ViewSnapshotRequest* request,
@@ -74,19 +75,22 @@ class Handlers final : public pb::Snapshots::Service {
     return Answer("View", request->key(), context, *request, response, local, &pb::Snapshots::Stub::View);
   }
 
-  grpc::Status Mounts(ServerContext* context, const pb::MountsRequest* request, pb::MountsResponse* response) override {
+  grpc::Status Mounts(ServerContext* context, const pb::MountsRequest* request,
+                      pb::MountsResponse* response) override {
     auto local = [&](Snapshotter* s) { return SetMounts(s->Mounts(request->key()), response); };
     return Answer("Mounts", request->key(), context, *request, response, local, &pb::Snapshots::Stub::Mounts);
   }
 
-  grpc::Status Commit(ServerContext* context, const pb::CommitSnapshotRequest* request, Empty* response) override {
+  grpc::Status Commit(ServerContext* context, const pb::CommitSnapshotRequest* request,
+                      Empty* response) override {
     auto local = [&](Snapshotter* s) {
       return s->Commit(request->name(), request->key(), ToLabels(request->labels()), request->parent());
     };
     return Answer("Commit", request->key(), context, *request, response, local, &pb::Snapshots::Stub::Commit);
   }
 
-  grpc::Status Remove(ServerContext* context, const pb::RemoveSnapshotRequest* request, Empty* response) override {
+  grpc::Status Remove(ServerContext* context, const pb::RemoveSnapshotRequest* request,
+                      Empty* response) override {
     auto local = [&](Snapshotter* s) { return s->Remove(request->key()); };
     return Answer("Remove", request->key(), context, *request, response, local, &pb::Snapshots::Stub::Remove);
   }
@@ -103,10 +107,12 @@ class Handlers final : public pb::Snapshots::Service {
       const auto& paths = request->update_mask().paths();
       return SetInfo(s->Update(FromProto(request->info()), {paths.begin(), paths.end()}), response);
     };
-    return Answer("Update", request->info().name(), context, *request, response, local, &pb::Snapshots::Stub::Update);
+    return Answer("Update", request->info().name(), context, *request, response, local,
+                  &pb::Snapshots::Stub::Update);
   }
 
-  grpc::Status Usage(ServerContext* context, const pb::UsageRequest* request, pb::UsageResponse* response) override {
+  grpc::Status Usage(ServerContext* context, const pb::UsageRequest* request,
+                     pb::UsageResponse* response) override {
     auto local = [&](Snapshotter* s) -> absl::Status {
       HF_ASSIGN_OR_RETURN(snapshot::Usage usage, s->GetUsage(request->key()));
       response->set_size(usage.bytes);
@@ -145,7 +151,8 @@ class Handlers final : public pb::Snapshots::Service {
 
  private:
   template <typename Response>
-  static absl::Status SetMounts(const absl::StatusOr<std::vector<snapshot::Mount>>& mounts, Response* response) {
+  static absl::Status SetMounts(const absl::StatusOr<std::vector<snapshot::Mount>>& mounts,
+                                Response* response) {
     if (mounts.ok()) ToProto(*mounts, response->mutable_mounts());
     return mounts.status();
   }
@@ -159,13 +166,17 @@ class Handlers final : public pb::Snapshots::Service {
   template <typename Request, typename Response, typename Local>
   grpc::Status Answer(const char* rpc, const std::string& key, ServerContext* context, const Request& request,
                       Response* response, const Local& local,
-                      grpc::Status (pb::Snapshots::Stub::*method)(grpc::ClientContext*, const Request&, Response*)) {
-    auto forward = [&](const std::string& path) { return forwarder_.Call(path, context, request, response, method); };
+                      grpc::Status (pb::Snapshots::Stub::*method)(grpc::ClientContext*, const Request&,
+                                                                  Response*)) {
+    auto forward = [&](const std::string& path) {
+      return forwarder_.Call(path, context, request, response, method);
+    };
     bool forwarded = false;
     return Route(rpc, key, context, local, forward, &forwarded);
   }
 
-  // Here if this worker is the owner, at the successor if it was; an aborted call was stopped by a hand-over and asks again.
+  // Here if this worker is the owner, at the successor if it was; an aborted call was stopped by a hand-over
+  // and asks again.
   grpc::Status Route(const char* rpc, const std::string& key, ServerContext* context,
                      const std::function<absl::Status(Snapshotter*)>& local,
                      const std::function<grpc::Status(const std::string&)>& forward, bool* forwarded) {
@@ -229,7 +240,8 @@ class ServiceImpl final : public SnapshotService {
     builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
     builder.SetMaxSendMessageSize(kMaxMessageBytes);
     // Age, so that connections move to the successor; grace without limit, so that no call is cut off by it.
-    builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS, static_cast<int>(options.max_connection_age.count()));
+    builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS,
+                               static_cast<int>(options.max_connection_age.count()));
     builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS, INT_MAX);
     builder.SetSyncServerOption(grpc::ServerBuilder::NUM_CQS, 1);
     builder.SetSyncServerOption(grpc::ServerBuilder::MIN_POLLERS, kMinPollers);

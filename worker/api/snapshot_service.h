@@ -1,10 +1,13 @@
-// containerd's gRPC service containerd.services.snapshots.v1.Snapshots on a listening unix socket that all worker generations
-// share. Translates, decides nothing: every call goes to the Snapshotter, or, after a hand-over, to the successor.
+// containerd's gRPC service containerd.services.snapshots.v1.Snapshots on a listening unix socket that all
+// worker generations share. Translates, decides nothing: every call goes to the Snapshotter, or, after a
+// hand-over, to the successor.
 //
-// States: waiting (calls wait for Attach, at most `owner_wait`), attached, forwarding. A planned swap in the old worker:
-//   DetachAndForward(path)   stops accepting; aborts calls that wait for the network; returns when no call is inside the Snapshotter
-//                            any more. From here on every call on an old connection, the aborted ones included, is sent to the
-//                            successor over `path` and its answer relayed.
+// States: waiting (calls wait for Attach, at most `owner_wait`), attached, forwarding. A planned swap in the
+// old worker:
+//   DetachAndForward(path)   stops accepting; aborts calls that wait for the network; returns when no call is
+//   inside the Snapshotter
+//                            any more. From here on every call on an old connection, the aborted ones
+//                            included, is sent to the successor over `path` and its answer relayed.
 //   (close the metadata store: the successor opens it, Attaches and StartAccepts)
 //   WaitDrained(seconds)     the old connections age out; then this worker may exit.
 // No call fails in this, however long it takes: connections have an unlimited grace (handover-pitfalls 13).
@@ -31,7 +34,8 @@ struct ServiceOptions {
 class SnapshotService {
  public:
   // `listener`: a bound, listening unix socket (a dup; O_NONBLOCK is set on it). Does not accept yet.
-  static absl::StatusOr<std::unique_ptr<SnapshotService>> Create(UniqueFd listener, const ServiceOptions& options = {});
+  static absl::StatusOr<std::unique_ptr<SnapshotService>> Create(UniqueFd listener,
+                                                                 const ServiceOptions& options = {});
   // Calls that are open are cancelled: drain first.
   virtual ~SnapshotService() = default;
 
@@ -40,8 +44,8 @@ class SnapshotService {
 
   // `snapshotter` must stay until DetachAndForward has returned (or this object is destroyed).
   virtual void Attach(snapshot::Snapshotter* snapshotter) = 0;
-  // Calls Abort on the attached snapshotter. `socket_path`: where the successor answers. Attach afterwards (the successor failed)
-  // ends the forwarding.
+  // Calls Abort on the attached snapshotter. `socket_path`: where the successor answers. Attach afterwards
+  // (the successor failed) ends the forwarding.
   virtual void DetachAndForward(const std::string& socket_path) = 0;
 
   // True when no connection is left; false at the time limit. Call after StopAccepting.

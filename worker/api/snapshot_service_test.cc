@@ -1,4 +1,5 @@
-// containerd's API over a real unix socket, with the generated client, and the hand-over between two services.
+// containerd's API over a real unix socket, with the generated client, and the hand-over between two
+// services.
 #include "worker/api/snapshot_service.h"
 
 #include <grpcpp/create_channel.h>
@@ -45,7 +46,8 @@ class Client {
     grpc::ChannelArguments arguments;
     arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
     arguments.SetMaxReceiveMessageSize(16 << 20);
-    stub_ = pb::Snapshots::NewStub(grpc::CreateCustomChannel("unix:" + path, grpc::InsecureChannelCredentials(), arguments));
+    stub_ = pb::Snapshots::NewStub(
+        grpc::CreateCustomChannel("unix:" + path, grpc::InsecureChannelCredentials(), arguments));
   }
   grpc::Status Prepare(const std::string& key, const std::string& parent, const Labels& labels,
                        pb::PrepareSnapshotResponse* out = nullptr) {
@@ -87,7 +89,8 @@ class Client {
     return reader->Finish();
   }
   template <typename Request, typename Response>
-  grpc::Status Call(grpc::Status (pb::Snapshots::Stub::*method)(grpc::ClientContext*, const Request&, Response*),
+  grpc::Status Call(grpc::Status (pb::Snapshots::Stub::*method)(grpc::ClientContext*, const Request&,
+                                                                Response*),
                     const Request& request, Response* response, milliseconds limit = seconds(60)) {
     grpc::ClientContext context;
     context.set_deadline(std::chrono::system_clock::now() + limit);
@@ -261,7 +264,8 @@ class HandoverTest : public SnapshotServiceTest {
   }
 
   // What worker/app does in a planned swap; the old backend is closed, a new one opened on the same folder.
-  std::unique_ptr<SnapshotService> Swap(SnapshotService* old_service, std::unique_ptr<snapshot::Backend>* old_backend) {
+  std::unique_ptr<SnapshotService> Swap(SnapshotService* old_service,
+                                        std::unique_ptr<snapshot::Backend>* old_backend) {
     auto successor = NewService(ShortLived());
     auto start = steady_clock::now();
     old_service->DetachAndForward(socket_);
@@ -322,7 +326,9 @@ TEST_F(HandoverTest, NoCallFailsUnderLoad) {
   EXPECT_TRUE(snapshotter_->List({})->empty());
   RecordProperty("calls", calls);
   RecordProperty("slowest_call_ms", static_cast<int>(slowest_ms));
-  RecordProperty("slowest_swap_us", static_cast<int>(std::chrono::duration_cast<std::chrono::microseconds>(slowest_swap_).count()));
+  RecordProperty(
+      "slowest_swap_us",
+      static_cast<int>(std::chrono::duration_cast<std::chrono::microseconds>(slowest_swap_).count()));
 }
 
 TEST_F(HandoverTest, APrepareThatWaitsForTheNetworkIsFinishedByTheSuccessor) {

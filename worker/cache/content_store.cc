@@ -27,7 +27,8 @@ bool IsHex64(std::string_view text) {
 
 absl::StatusOr<std::string> HexOf(const std::string& layer_digest) {
   std::string_view digest = layer_digest;
-  if (digest.substr(0, kDigestPrefix.size()) != kDigestPrefix || !IsHex64(digest.substr(kDigestPrefix.size()))) {
+  if (digest.substr(0, kDigestPrefix.size()) != kDigestPrefix ||
+      !IsHex64(digest.substr(kDigestPrefix.size()))) {
     return InvalidArgument("not a sha256 digest: '" + layer_digest + "'");
   }
   return std::string(digest.substr(kDigestPrefix.size()));
@@ -51,7 +52,7 @@ class FreeSpace {
     MutexLock lock(&mutex_);
     uint64_t now = clock_->BootNanos();
     if (fresh || asked_ == 0 || now - asked_ >= kSecondNanos) {
-      struct statvfs fs{};
+      struct statvfs fs {};
       // Unknown is not full: the write itself tells.
       free_ = statvfs(root_.c_str(), &fs) == 0 ? fs.f_bavail * fs.f_frsize : UINT64_MAX;
       asked_ = now;
@@ -72,7 +73,8 @@ class FreeSpace {
 };
 
 // The store's state; every open layer holds it.
-// Locks: evict_mutex_ (one eviction at a time) before mutex_ (the map); no layer is created, destroyed or evicted under mutex_.
+// Locks: evict_mutex_ (one eviction at a time) before mutex_ (the map); no layer is created, destroyed or
+// evicted under mutex_.
 class StoreState final : public StoreShared {
  public:
   explicit StoreState(StoreOptions store_options)
@@ -80,8 +82,9 @@ class StoreState final : public StoreShared {
 
   void Scan();
   // `self` is this object: the layer shares it.
-  absl::StatusOr<std::shared_ptr<LayerContent>> OpenLayer(std::shared_ptr<StoreShared> self, const std::string& hex,
-                                                          uint64_t chunk_count, uint64_t content_bytes);
+  absl::StatusOr<std::shared_ptr<LayerContent>> OpenLayer(std::shared_ptr<StoreShared> self,
+                                                          const std::string& hex, uint64_t chunk_count,
+                                                          uint64_t content_bytes);
   absl::Status Remove(const std::string& hex);
   absl::Status MakeRoom(uint64_t bytes) override;
   void FlushAll();
@@ -123,7 +126,8 @@ void StoreState::Scan() {
 }
 
 absl::StatusOr<std::shared_ptr<LayerContent>> StoreState::OpenLayer(std::shared_ptr<StoreShared> self,
-                                                                    const std::string& hex, uint64_t chunk_count,
+                                                                    const std::string& hex,
+                                                                    uint64_t chunk_count,
                                                                     uint64_t content_bytes) {
   std::shared_ptr<LayerAccount> account;
   std::shared_ptr<LayerContentImpl> live;
@@ -182,7 +186,8 @@ absl::Status StoreState::Remove(const std::string& hex) {
 
 bool StoreState::Fits(uint64_t bytes, bool fresh) {
   uint64_t total = static_cast<uint64_t>(std::max<int64_t>(0, total_bytes));
-  if (options.limit_bytes != 0 && (bytes > options.limit_bytes || total > options.limit_bytes - bytes)) return false;
+  if (options.limit_bytes != 0 && (bytes > options.limit_bytes || total > options.limit_bytes - bytes))
+    return false;
   if (options.free_floor_bytes == 0) return true;
   uint64_t free = free_space_.Get(fresh);
   return free >= bytes && free - bytes >= options.free_floor_bytes;
@@ -267,7 +272,8 @@ class ContentStoreImpl final : public ContentStore {
  public:
   explicit ContentStoreImpl(std::shared_ptr<StoreState> state) : state_(std::move(state)) {}
 
-  absl::StatusOr<std::shared_ptr<LayerContent>> OpenLayer(const std::string& layer_digest, uint64_t chunk_count,
+  absl::StatusOr<std::shared_ptr<LayerContent>> OpenLayer(const std::string& layer_digest,
+                                                          uint64_t chunk_count,
                                                           uint64_t content_bytes) override {
     HF_ASSIGN_OR_RETURN(std::string hex, HexOf(layer_digest));
     return state_->OpenLayer(state_, hex, chunk_count, content_bytes);
@@ -279,7 +285,8 @@ class ContentStoreImpl final : public ContentStore {
   }
   std::vector<std::string> ListLayers() const override {
     std::vector<std::string> digests;
-    for (const std::string& hex : LayersIn(state_->options.root)) digests.push_back(std::string(kDigestPrefix) + hex);
+    for (const std::string& hex : LayersIn(state_->options.root))
+      digests.push_back(std::string(kDigestPrefix) + hex);
     std::sort(digests.begin(), digests.end());
     return digests;
   }
@@ -310,7 +317,8 @@ absl::StatusOr<std::unique_ptr<ContentStore>> ContentStore::Open(const StoreOpti
     HF_ASSIGN_OR_RETURN(complete.boot_id, ReadFile("/proc/sys/kernel/random/boot_id"));
     while (!complete.boot_id.empty() && complete.boot_id.back() == '\n') complete.boot_id.pop_back();
   }
-  if (complete.boot_id.size() > sizeof(PresenceHeader::boot_id)) return InvalidArgument("the boot id is too long");
+  if (complete.boot_id.size() > sizeof(PresenceHeader::boot_id))
+    return InvalidArgument("the boot id is too long");
   HF_RETURN_IF_ERROR(MakeDirs(complete.root));
   auto state = std::make_shared<StoreState>(std::move(complete));
   state->Scan();

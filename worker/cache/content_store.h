@@ -1,23 +1,29 @@
-// Layer content on disk. Decompressed chunks lie packed in one sparse file a layer, in blob order, with a presence map
-// beside it; the pair describes itself and survives every restart. No database, so reading needs none.
+// Layer content on disk. Decompressed chunks lie packed in one sparse file a layer, in blob order, with a
+// presence map beside it; the pair describes itself and survives every restart. No database, so reading needs
+// none.
 //
-// Folder: <root>/<sha256 hex of the layer>/{content.<g>, presence.<g>}, g = store generation of the layer (a new one after
-// an eviction; eviction unlinks whole files, so a reader in the middle of one keeps valid bytes through its descriptor).
+// Folder: <root>/<sha256 hex of the layer>/{content.<g>, presence.<g>}, g = store generation of the layer (a
+// new one after an eviction; eviction unlinks whole files, so a reader in the middle of one keeps valid bytes
+// through its descriptor).
 //
-// Files: presence_file.h. One byte a chunk says absent, verified or unverified; the header says under which vault id and in
-// which boot "verified" is true. README.md tells how this survives kills, power failures and full disks.
+// Files: presence_file.h. One byte a chunk says absent, verified or unverified; the header says under which
+// vault id and in which boot "verified" is true. README.md tells how this survives kills, power failures and
+// full disks.
 //
 // Invariants:
 //  1. Presence never outlives data: the bytes are written before their mark is set, after a
-//     power failure (another boot id) every mark must be verified again, and eviction removes presence before content.
+//     power failure (another boot id) every mark must be verified again, and eviction removes presence before
+//     content.
 //  2. Two worker generations may store the same chunk at once: same bytes, same mark, no lock needed.
 //  3. Only the metadata owner evicts (AllowEviction).
-//  4. A mark says under which vault id (supervisor start) the bytes were verified. Content from an earlier one, or from an
+//  4. A mark says under which vault id (supervisor start) the bytes were verified. Content from an earlier
+//  one, or from an
 //     earlier boot, is re-verified before its first use: StateOf says kUnverified until MarkVerified or Drop.
 //
-// Thread safety: all methods. Errors: ResourceExhausted for a full disk or a reached limit (the caller serves the bytes
-// without storing them). A damaged presence or content file is not an error: it is renamed to *.damaged (the last one is
-// kept), counted, and the layer starts afresh. A layer can be opened on a full disk: it then stores nothing until there is room.
+// Thread safety: all methods. Errors: ResourceExhausted for a full disk or a reached limit (the caller serves
+// the bytes without storing them). A damaged presence or content file is not an error: it is renamed to
+// *.damaged (the last one is kept), counted, and the layer starts afresh. A layer can be opened on a full
+// disk: it then stores nothing until there is room.
 #pragma once
 
 #include <atomic>
@@ -37,12 +43,12 @@ namespace holdfast::cache {
 
 struct StoreOptions {
   std::string root;
-  std::string vault_id;              // 32 hex digits
-  uint64_t limit_bytes = 0;          // 0 = no limit
-  uint64_t free_floor_bytes = 0;     // stop storing when the file system has less free than this
-  std::string boot_id;               // empty: /proc/sys/kernel/random/boot_id
+  std::string vault_id;           // 32 hex digits
+  uint64_t limit_bytes = 0;       // 0 = no limit
+  uint64_t free_floor_bytes = 0;  // stop storing when the file system has less free than this
+  std::string boot_id;            // empty: /proc/sys/kernel/random/boot_id
   const Clock* clock = Clock::Real();
-  FaultPoints* faults = nullptr;     // cache.before_data, cache.before_mark
+  FaultPoints* faults = nullptr;  // cache.before_data, cache.before_mark
 };
 
 struct StoreStats {
@@ -56,13 +62,13 @@ struct StoreStats {
 
 enum class ChunkState : uint8_t { kAbsent = 0, kUnverified = 1, kPresent = 2 };
 
-// The content of one layer. Held by shared_ptr; an eviction replaces the files behind it (Data() then returns the new
-// ones), and whoever still holds the old Data keeps reading valid bytes.
+// The content of one layer. Held by shared_ptr; an eviction replaces the files behind it (Data() then returns
+// the new ones), and whoever still holds the old Data keeps reading valid bytes.
 class LayerContent {
  public:
   // One store generation: the open files.
   struct Files {
-    UniqueFd data;                   // O_RDWR; chunk c lies at its store_offset
+    UniqueFd data;  // O_RDWR; chunk c lies at its store_offset
     UniqueFd presence;
     std::atomic<uint8_t>* marks = nullptr;  // mapped, one byte a chunk
     uint64_t mapped_bytes = 0;
@@ -72,12 +78,12 @@ class LayerContent {
 
   virtual ~LayerContent() = default;
   virtual std::shared_ptr<const Files> files() const = 0;
-  // State of a chunk in `files`. One atomic load; safe on the read path. The data file always has its full length;
-  // one that was cut short behind our back is found by Put, Drop and Flush, which then make every mark kUnverified. A
-  // reader that meets a short read calls Drop.
+  // State of a chunk in `files`. One atomic load; safe on the read path. The data file always has its full
+  // length; one that was cut short behind our back is found by Put, Drop and Flush, which then make every
+  // mark kUnverified. A reader that meets a short read calls Drop.
   virtual ChunkState StateOf(const Files& files, uint64_t chunk) const = 0;
-  // Stores a verified chunk (data, then mark) in the current files. Counts toward the limit. After OK the chunk may be
-  // gone again (evicted): ask StateOf with the files that you hold.
+  // Stores a verified chunk (data, then mark) in the current files. Counts toward the limit. After OK the
+  // chunk may be gone again (evicted): ask StateOf with the files that you hold.
   virtual absl::Status Put(uint64_t chunk, uint64_t store_offset, std::string_view bytes) = 0;
   virtual void MarkVerified(const Files& files, uint64_t chunk) = 0;
   // The bytes on disk are wrong: forget the chunk (counted as damaged).
@@ -93,20 +99,24 @@ class ContentStore {
   virtual ~ContentStore() = default;
   static absl::StatusOr<std::unique_ptr<ContentStore>> Open(const StoreOptions& options);
 
-  // The same object for the same digest while somebody holds it. `layer_digest` is "sha256:<hex>". `chunk_count` and
-  // `content_bytes` are checked against what is on disk: content of another shape is dropped.
-  virtual absl::StatusOr<std::shared_ptr<LayerContent>> OpenLayer(const std::string& layer_digest, uint64_t chunk_count,
+  // The same object for the same digest while somebody holds it. `layer_digest` is "sha256:<hex>".
+  // `chunk_count` and `content_bytes` are checked against what is on disk: content of another shape is
+  // dropped.
+  virtual absl::StatusOr<std::shared_ptr<LayerContent>> OpenLayer(const std::string& layer_digest,
+                                                                  uint64_t chunk_count,
                                                                   uint64_t content_bytes) = 0;
-  // From now on this process may evict, in Put: whole layers, those nobody holds first, least recently read first, then held
-  // ones that were neither opened nor read for 60 s. If that does not make room, Put returns ResourceExhausted.
+  // From now on this process may evict, in Put: whole layers, those nobody holds first, least recently read
+  // first, then held ones that were neither opened nor read for 60 s. If that does not make room, Put returns
+  // ResourceExhausted.
   virtual void AllowEviction(bool allow) = 0;
-  // Removes the content of a layer. OK when there is none; FailedPrecondition when somebody in this process holds it.
-  // Metadata owner only.
+  // Removes the content of a layer. OK when there is none; FailedPrecondition when somebody in this process
+  // holds it. Metadata owner only.
   virtual absl::Status RemoveLayer(const std::string& layer_digest) = 0;
   // Digests of all layers on disk.
   virtual std::vector<std::string> ListLayers() const = 0;
   virtual StoreStats stats() const = 0;
-  // Makes stored content durable and writes access times (called every few seconds by the owner, and before it parks).
+  // Makes stored content durable and writes access times (called every few seconds by the owner, and before
+  // it parks).
   virtual void Flush() = 0;
 };
 

@@ -15,7 +15,9 @@ constexpr uint64_t kPresenceBlocks = 8192;  // header page and one page of marks
 class EvictionTest : public StoreTest {
  protected:
   // Room for `layers` full layers of kChunks.
-  void LimitTo(uint64_t layers) { options_.limit_bytes = layers * (kChunks * kChunkBytes + kPresenceBlocks) + 4096; }
+  void LimitTo(uint64_t layers) {
+    options_.limit_bytes = layers * (kChunks * kChunkBytes + kPresenceBlocks) + 4096;
+  }
   static void FillLayer(LayerContent* content) {
     for (uint64_t chunk = 0; chunk < kChunks; chunk++) ASSERT_TRUE(PutChunk(content, chunk).ok());
   }

@@ -47,7 +47,8 @@ TEST_F(ContentStoreTest, ANewVaultIdMakesEveryMarkUnverifiedUntilTheBytesWereVer
     auto store = OpenStore(options_);
     auto content = OpenLayer(store.get(), 1, 4);
     auto files = content->files();
-    for (uint64_t chunk = 0; chunk < 3; chunk++) EXPECT_EQ(content->StateOf(*files, chunk), ChunkState::kUnverified);
+    for (uint64_t chunk = 0; chunk < 3; chunk++)
+      EXPECT_EQ(content->StateOf(*files, chunk), ChunkState::kUnverified);
     content->MarkVerified(*files, 0);
     EXPECT_EQ(content->StateOf(*files, 0), ChunkState::kPresent);
     content->Drop(*files, 1, kChunkBytes);

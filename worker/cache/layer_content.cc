@@ -19,15 +19,16 @@ uint64_t BlockBytes(const struct stat& st) { return static_cast<uint64_t>(st.st_
 
 }  // namespace
 
-uint32_t StoreShared::CurrentHour() const { return static_cast<uint32_t>(options.clock->WallNanos() / kHourNanos); }
+uint32_t StoreShared::CurrentHour() const {
+  return static_cast<uint32_t>(options.clock->WallNanos() / kHourNanos);
+}
 
 LayerContentImpl::LayerContentImpl(std::shared_ptr<StoreShared> shared, std::shared_ptr<LayerAccount> account,
                                    PresenceIdentity identity)
     : shared_(std::move(shared)), account_(std::move(account)), identity_(std::move(identity)) {}
 
-absl::StatusOr<std::shared_ptr<LayerContentImpl>> LayerContentImpl::Open(std::shared_ptr<StoreShared> shared,
-                                                                         std::shared_ptr<LayerAccount> account,
-                                                                         PresenceIdentity identity) {
+absl::StatusOr<std::shared_ptr<LayerContentImpl>> LayerContentImpl::Open(
+    std::shared_ptr<StoreShared> shared, std::shared_ptr<LayerAccount> account, PresenceIdentity identity) {
   std::shared_ptr<LayerContentImpl> content(
       new LayerContentImpl(std::move(shared), std::move(account), std::move(identity)));
   MutexLock lock(&content->reopen_mutex_);
@@ -49,7 +50,7 @@ absl::Status LayerContentImpl::OpenFolder() {
   if (opened.ok()) {
     if (opened->damaged) shared_->damaged_layers++;
     FolderUsage usage = UsageOf(folder());
-    struct stat st{};
+    struct stat st {};
     if (fstat(opened->files->data.get(), &st) != 0) return ErrnoStatus(errno, "fstat of a content file");
     other_bytes_ = usage.bytes - std::min(usage.bytes, BlockBytes(st));
     shared_->SetBytes(account_.get(), usage.bytes);
@@ -58,8 +59,8 @@ absl::Status LayerContentImpl::OpenFolder() {
     return absl::OkStatus();
   }
   if (opened.status().code() != absl::StatusCode::kResourceExhausted) return opened.status();
-  LOG(WARNING) << "cache.not_storing layer=sha256:" << identity_.layer_hex << " reason=\"" << opened.status().message()
-               << "\"";
+  LOG(WARNING) << "cache.not_storing layer=sha256:" << identity_.layer_hex << " reason=\""
+               << opened.status().message() << "\"";
   HF_ASSIGN_OR_RETURN(auto none, UnstoredGeneration(identity_.chunk_count));
   retry_boot_nanos_ = shared_->options.clock->BootNanos() + kSecondNanos;
   SetFiles(std::move(none));
@@ -120,7 +121,7 @@ absl::Status LayerContentImpl::Store(uint64_t chunk, uint64_t store_offset, std:
 
 absl::StatusOr<std::shared_ptr<LayerContent::Files>> LayerContentImpl::WritableFiles() {
   std::shared_ptr<Files> files = current();
-  struct stat st{};
+  struct stat st {};
   if (files->data.valid()) {
     if (fstat(files->data.get(), &st) != 0) return ErrnoStatus(errno, "fstat of a content file");
     if (st.st_nlink > 0) {
@@ -131,7 +132,8 @@ absl::StatusOr<std::shared_ptr<LayerContent::Files>> LayerContentImpl::WritableF
   return Reopen(files);
 }
 
-absl::StatusOr<std::shared_ptr<LayerContent::Files>> LayerContentImpl::Reopen(const std::shared_ptr<Files>& stale) {
+absl::StatusOr<std::shared_ptr<LayerContent::Files>> LayerContentImpl::Reopen(
+    const std::shared_ptr<Files>& stale) {
   MutexLock lock(&reopen_mutex_);
   if (current() == stale) {
     if (shared_->options.clock->BootNanos() >= retry_boot_nanos_) HF_RETURN_IF_ERROR(OpenFolder());
@@ -142,7 +144,7 @@ absl::StatusOr<std::shared_ptr<LayerContent::Files>> LayerContentImpl::Reopen(co
 }
 
 void LayerContentImpl::RepairIfShort(const Files& files) {
-  struct stat st{};
+  struct stat st {};
   if (!files.data.valid() || fstat(files.data.get(), &st) != 0) return;
   if (static_cast<uint64_t>(st.st_size) >= identity_.content_bytes) return;
   // Marks first: once the file has its length back, what was cut off reads as zeros.
@@ -156,7 +158,7 @@ void LayerContentImpl::RepairIfShort(const Files& files) {
 }
 
 void LayerContentImpl::CountBytes(const Files& files) {
-  struct stat st{};
+  struct stat st {};
   if (fstat(files.data.get(), &st) != 0 || st.st_nlink == 0) return;
   shared_->SetBytes(account_.get(), BlockBytes(st) + other_bytes_);
 }
@@ -172,7 +174,8 @@ void LayerContentImpl::Drop(const Files& files, uint64_t chunk, uint64_t size) {
   if (chunk >= identity_.chunk_count) return;
   if (files.marks[chunk].exchange(kMarkAbsent) != kMarkAbsent) {
     shared_->damaged_chunks++;
-    LOG(WARNING) << "cache.dropped layer=sha256:" << identity_.layer_hex << " chunk=" << chunk << " bytes=" << size;
+    LOG(WARNING) << "cache.dropped layer=sha256:" << identity_.layer_hex << " chunk=" << chunk
+                 << " bytes=" << size;
   }
   RepairIfShort(files);
 }

@@ -1,8 +1,8 @@
 // LayerContent over the files of presence_file.h.
 //
-// Threads: marks and account are atomics; files_ has its own small lock; reopen_mutex_ is held while the folder lock is
-// taken and the files are replaced (reopen, eviction). Order: reopen_mutex_, then files_mutex_. Neither is held while
-// StoreShared is called.
+// Threads: marks and account are atomics; files_ has its own small lock; reopen_mutex_ is held while the
+// folder lock is taken and the files are replaced (reopen, eviction). Order: reopen_mutex_, then
+// files_mutex_. Neither is held while StoreShared is called.
 #pragma once
 
 #include <atomic>
@@ -17,9 +17,9 @@ namespace holdfast::cache {
 
 // What the store keeps about a layer whether or not it is open.
 struct LayerAccount {
-  std::atomic<uint64_t> bytes{0};             // on disk
-  std::atomic<uint32_t> access_hour{0};       // since 1970
-  std::atomic<uint64_t> active_boot_nanos{0}; // opened or read in this process; 0 = never
+  std::atomic<uint64_t> bytes{0};              // on disk
+  std::atomic<uint32_t> access_hour{0};        // since 1970
+  std::atomic<uint64_t> active_boot_nanos{0};  // opened or read in this process; 0 = never
 };
 
 // What all layers of a store share; outlives the store while a layer is held.
@@ -72,7 +72,8 @@ class LayerContentImpl final : public LayerContent {
   LayerContentImpl(std::shared_ptr<StoreShared> shared, std::shared_ptr<LayerAccount> account,
                    PresenceIdentity identity);
   absl::Status Store(uint64_t chunk, uint64_t store_offset, std::string_view bytes);
-  // The current files, fit to be written: reopened when another process evicted them, repaired when cut short.
+  // The current files, fit to be written: reopened when another process evicted them, repaired when cut
+  // short.
   absl::StatusOr<std::shared_ptr<Files>> WritableFiles();
   absl::StatusOr<std::shared_ptr<Files>> Reopen(const std::shared_ptr<Files>& stale);
   absl::Status OpenFolder() ABSL_EXCLUSIVE_LOCKS_REQUIRED(reopen_mutex_);
@@ -90,7 +91,8 @@ class LayerContentImpl final : public LayerContent {
   std::atomic<bool> touched_{false};
   std::atomic<uint64_t> other_bytes_{0};  // blocks of the folder that are not the content file's
   Mutex reopen_mutex_;
-  uint64_t retry_boot_nanos_ ABSL_GUARDED_BY(reopen_mutex_) = 0;  // files that store nothing: when to try again
+  uint64_t retry_boot_nanos_ ABSL_GUARDED_BY(reopen_mutex_) =
+      0;  // files that store nothing: when to try again
   mutable Mutex files_mutex_;
   std::shared_ptr<Files> files_ ABSL_GUARDED_BY(files_mutex_);
 };

@@ -81,7 +81,8 @@ absl::StatusOr<LayerFolder> LayerFolder::Lock(const std::string& path, bool crea
       result = flock(fd->get(), LOCK_EX);
     } while (result != 0 && errno == EINTR);
     if (result != 0) return ErrnoStatus(errno, "flock " + path);
-    struct stat held{}, named{};
+    struct stat held {
+    }, named{};
     if (fstat(fd->get(), &held) != 0) return ErrnoStatus(errno, "fstat " + path);
     if (stat(path.c_str(), &named) == 0 && named.st_ino == held.st_ino && named.st_dev == held.st_dev) {
       return LayerFolder(path, std::move(*fd));
@@ -90,7 +91,8 @@ absl::StatusOr<LayerFolder> LayerFolder::Lock(const std::string& path, bool crea
   }
 }
 
-absl::StatusOr<LayerFolder::Opened> LayerFolder::OpenCurrent(const PresenceIdentity& identity, uint32_t access_hour) {
+absl::StatusOr<LayerFolder::Opened> LayerFolder::OpenCurrent(const PresenceIdentity& identity,
+                                                             uint32_t access_hour) {
   Opened opened;
   std::map<uint64_t, Pair> pairs = PairsIn(path_);
   uint64_t last = pairs.empty() ? 0 : pairs.rbegin()->first;
@@ -155,7 +157,7 @@ FolderUsage UsageOf(const std::string& folder) {
   FolderUsage usage;
   for (const std::string& name : NamesIn(folder)) {
     std::string path = folder + "/" + name;
-    struct stat st{};
+    struct stat st {};
     if (lstat(path.c_str(), &st) != 0) continue;
     usage.bytes += static_cast<uint64_t>(st.st_blocks) * 512;
     if (GenerationIn(name, "presence.") == 0) continue;

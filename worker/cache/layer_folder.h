@@ -1,5 +1,5 @@
-// The folder of one layer under the store's root, locked (flock) against every other process and thread that would open,
-// convert, evict or remove it. Reading and adding chunks needs no lock.
+// The folder of one layer under the store's root, locked (flock) against every other process and thread that
+// would open, convert, evict or remove it. Reading and adding chunks needs no lock.
 #pragma once
 
 #include <cstdint>
@@ -15,17 +15,20 @@ namespace holdfast::cache {
 
 class LayerFolder {
  public:
-  // Locks the folder, making it when `create`; NotFound otherwise. Blocks while another holds it (milliseconds).
+  // Locks the folder, making it when `create`; NotFound otherwise. Blocks while another holds it
+  // (milliseconds).
   static absl::StatusOr<LayerFolder> Lock(const std::string& path, bool create);
 
   struct Opened {
     std::shared_ptr<LayerContent::Files> files;
     bool damaged = false;  // something unsound was renamed to *.damaged
   };
-  // The current generation: what is on disk, or a new, empty one. What an interrupted eviction left behind is removed.
+  // The current generation: what is on disk, or a new, empty one. What an interrupted eviction left behind is
+  // removed.
   absl::StatusOr<Opened> OpenCurrent(const PresenceIdentity& identity, uint32_t access_hour);
   // Unlinks all content (presence first) and makes the next, empty generation.
-  absl::StatusOr<std::shared_ptr<LayerContent::Files>> Replace(const PresenceIdentity& identity, uint32_t access_hour);
+  absl::StatusOr<std::shared_ptr<LayerContent::Files>> Replace(const PresenceIdentity& identity,
+                                                               uint32_t access_hour);
   // Unlinks everything and the folder itself. Returns the bytes on disk that were named here.
   absl::StatusOr<uint64_t> Remove();
 
@@ -37,8 +40,8 @@ class LayerFolder {
   UniqueFd lock_;
 };
 
-// What the files of a layer folder occupy on disk (blocks), and when the layer was last read as far as its presence file
-// tells (hours since 1970; 0 = unknown). Takes no lock.
+// What the files of a layer folder occupy on disk (blocks), and when the layer was last read as far as its
+// presence file tells (hours since 1970; 0 = unknown). Takes no lock.
 struct FolderUsage {
   uint64_t bytes = 0;
   uint32_t access_hour = 0;

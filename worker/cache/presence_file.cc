@@ -60,12 +60,14 @@ absl::Status Map(LayerContent::Files* files, int fd, uint64_t bytes) {
   return absl::OkStatus();
 }
 
-absl::Status CheckHeader(const PresenceHeader& header, uint64_t generation, const PresenceIdentity& identity) {
+absl::Status CheckHeader(const PresenceHeader& header, uint64_t generation,
+                         const PresenceIdentity& identity) {
   if (std::memcmp(header.magic, kMagic, sizeof kMagic) != 0) return DataLoss("presence file: wrong magic");
   if (header.version != kPresenceVersion || header.header_bytes != kPresenceHeaderBytes) {
     return DataLoss("presence file: unknown version");
   }
-  if (header.crc != Crc32c(&header, offsetof(PresenceHeader, crc))) return DataLoss("presence file: wrong checksum");
+  if (header.crc != Crc32c(&header, offsetof(PresenceHeader, crc)))
+    return DataLoss("presence file: wrong checksum");
   if (!TextIs(header.layer, sizeof header.layer, identity.layer_hex) || header.generation != generation ||
       header.chunk_count != identity.chunk_count || header.content_bytes != identity.content_bytes) {
     return DataLoss("presence file: describes other content");
@@ -74,7 +76,7 @@ absl::Status CheckHeader(const PresenceHeader& header, uint64_t generation, cons
 }
 
 absl::StatusOr<uint64_t> SizeOf(int fd) {
-  struct stat st{};
+  struct stat st {};
   if (fstat(fd, &st) != 0) return ErrnoStatus(errno, "fstat in the cache");
   return static_cast<uint64_t>(st.st_size);
 }
@@ -103,7 +105,8 @@ PresenceHeader* HeaderOf(const LayerContent::Files& files) {
   return reinterpret_cast<PresenceHeader*>(reinterpret_cast<uint8_t*>(files.marks) - kPresenceHeaderBytes);
 }
 
-absl::StatusOr<std::shared_ptr<LayerContent::Files>> CreateGeneration(const std::string& folder, uint64_t generation,
+absl::StatusOr<std::shared_ptr<LayerContent::Files>> CreateGeneration(const std::string& folder,
+                                                                      uint64_t generation,
                                                                       const PresenceIdentity& identity,
                                                                       uint32_t access_hour) {
   auto files = std::make_shared<LayerContent::Files>();
@@ -127,7 +130,8 @@ absl::StatusOr<std::shared_ptr<LayerContent::Files>> CreateGeneration(const std:
   return files;
 }
 
-absl::StatusOr<std::shared_ptr<LayerContent::Files>> OpenGeneration(const std::string& folder, uint64_t generation,
+absl::StatusOr<std::shared_ptr<LayerContent::Files>> OpenGeneration(const std::string& folder,
+                                                                    uint64_t generation,
                                                                     const PresenceIdentity& identity) {
   auto files = std::make_shared<LayerContent::Files>();
   files->generation = generation;
@@ -135,22 +139,22 @@ absl::StatusOr<std::shared_ptr<LayerContent::Files>> OpenGeneration(const std::s
   HF_ASSIGN_OR_RETURN(files->presence, OpenFile(PresencePath(folder, generation), O_RDWR | O_NOFOLLOW));
   HF_ASSIGN_OR_RETURN(uint64_t content_size, SizeOf(files->data.get()));
   HF_ASSIGN_OR_RETURN(uint64_t presence_size, SizeOf(files->presence.get()));
-  if (presence_size != kPresenceHeaderBytes + identity.chunk_count) return DataLoss("presence file: wrong size");
+  if (presence_size != kPresenceHeaderBytes + identity.chunk_count)
+    return DataLoss("presence file: wrong size");
   if (content_size != identity.content_bytes) return DataLoss("content file: wrong size");
   HF_RETURN_IF_ERROR(Map(files.get(), files->presence.get(), presence_size));
   PresenceHeader* header = HeaderOf(*files);
   HF_RETURN_IF_ERROR(CheckHeader(*header, generation, identity));
   if (!TextIs(header->vault_id, sizeof header->vault_id, identity.vault_id) ||
       !TextIs(header->boot_id, sizeof header->boot_id, identity.boot_id)) {
-    // Marks first: killed in between, the old header makes the next open do it again. The header in one write, which a
-    // kill does not cut in two.
+    // Marks first: killed in between, the old header makes the next open do it again. The header in one
+    // write, which a kill does not cut in two.
     DistrustMarks(*files, identity.chunk_count);
     PresenceHeader renewed = *header;
     CopyText(renewed.vault_id, sizeof renewed.vault_id, identity.vault_id);
     CopyText(renewed.boot_id, sizeof renewed.boot_id, identity.boot_id);
     Seal(&renewed);
-    HF_RETURN_IF_ERROR(
-        PwriteFull(files->presence.get(), &renewed, offsetof(PresenceHeader, last_access), 0));
+    HF_RETURN_IF_ERROR(PwriteFull(files->presence.get(), &renewed, offsetof(PresenceHeader, last_access), 0));
   }
   return files;
 }

@@ -1,20 +1,23 @@
-// The presence file of one layer: a header page that says whose content it describes, then one byte ("mark") a chunk.
-// Mapped shared by every process that has the layer open.
+// The presence file of one layer: a header page that says whose content it describes, then one byte ("mark")
+// a chunk. Mapped shared by every process that has the layer open.
 //
 // Marks, and what makes them change:
 //   kMarkAbsent      the bytes are not there.
-//   kMarkVerified    the bytes matched their digest under the header's vault id and boot id. Set after the bytes were
-//                    written (or re-verified); trusted by every process of the same vault and boot, without hashing.
+//   kMarkVerified    the bytes matched their digest under the header's vault id and boot id. Set after the
+//   bytes were
+//                    written (or re-verified); trusted by every process of the same vault and boot, without
+//                    hashing.
 //   kMarkUnverified  bytes were there once; they must match their digest again before they are used. Every
-//                    kMarkVerified becomes this when the header names another vault id or another boot: after a power
-//                    failure a mark may have reached the disk before its bytes, and one rule covers both cases.
+//                    kMarkVerified becomes this when the header names another vault id or another boot: after
+//                    a power failure a mark may have reached the disk before its bytes, and one rule covers
+//                    both cases.
 // Any other value counts as kMarkUnverified.
 //
-// The header's identity (everything under the CRC) changes only under the layer folder's lock; marks and the hour of the
-// last access change at any time, atomically, in any process.
+// The header's identity (everything under the CRC) changes only under the layer folder's lock; marks and the
+// hour of the last access change at any time, atomically, in any process.
 //
-// Format, version 1, little-endian: struct PresenceHeader at 0, marks from kPresenceHeaderBytes. All blocks of the file are
-// allocated when it is made, so that setting a mark on a full disk cannot fault.
+// Format, version 1, little-endian: struct PresenceHeader at 0, marks from kPresenceHeaderBytes. All blocks
+// of the file are allocated when it is made, so that setting a mark on a full disk cannot fault.
 #pragma once
 
 #include <atomic>
@@ -35,17 +38,17 @@ inline constexpr uint64_t kPresenceHeaderBytes = 4096;
 inline constexpr uint32_t kPresenceVersion = 1;
 
 struct PresenceHeader {
-  char magic[8];               // "HFPRES\0\0"
+  char magic[8];  // "HFPRES\0\0"
   uint32_t version;
-  uint32_t header_bytes;       // kPresenceHeaderBytes
-  char layer[64];              // hex of the layer digest
+  uint32_t header_bytes;  // kPresenceHeaderBytes
+  char layer[64];         // hex of the layer digest
   uint64_t chunk_count;
   uint64_t content_bytes;
   uint64_t generation;
   char vault_id[32];
   char boot_id[36];
-  uint32_t crc;                // CRC-32C of all bytes before it
-  uint64_t last_access;        // hours since 1970 in the low half, its complement in the high half; else unknown
+  uint32_t crc;          // CRC-32C of all bytes before it
+  uint64_t last_access;  // hours since 1970 in the low half, its complement in the high half; else unknown
 };
 static_assert(sizeof(PresenceHeader) == 184);
 
@@ -66,16 +69,19 @@ uint32_t UnpackAccessHour(uint64_t packed);  // 0 = unknown
 // The header inside a mapping made by MapPresence.
 PresenceHeader* HeaderOf(const LayerContent::Files& files);
 
-// Makes content.<generation> and presence.<generation> in `folder`; the presence file appears whole, by rename.
-// ResourceExhausted when the disk is full.
-absl::StatusOr<std::shared_ptr<LayerContent::Files>> CreateGeneration(const std::string& folder, uint64_t generation,
+// Makes content.<generation> and presence.<generation> in `folder`; the presence file appears whole, by
+// rename. ResourceExhausted when the disk is full.
+absl::StatusOr<std::shared_ptr<LayerContent::Files>> CreateGeneration(const std::string& folder,
+                                                                      uint64_t generation,
                                                                       const PresenceIdentity& identity,
                                                                       uint32_t access_hour);
-// Opens an existing pair. DataLoss: not a sound pair of this identity (vault and boot aside). When the header names
-// another vault or boot, its marks become kMarkUnverified and the header is rewritten.
-absl::StatusOr<std::shared_ptr<LayerContent::Files>> OpenGeneration(const std::string& folder, uint64_t generation,
+// Opens an existing pair. DataLoss: not a sound pair of this identity (vault and boot aside). When the header
+// names another vault or boot, its marks become kMarkUnverified and the header is rewritten.
+absl::StatusOr<std::shared_ptr<LayerContent::Files>> OpenGeneration(const std::string& folder,
+                                                                    uint64_t generation,
                                                                     const PresenceIdentity& identity);
-// Files that hold nothing and store nothing, for a disk too full to hold even a presence file. generation = 0.
+// Files that hold nothing and store nothing, for a disk too full to hold even a presence file. generation =
+// 0.
 absl::StatusOr<std::shared_ptr<LayerContent::Files>> UnstoredGeneration(uint64_t chunk_count);
 
 // Every kMarkVerified becomes kMarkUnverified.

@@ -41,7 +41,8 @@ TEST_P(GarbageHeader, IsSetAsideAndTheLayerStartsAfresh) {
   EXPECT_EQ(ReadChunk(*content->files(), 2), ChunkContent(2));
 }
 
-// Every field up to the checksum: magic, version, header size, layer, counts, generation, ids, the checksum itself.
+// Every field up to the checksum: magic, version, header size, layer, counts, generation, ids, the checksum
+// itself.
 INSTANTIATE_TEST_SUITE_P(EachField, GarbageHeader,
                          testing::Values(0, 8, 12, 16, 79, 80, 88, 96, 104, 136, 172));
 

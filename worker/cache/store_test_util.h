@@ -22,7 +22,8 @@ inline std::string LayerName(int n) {
 // Bytes that differ in every chunk and are never all zero.
 inline std::string ChunkContent(uint64_t chunk, uint64_t size = kChunkBytes) {
   std::string bytes(size, '\0');
-  for (size_t i = 0; i < bytes.size(); i++) bytes[i] = static_cast<char>(1 + (chunk * 31 + i * 7 + i / 251) % 255);
+  for (size_t i = 0; i < bytes.size(); i++)
+    bytes[i] = static_cast<char>(1 + (chunk * 31 + i * 7 + i / 251) % 255);
   return bytes;
 }
 

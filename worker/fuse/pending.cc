@@ -24,7 +24,7 @@ void ServerCore::Read(Exchange& x, uint64_t nodeid, uint64_t offset, uint64_t si
       if (x.adopted) adopted_++;
       return CountAnswer();
     }
-    DropDamaged(*x.layer, nodeid, offset, size);
+    x.layer->Distrust(nodeid, offset, size);
   }
   MakeRecord(x, nodeid, offset, size);
 }
@@ -108,7 +108,7 @@ void ServerCore::SendPending(const std::shared_ptr<Mount>& mount, const PendingR
   }
   absl::StatusOr<std::shared_ptr<layer::Layer>> layer = mount->GetLayer(*options_.clock);
   if (layer.ok() && content.length == read.size && read.tries < 2) {
-    DropDamaged(**layer, read.nodeid, read.offset, read.size);
+    (*layer)->Distrust(read.nodeid, read.offset, read.size);
     if (mount->AddPending(read) != Mount::Added::kDuplicate) return Fetch(mount, *layer, read.unique);
   }
   LOG(ERROR) << "fuse.content_damaged mount=" << mount->id() << " layer=" << mount->description()
@@ -170,20 +170,6 @@ void ServerCore::FreeRecord(const PendingRead& read) {
   // Refused when another generation has adopted it: then it is that one's to free.
   if (!ChangeState(read.ledger->record(read.record), &expected, {})) return;
   if (read.ledger == ledger_) records_.Put(read.record);
-}
-
-void ServerCore::DropDamaged(layer::Layer& layer, uint64_t nodeid, uint64_t offset, uint64_t size) {
-  std::shared_ptr<cache::LayerContent> content = layer.content();
-  const layer::NodeRecord* node = layer.index().node(nodeid);
-  if (content == nullptr || node == nullptr || size == 0) return;
-  std::shared_ptr<const cache::LayerContent::Files> files = content->files();
-  if (files == nullptr) return;
-  std::span<const layer::ChunkRecord> chunks = layer.index().chunks();
-  uint64_t end = node->first + node->count;
-  for (uint64_t c = layer.index().ChunkAt(*node, offset); c < end && c < chunks.size(); c++) {
-    if (chunks[c].file_offset >= offset + size) break;
-    content->Drop(*files, c, chunks[c].size);
-  }
 }
 
 uint64_t ServerCore::AdoptedDeadline(uint64_t recorded) const {

@@ -129,7 +129,6 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   void TakeUp(const std::shared_ptr<Mount>& mount, uint64_t unique, ReplyPipe* pipe);
   void FinishPending(Mount& mount, const PendingRead& read, int error);
   void FreeRecord(const PendingRead& read);
-  void DropDamaged(layer::Layer& layer, uint64_t nodeid, uint64_t offset, uint64_t size);
 
   // adopt.cc
   uint64_t AdoptRecords(const std::shared_ptr<LedgerView>& view, bool final_walk, ReplyPipe* pipe);

@@ -15,7 +15,8 @@ using toc::testing::File;
 class LayerFaultTest : public LayerTest {
  protected:
   void SetUp() override {
-    MakeBlob({File("a", RandomText(20'000, 1)), File("b", RandomText(20'000, 2)), File("big", RandomText(600'000, 3))});
+    MakeBlob({File("a", RandomText(20'000, 1)), File("b", RandomText(20'000, 2)),
+              File("big", RandomText(600'000, 3))});
     Start();
   }
   std::string ContentFile() const {
@@ -71,7 +72,8 @@ TEST_F(LayerFaultTest, AValidGzipStreamOfOtherBytesIsRefusedAsWell) {
     return bytes.substr(0, at) + wrong;
   });
   EXPECT_EQ(Read("a").status().code(), absl::StatusCode::kDataLoss);
-  EXPECT_NE(content_->StateOf(*content_->files(), index_->node(NodeOf("a"))->first), cache::ChunkState::kPresent);
+  EXPECT_NE(content_->StateOf(*content_->files(), index_->node(NodeOf("a"))->first),
+            cache::ChunkState::kPresent);
 }
 
 TEST_F(LayerFaultTest, ADamagedNeighbourDoesNotFailTheReadThatBroughtIt) {
@@ -79,7 +81,8 @@ TEST_F(LayerFaultTest, ADamagedNeighbourDoesNotFailTheReadThatBroughtIt) {
   uint64_t end = ChunkOf("b").blob_end;
   source_->AnswerWith([&](size_t n, std::string bytes) {
     auto request = source_->requests()[n];
-    for (uint64_t i = std::max(begin + 40, request.offset); i < std::min(end, request.offset + request.length); i += 100) {
+    for (uint64_t i = std::max(begin + 40, request.offset);
+         i < std::min(end, request.offset + request.length); i += 100) {
       bytes[i - request.offset] = static_cast<char>(bytes[i - request.offset] ^ 0x55);
     }
     return bytes;
@@ -179,7 +182,8 @@ TEST_F(LayerFaultTest, SoundContentUnderANewVaultIsNotFetched) {
   for (const char* name : {"a", "b", "big"}) ASSERT_EQ(*Read(name), Truth(name));
   store_options_.vault_id = std::string(32, '2');
   Start();
-  source_->AnswerWith([](size_t, std::string) { return absl::StatusOr<std::string>(Unavailable("registry down")); });
+  source_->AnswerWith(
+      [](size_t, std::string) { return absl::StatusOr<std::string>(Unavailable("registry down")); });
   for (const char* name : {"a", "b", "big"}) EXPECT_EQ(*Read(name), Truth(name)) << name;
   EXPECT_TRUE(IsCached("big"));
   EXPECT_TRUE(source_->requests().empty());

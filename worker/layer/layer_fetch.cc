@@ -15,7 +15,8 @@ namespace {
 constexpr uint64_t kMaxMemberBytes = 256u << 20;
 
 bool IsTimeError(const absl::Status& status) {
-  return status.code() == absl::StatusCode::kDeadlineExceeded || status.code() == absl::StatusCode::kUnavailable;
+  return status.code() == absl::StatusCode::kDeadlineExceeded ||
+         status.code() == absl::StatusCode::kUnavailable;
 }
 
 }  // namespace
@@ -26,8 +27,9 @@ void LayerImpl::Demand(std::vector<PlannedFetch> plans, uint64_t deadline) {
     fetch->plan = std::move(plan);
     fetch->deadline = deadline;
     uint64_t bytes = fetch->plan.length;
-    shared_->scheduler.Demand(
-        {bytes, [self = shared_from_this(), fetch = std::move(fetch)]() mutable { self->StartFetch(std::move(fetch)); }});
+    shared_->scheduler.Demand({bytes, [self = shared_from_this(), fetch = std::move(fetch)]() mutable {
+                                 self->StartFetch(std::move(fetch));
+                               }});
   }
 }
 
@@ -39,7 +41,8 @@ void LayerImpl::StartFetch(std::shared_ptr<Fetch> fetch) {
     self->shared_->pool->Post([self, fetch, shared_bytes] { self->Fetched(fetch, *shared_bytes); });
   };
   absl::Status fault = PassFault(shared_->options.faults, "layer.before_fetch");
-  if (fault.ok() && fetch->plan.length > kMaxMemberBytes) fault = DataLoss("a chunk of absurd compressed size");
+  if (fault.ok() && fetch->plan.length > kMaxMemberBytes)
+    fault = DataLoss("a chunk of absurd compressed size");
   if (!fault.ok()) return done(fault);
   fetches_++;
   source_->Fetch(fetch->plan.offset, fetch->plan.length, fetch->priority, fetch->deadline, std::move(done));
@@ -87,7 +90,8 @@ std::vector<uint64_t> LayerImpl::Inflate(const PlannedFetch& plan, const std::st
       bad.push_back(plan.chunks[begin + i]);
       damaged_chunks_++;
       LOG(WARNING) << "layer.damaged_fetch layer=" << index_->info().layer_digest << " chunk=" << bad.back()
-                   << " offset=" << offset << " reason=\"" << (status.ok() ? "wrong digest" : status.message()) << "\"";
+                   << " offset=" << offset << " reason=\""
+                   << (status.ok() ? "wrong digest" : status.message()) << "\"";
     }
     begin = end;
   }
@@ -106,7 +110,8 @@ void LayerImpl::Arrived(uint64_t chunk, std::string bytes) {
   std::shared_ptr<const Files> files = content_->files();
   absl::Status stored = content_->Put(chunk, store_offset, bytes);
   store_full_ = !stored.ok();
-  if (stored.ok() && content_->StateOf(*files, chunk) != cache::ChunkState::kPresent) files = content_->files();
+  if (stored.ok() && content_->StateOf(*files, chunk) != cache::ChunkState::kPresent)
+    files = content_->files();
   if (stored.ok() && content_->StateOf(*files, chunk) == cache::ChunkState::kPresent) {
     where.files = std::move(files);
   } else {
@@ -137,7 +142,8 @@ void LayerImpl::Failed(const Fetch& fetch, const absl::Status& status) {
     for (uint64_t chunk : fetch.plan.chunks) {
       auto flight = flights_.find(chunk);
       if (flight == flights_.end()) continue;
-      // Who may wait longer than this fetch was allowed to gets a fetch that may, too; who joined a prefetch gets one of his own.
+      // Who may wait longer than this fetch was allowed to gets a fetch that may, too; who joined a prefetch
+      // gets one of his own.
       std::vector<Waiter> patient;
       for (Waiter& waiter : flight->second.waiters) {
         if (waiter.first->finished()) continue;
@@ -216,8 +222,8 @@ void LayerImpl::Trace(const Fetch& fetch, const absl::Status& status) const {
   bool demand = fetch.priority == cache::Priority::kDemand;
   shared_->options.trace->Record(
       "layer.fetch",
-      "layer=" + index_->info().layer_digest + " offset=" + std::to_string(fetch.plan.offset) +
-          " length=" + std::to_string(fetch.plan.length) + " chunks=" + std::to_string(fetch.plan.chunks.size()) +
+      "layer=" + index_->info().layer_digest + " offset=" + std::to_string(fetch.plan.offset) + " length=" +
+          std::to_string(fetch.plan.length) + " chunks=" + std::to_string(fetch.plan.chunks.size()) +
           " priority=" + (demand ? "demand" : "prefetch") +
           " status=" + std::string(FromAbsl(absl::StatusCodeToString(status.code()))),
       shared_->options.clock->BootNanos() - fetch.started);

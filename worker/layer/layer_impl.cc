@@ -24,7 +24,8 @@ LayerImpl::LayerImpl(std::shared_ptr<ReaderShared> shared, std::shared_ptr<const
       source_(std::move(source)),
       touched_((index_->chunk_count() + 63) / 64) {}
 
-absl::StatusOr<std::vector<ChunkPart>> LayerImpl::PartsOf(uint64_t nodeid, uint64_t offset, uint64_t size) const {
+absl::StatusOr<std::vector<ChunkPart>> LayerImpl::PartsOf(uint64_t nodeid, uint64_t offset,
+                                                          uint64_t size) const {
   const NodeRecord* node = index_->node(nodeid);
   if (node == nullptr || !S_ISREG(node->mode)) return InvalidArgument("not a regular file of this layer");
   std::vector<ChunkPart> parts;
@@ -53,7 +54,8 @@ void LayerImpl::Touched(const std::vector<ChunkPart>& parts) {
       std::atomic<uint64_t>& word = touched_[chunk / 64];
       return (word.load(std::memory_order_relaxed) & bit) != 0 || (word.fetch_or(bit) & bit) != 0;
     };
-    if ((touched_[part.chunk / 64].load(std::memory_order_relaxed) & (uint64_t{1} << (part.chunk % 64))) != 0) continue;
+    if ((touched_[part.chunk / 64].load(std::memory_order_relaxed) & (uint64_t{1} << (part.chunk % 64))) != 0)
+      continue;
     // A member shared by several chunks is counted with its first.
     uint64_t first = FirstOfMember(index_->chunks(), part.chunk);
     const ChunkRecord& chunk = index_->chunks()[first];

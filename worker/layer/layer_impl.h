@@ -1,12 +1,13 @@
 // The Layer of layer.h: parts of a read, flights, and what becomes of a fetch.
 //
-// A *flight* is a chunk that is being fetched or verified, with the reads that wait for it; at most one a chunk. A chunk
-// that is stored gets its mark before its flight ends, so whoever looks under mutex_ sees the one or the other.
+// A *flight* is a chunk that is being fetched or verified, with the reads that wait for it; at most one a
+// chunk. A chunk that is stored gets its mark before its flight ends, so whoever looks under mutex_ sees the
+// one or the other.
 //
-// Threads: ReadNow and ReadAsync on the callers' threads; everything that touches the disk or the bytes on completion
-// threads; the source's callbacks only post.
-// Locks: mutex_ (flights), sequence_mutex_ (read-ahead); never both, and neither is held while a read, the scheduler, the
-// source or the content store's Put is called.
+// Threads: ReadNow and ReadAsync on the callers' threads; everything that touches the disk or the bytes on
+// completion threads; the source's callbacks only post. Locks: mutex_ (flights), sequence_mutex_
+// (read-ahead); never both, and neither is held while a read, the scheduler, the source or the content
+// store's Put is called.
 #pragma once
 
 #include <atomic>

@@ -10,14 +10,16 @@ namespace {
 using toc::testing::GzipMember;
 
 absl::Status InflateInto(std::string_view compressed, const std::vector<WantedRange>& wanted,
-                 std::map<size_t, std::string>* out) {
-  return InflateRanges(compressed, wanted, [out](size_t i, std::string bytes) { (*out)[i] = std::move(bytes); });
+                         std::map<size_t, std::string>* out) {
+  return InflateRanges(compressed, wanted,
+                       [out](size_t i, std::string bytes) { (*out)[i] = std::move(bytes); });
 }
 
 TEST(InflateRanges, CutsTheWantedRangesOutOfOneMember) {
   std::string text = RandomText(300'000, 1);
   std::map<size_t, std::string> out;
-  ASSERT_TRUE(InflateInto(GzipMember(text), {{0, 10}, {5, 100'000}, {99'999, 1}, {200'000, 100'000}}, &out).ok());
+  ASSERT_TRUE(
+      InflateInto(GzipMember(text), {{0, 10}, {5, 100'000}, {99'999, 1}, {200'000, 100'000}}, &out).ok());
   EXPECT_EQ(out[0], text.substr(0, 10));
   EXPECT_EQ(out[1], text.substr(5, 100'000));
   EXPECT_EQ(out[2], text.substr(99'999, 1));

@@ -12,8 +12,9 @@ constexpr size_t kMaxCompany = 1024;
 using Chunks = std::span<const ChunkRecord>;
 
 uint64_t FirstAt(Chunks chunks, uint64_t blob_offset) {
-  auto it = std::lower_bound(chunks.begin(), chunks.end(), blob_offset,
-                             [](const ChunkRecord& chunk, uint64_t offset) { return chunk.blob_offset < offset; });
+  auto it =
+      std::lower_bound(chunks.begin(), chunks.end(), blob_offset,
+                       [](const ChunkRecord& chunk, uint64_t offset) { return chunk.blob_offset < offset; });
   return static_cast<uint64_t>(it - chunks.begin());
 }
 
@@ -24,8 +25,8 @@ struct Member {
   std::vector<uint64_t> chunks;
 };
 
-// Chunks that nobody asked for are taken only where they overlap no other, so a hostile table of contents cannot make one
-// member yield more bytes than it holds.
+// Chunks that nobody asked for are taken only where they overlap no other, so a hostile table of contents
+// cannot make one member yield more bytes than it holds.
 void DropOverlapping(Chunks all, const std::vector<uint64_t>& demanded, std::vector<uint64_t>* ids) {
   uint64_t end = 0;
   std::erase_if(*ids, [&](uint64_t id) {
@@ -37,14 +38,15 @@ void DropOverlapping(Chunks all, const std::vector<uint64_t>& demanded, std::vec
   });
 }
 
-// More compressed bytes than any sane compressor makes of `bytes`: a member's end in the table of contents is only where
-// the next one begins, and may be far away.
+// More compressed bytes than any sane compressor makes of `bytes`: a member's end in the table of contents is
+// only where the next one begins, and may be far away.
 uint64_t CompressedBound(uint64_t bytes) { return bytes + bytes / 8 + 64 * 1024; }
 
 // Sorts ids into members, in blob order.
 std::vector<Member> Members(Chunks all, const std::vector<uint64_t>& demanded, std::vector<uint64_t> ids) {
   std::sort(ids.begin(), ids.end(), [&](uint64_t a, uint64_t b) {
-    return std::tie(all[a].blob_offset, all[a].inner_offset, a) < std::tie(all[b].blob_offset, all[b].inner_offset, b);
+    return std::tie(all[a].blob_offset, all[a].inner_offset, a) <
+           std::tie(all[b].blob_offset, all[b].inner_offset, b);
   });
   std::vector<Member> members;
   for (uint64_t id : ids) {
@@ -78,7 +80,8 @@ std::vector<Join> JoinMembers(const std::vector<Member>& members, uint64_t max_b
     if (!joins.empty()) {
       const PlannedFetch& last = joins.back().fetch;
       uint64_t last_end = last.offset + last.length;
-      join = member.offset <= last_end + kJoinGapBytes && std::max(member.end, last_end) - last.offset <= max_bytes;
+      join = member.offset <= last_end + kJoinGapBytes &&
+             std::max(member.end, last_end) - last.offset <= max_bytes;
     }
     if (!join) joins.push_back({{member.offset, 0, {}}, false});
     Join& into = joins.back();
@@ -90,7 +93,8 @@ std::vector<Join> JoinMembers(const std::vector<Member>& members, uint64_t max_b
 }
 
 // Adds the company of one demanded chunk: the rest of its member, and of its window if it is small.
-void AddCompany(Chunks all, uint64_t id, uint64_t neighbourhood, const IsWanted& wanted, std::vector<uint64_t>* ids) {
+void AddCompany(Chunks all, uint64_t id, uint64_t neighbourhood, const IsWanted& wanted,
+                std::vector<uint64_t>* ids) {
   const ChunkRecord& chunk = all[id];
   uint64_t from = chunk.blob_offset;
   uint64_t to = chunk.blob_offset + 1;
@@ -100,7 +104,8 @@ void AddCompany(Chunks all, uint64_t id, uint64_t neighbourhood, const IsWanted&
     to = from + neighbourhood;
   }
   size_t taken = 0;
-  for (uint64_t i = FirstAt(all, from); i < all.size() && all[i].blob_offset < to && taken < kMaxCompany; i++) {
+  for (uint64_t i = FirstAt(all, from); i < all.size() && all[i].blob_offset < to && taken < kMaxCompany;
+       i++) {
     if (i == id || all[i].blob_offset < from) continue;
     bool same_member = all[i].blob_offset == chunk.blob_offset;
     bool neighbour = small && all[i].size <= neighbourhood && all[i].blob_end <= to;
@@ -137,7 +142,8 @@ std::vector<PlannedFetch> PlanDemand(Chunks chunks, std::vector<uint64_t> demand
   return fetches;
 }
 
-std::optional<PlannedFetch> PlanPrefetch(Chunks chunks, uint64_t* cursor, uint64_t blob_end, const IsWanted& wanted) {
+std::optional<PlannedFetch> PlanPrefetch(Chunks chunks, uint64_t* cursor, uint64_t blob_end,
+                                         const IsWanted& wanted) {
   std::vector<uint64_t> ids;
   uint64_t start = 0;
   uint64_t end = 0;
@@ -147,7 +153,8 @@ std::optional<PlannedFetch> PlanPrefetch(Chunks chunks, uint64_t* cursor, uint64
     if (ids.empty()) {
       start = chunk.blob_offset;
     } else if (chunk.blob_offset != chunks[ids.back()].blob_offset &&
-               (chunk.blob_offset < start || chunk.blob_offset > end + kJoinGapBytes || chunk.blob_end - start > kPrefetchPieceBytes)) {
+               (chunk.blob_offset < start || chunk.blob_offset > end + kJoinGapBytes ||
+                chunk.blob_end - start > kPrefetchPieceBytes)) {
       break;
     }
     ids.push_back(*cursor);

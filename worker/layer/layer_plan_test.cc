@@ -77,7 +77,8 @@ TEST(PlanDemand, OverlappingCompanyOfAHostileMemberIsLeftOut) {
 }
 
 TEST(PlanDemand, ChunksOfAHostileIndexInAnyOrderGiveRangesThatHoldThem) {
-  std::vector<ChunkRecord> chunks = {Chunk(90'000, 91'000), Chunk(10, 20), Chunk(50'000, 60'000), Chunk(30, 90'000)};
+  std::vector<ChunkRecord> chunks = {Chunk(90'000, 91'000), Chunk(10, 20), Chunk(50'000, 60'000),
+                                     Chunk(30, 90'000)};
   auto plans = PlanDemand(chunks, {0, 1, 2, 3}, kWindow, Everything);
   size_t found = 0;
   for (const PlannedFetch& plan : plans) {

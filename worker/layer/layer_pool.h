@@ -1,8 +1,9 @@
-// The threads of a LayerReader: completion threads that run tasks which may block on the local disk, and one timer
-// thread for deadlines.
+// The threads of a LayerReader: completion threads that run tasks which may block on the local disk, and one
+// timer thread for deadlines.
 //
-// Locks: mutex_ only; no task and no expiry runs under it. Thread safety: all methods. Stop waits for the tasks that run; those
-// queued are destroyed without running, and what is still registered is handed back for the caller to fail.
+// Locks: mutex_ only; no task and no expiry runs under it. Thread safety: all methods. Stop waits for the
+// tasks that run; those queued are destroyed without running, and what is still registered is handed back for
+// the caller to fail.
 #pragma once
 
 #include <cstdint>

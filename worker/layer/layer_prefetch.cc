@@ -1,5 +1,5 @@
-// What is fetched before it is asked for: the range the image's author marked, and the next chunk of a file that is read
-// forward.
+// What is fetched before it is asked for: the range the image's author marked, and the next chunk of a file
+// that is read forward.
 #include <utility>
 
 #include "worker/layer/layer_impl.h"
@@ -21,7 +21,8 @@ void LayerImpl::FollowSequence(uint64_t nodeid, const std::vector<ChunkPart>& pa
   {
     MutexLock lock(&sequence_mutex_);
     auto it = expected_.find(nodeid);
-    for (const ChunkPart& part : parts) forward = forward || (it != expected_.end() && it->second == part.chunk);
+    for (const ChunkPart& part : parts)
+      forward = forward || (it != expected_.end() && it->second == part.chunk);
     if (!forward && !missed) return;
     if (expected_.size() >= kMaxSequences && it == expected_.end()) expected_.clear();
     expected_[nodeid] = next;
@@ -43,7 +44,8 @@ FetchScheduler::PrefetchJob LayerImpl::ReadAheadJob(uint64_t chunk) {
 }
 
 FetchScheduler::PrefetchJob LayerImpl::RangeJob(uint64_t blob_end) {
-  return [weak = weak_from_this(), blob_end, cursor = uint64_t{0}]() mutable -> std::optional<FetchScheduler::Start> {
+  return [weak = weak_from_this(), blob_end,
+          cursor = uint64_t{0}]() mutable -> std::optional<FetchScheduler::Start> {
     auto self = weak.lock();
     if (self == nullptr) return std::nullopt;
     return self->NextPrefetch(&cursor, blob_end);
@@ -81,7 +83,9 @@ FetchScheduler::Start LayerImpl::PrefetchStart(PlannedFetch plan) {
   fetch->priority = cache::Priority::kPrefetch;
   fetch->deadline = shared_->options.clock->BootNanos() + kPrefetchNanos;
   uint64_t bytes = fetch->plan.length;
-  return {bytes, [self = shared_from_this(), fetch = std::move(fetch)]() mutable { self->StartFetch(std::move(fetch)); }};
+  return {bytes, [self = shared_from_this(), fetch = std::move(fetch)]() mutable {
+            self->StartFetch(std::move(fetch));
+          }};
 }
 
 void LayerImpl::StartPrefetch() {

@@ -30,12 +30,13 @@ struct ChunkBytes {
 // Appends the part; joins what follows on disk.
 void AppendSegment(const ChunkPart& part, const ChunkBytes& bytes, ReadResult* result);
 
-// Thread safety: all methods. `done` runs on the thread that supplies the last part, fails the read, or expires it.
+// Thread safety: all methods. `done` runs on the thread that supplies the last part, fails the read, or
+// expires it.
 class PendingRead final : public Expiring, public std::enable_shared_from_this<PendingRead> {
  public:
   using Done = std::function<void(absl::StatusOr<ReadResult>)>;
-  PendingRead(std::shared_ptr<CompletionPool> pool, std::vector<ChunkPart> parts, uint64_t deadline_boot_nanos,
-              Done done);
+  PendingRead(std::shared_ptr<CompletionPool> pool, std::vector<ChunkPart> parts,
+              uint64_t deadline_boot_nanos, Done done);
 
   const std::vector<ChunkPart>& parts() const { return parts_; }
   uint64_t deadline() const { return deadline_; }

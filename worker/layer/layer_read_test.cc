@@ -59,7 +59,8 @@ TEST_P(ReadsOf, RandomRangesAreRightColdAndWarmFromManyThreads) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Blobs, ReadsOf,
-                         testing::Values(Shape{"OneChunkAFile", {}}, Shape{"SmallChunks", {.chunk_size = 32 * 1024}},
+                         testing::Values(Shape{"OneChunkAFile", {}},
+                                         Shape{"SmallChunks", {.chunk_size = 32 * 1024}},
                                          Shape{"SharedMembers", {.min_chunk_size = 50'000}},
                                          Shape{"Both", {.chunk_size = 100'000, .min_chunk_size = 250'000}}),
                          [](const auto& param) { return param.param.name; });
@@ -109,7 +110,8 @@ TEST_F(LayerReadTest, AMissBringsItsNeighbourhoodOfSmallFiles) {
   uint64_t window = ChunkOf("f20").blob_offset / 65536;
   size_t near = 0;
   for (const auto& [name, truth] : files_) {
-    bool inside = ChunkOf(name).blob_offset / 65536 == window && ChunkOf(name).blob_end <= (window + 1) * 65536;
+    bool inside =
+        ChunkOf(name).blob_offset / 65536 == window && ChunkOf(name).blob_end <= (window + 1) * 65536;
     if (inside) {
       // The read was answered as soon as its own chunk was there: the others follow within the same fetch.
       ASSERT_EQ(*Read(name), truth);

@@ -7,13 +7,15 @@ namespace {
 
 class LayerReaderImpl final : public LayerReader {
  public:
-  explicit LayerReaderImpl(const LayerReaderOptions& options) : shared_(std::make_shared<ReaderShared>(options)) {}
+  explicit LayerReaderImpl(const LayerReaderOptions& options)
+      : shared_(std::make_shared<ReaderShared>(options)) {}
   ~LayerReaderImpl() override {
     shared_->scheduler.Stop();
     shared_->pool->Stop();
   }
 
-  std::shared_ptr<Layer> Open(std::shared_ptr<const LayerIndex> index, std::shared_ptr<cache::LayerContent> content,
+  std::shared_ptr<Layer> Open(std::shared_ptr<const LayerIndex> index,
+                              std::shared_ptr<cache::LayerContent> content,
                               std::shared_ptr<cache::BlobSource> source) override {
     return std::make_shared<LayerImpl>(shared_, std::move(index), std::move(content), std::move(source));
   }

@@ -5,7 +5,8 @@
 namespace holdfast::layer {
 namespace {
 
-// Enough to keep a link busy across a round trip, few enough that what is demanded next shares it with little.
+// Enough to keep a link busy across a round trip, few enough that what is demanded next shares it with
+// little.
 constexpr int kPrefetchRunning = 2;
 constexpr size_t kMaxJobs = 4096;
 

@@ -1,8 +1,9 @@
-// Decides when a fetch begins, for all layers of a reader: bounds the bytes that are on their way (they are held in memory
-// until they are verified), lets demand go first, and holds prefetch back while the worker is parked.
+// Decides when a fetch begins, for all layers of a reader: bounds the bytes that are on their way (they are
+// held in memory until they are verified), lets demand go first, and holds prefetch back while the worker is
+// parked.
 //
-// What is to be prefetched is decided only when its turn comes (a job yields one fetch after the other), so a chunk that is
-// demanded meanwhile is simply demanded.
+// What is to be prefetched is decided only when its turn comes (a job yields one fetch after the other), so a
+// chunk that is demanded meanwhile is simply demanded.
 //
 // Locks: mutex_ only; nothing of a layer is called under it. Thread safety: all methods.
 #pragma once

@@ -1,5 +1,5 @@
-// Shared by the tests of reading: a real eStargz blob, its real index and content store, and a source whose network is
-// a variable.
+// Shared by the tests of reading: a real eStargz blob, its real index and content store, and a source whose
+// network is a variable.
 #pragma once
 
 #include <sys/stat.h>
@@ -46,7 +46,8 @@ class FakeSource final : public cache::BlobSource {
   using Answer = std::function<absl::StatusOr<std::string>(size_t n, std::string bytes)>;
 
   explicit FakeSource(std::string blob) : blob_(std::move(blob)), thread_([this] { Serve(); }) {}
-  // Answers what is left and ends the thread. Explicit, because the last reference may go on that very thread.
+  // Answers what is left and ends the thread. Explicit, because the last reference may go on that very
+  // thread.
   void Stop() {
     {
       MutexLock lock(&mutex_);
@@ -119,7 +120,8 @@ class FakeSource final : public cache::BlobSource {
   mutable Mutex mutex_;
   mutable CondVar changed_;
   std::vector<Request> requests_ ABSL_GUARDED_BY(mutex_);
-  std::deque<std::pair<size_t, std::function<void(absl::StatusOr<std::string>)>>> queue_ ABSL_GUARDED_BY(mutex_);
+  std::deque<std::pair<size_t, std::function<void(absl::StatusOr<std::string>)>>> queue_
+      ABSL_GUARDED_BY(mutex_);
   Answer answer_ ABSL_GUARDED_BY(mutex_);
   bool held_ ABSL_GUARDED_BY(mutex_) = false;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
@@ -159,7 +161,8 @@ class LayerTest : public testing::Test {
     End();
   }
 
-  void MakeBlob(std::vector<toc::testing::WriterEntry> entries, const toc::testing::WriterOptions& options = {}) {
+  void MakeBlob(std::vector<toc::testing::WriterEntry> entries,
+                const toc::testing::WriterOptions& options = {}) {
     for (const auto& entry : entries) {
       if (entry.type == toc::Type::kRegular) files_.emplace_back(entry.name, entry.content);
     }
@@ -213,8 +216,9 @@ class LayerTest : public testing::Test {
   Pending Begin(const std::string& name, uint64_t offset, uint64_t size, uint64_t deadline) {
     auto promise = std::make_shared<std::promise<absl::StatusOr<ReadResult>>>();
     Pending pending = promise->get_future();
-    layer_->ReadAsync(NodeOf(name), offset, size, deadline,
-                      [promise](absl::StatusOr<ReadResult> result) { promise->set_value(std::move(result)); });
+    layer_->ReadAsync(NodeOf(name), offset, size, deadline, [promise](absl::StatusOr<ReadResult> result) {
+      promise->set_value(std::move(result));
+    });
     return pending;
   }
   static absl::StatusOr<ReadResult> Await(Pending* pending) {

@@ -25,14 +25,17 @@ constexpr char kRowPrefix[] = "snap/";
 constexpr char kNextIdKey[] = "id/next";
 constexpr char kSchemaKey[] = "meta/schema";
 constexpr char kSchemaValue[] = "1";
-// Small, so that little is left in the log for the next open: it happens inside a swap, while containerd waits.
+// Small, so that little is left in the log for the next open: it happens inside a swap, while containerd
+// waits.
 constexpr size_t kWriteBufferBytes = 1 << 20;
 constexpr size_t kBlockCacheBytes = 256 << 10;  // rows are read once, at open
-// Ids are reserved in blocks: one synced write serves this many Prepares; a crash skips at most as many numbers.
+// Ids are reserved in blocks: one synced write serves this many Prepares; a crash skips at most as many
+// numbers.
 constexpr uint64_t kIdBlock = 64;
 constexpr int kLockRetryMillis = 2;
 
-// LevelDB's own log says nothing an operator needs, and opening it would rename the log of the process that holds the lock.
+// LevelDB's own log says nothing an operator needs, and opening it would rename the log of the process that
+// holds the lock.
 class SilentLogger final : public leveldb::Logger {
  public:
   void Logv(const char*, std::va_list) override {}
@@ -112,7 +115,8 @@ class LevelStore final : public MetadataStore {
   std::vector<std::shared_ptr<const SnapshotRow>> ChildrenOf(const std::string& parent) const override {
     MutexLock lock(&mutex_);
     std::vector<std::shared_ptr<const SnapshotRow>> result;
-    for (auto it = by_parent_.lower_bound({parent, ""}); it != by_parent_.end() && it->first == parent; ++it) {
+    for (auto it = by_parent_.lower_bound({parent, ""}); it != by_parent_.end() && it->first == parent;
+         ++it) {
       result.push_back(rows_.at(it->second));
     }
     return result;
@@ -177,7 +181,8 @@ class LevelStore final : public MetadataStore {
     }
     HF_RETURN_IF_ERROR(FromLevelDb(status, folder_));
     if (value == kSchemaValue) return absl::OkStatus();
-    return FailedPrecondition("metadata store " + folder_ + " has schema " + value + ", this build reads " + kSchemaValue);
+    return FailedPrecondition("metadata store " + folder_ + " has schema " + value + ", this build reads " +
+                              kSchemaValue);
   }
 
   absl::Status Load() {
@@ -247,8 +252,8 @@ class LevelStore final : public MetadataStore {
     return status;
   }
 
-  // A batch that was reported as failed may still be in LevelDB's log. What it touched is set back to what callers saw, as part of the
-  // next batch.
+  // A batch that was reported as failed may still be in LevelDB's log. What it touched is set back to what
+  // callers saw, as part of the next batch.
   leveldb::WriteBatch Repairs() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     leveldb::WriteBatch batch;
     for (const std::string& key : uncertain_) {
@@ -294,8 +299,8 @@ class LevelStore final : public MetadataStore {
     return status;
   }
 
-  // After a failed write LevelDB's log has a torn record, behind which it would write records that recovery cannot
-  // read. Opening again starts a new log.
+  // After a failed write LevelDB's log has a torn record, behind which it would write records that recovery
+  // cannot read. Opening again starts a new log.
   absl::Status Reopen() {
     db_.reset();
     leveldb::Status status = OpenDatabase();
@@ -327,7 +332,8 @@ class LevelStore final : public MetadataStore {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<MetadataStore>> MetadataStore::Open(const std::string& folder, uint64_t lock_wait_nanos,
+absl::StatusOr<std::unique_ptr<MetadataStore>> MetadataStore::Open(const std::string& folder,
+                                                                   uint64_t lock_wait_nanos,
                                                                    FaultPoints* faults) {
   auto store = std::make_unique<LevelStore>(folder, faults);
   HF_RETURN_IF_ERROR(store->Start(lock_wait_nanos));

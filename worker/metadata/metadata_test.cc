@@ -82,10 +82,13 @@ TEST_F(MetadataTest, ThreadsThatWriteAtOnceShareASyncedBatch) {
   ASSERT_TRUE(faults.WaitFired("metadata.write.before", 1, 10));
   std::vector<std::thread> threads;
   for (uint64_t i = 0; i < 16; i++) {
-    threads.emplace_back([&, i] { EXPECT_TRUE(store->Apply({{Row("k" + std::to_string(i), i + 2)}, {}}).ok()); });
+    threads.emplace_back([&, i] {
+      EXPECT_TRUE(store->Apply({{Row("k" + std::to_string(i), i + 2)}, {}}).ok());
+    });
   }
   uint64_t give_up = Clock::Real()->BootNanos() + 10 * kSecond;
-  while (faults.passes("metadata.write.queued") < 17 && Clock::Real()->BootNanos() < give_up) std::this_thread::yield();
+  while (faults.passes("metadata.write.queued") < 17 && Clock::Real()->BootNanos() < give_up)
+    std::this_thread::yield();
   faults.Release("metadata.write.before");
   first.join();
   for (auto& thread : threads) thread.join();
@@ -183,7 +186,8 @@ TEST_F(MetadataTest, AFullDiskIsResourceExhaustedAndNothingChanged) {
 TEST_F(MetadataTest, ADamagedStoreIsDataLossThatNamesTheFolder) {
   {
     auto store = MustOpen(folder_);
-    for (uint64_t i = 0; i < 50; i++) ASSERT_TRUE(store->Apply({{Row("k" + std::to_string(i), i + 1)}, {}}).ok());
+    for (uint64_t i = 0; i < 50; i++)
+      ASSERT_TRUE(store->Apply({{Row("k" + std::to_string(i), i + 1)}, {}}).ok());
   }
   int damaged = 0;
   for (const auto& entry : std::filesystem::directory_iterator(folder_)) {

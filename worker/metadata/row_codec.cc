@@ -11,9 +11,12 @@ constexpr int kRowVersion = 1;
 
 const char* KindName(Kind kind) {
   switch (kind) {
-    case Kind::kActive: return "active";
-    case Kind::kView: return "view";
-    case Kind::kCommitted: return "committed";
+    case Kind::kActive:
+      return "active";
+    case Kind::kView:
+      return "view";
+    case Kind::kCommitted:
+      return "committed";
   }
   return "active";
 }

@@ -1,9 +1,11 @@
-// The stored form of a SnapshotRow: one JSON object on one line, keys sorted. The same bytes are the value of snap/<key> in
-// LevelDB and the content of snapshots/<id>/snapshot.json.
+// The stored form of a SnapshotRow: one JSON object on one line, keys sorted. The same bytes are the value of
+// snap/<key> in LevelDB and the content of snapshots/<id>/snapshot.json.
 //
-// Format, version 1: {"v":1,"key","parent","kind":"active|view|committed","id","created","updated","labels":{},
-// "usage_bytes","usage_inodes"} and for a lazily served layer "lazy_digest","lazy_image","lazy_index","lazy_blob_size",
-// "lazy_tenant". Times are wall-clock nanoseconds. Fields are only ever added; a reader keeps what it does not know.
+// Format, version 1:
+// {"v":1,"key","parent","kind":"active|view|committed","id","created","updated","labels":{},
+// "usage_bytes","usage_inodes"} and for a lazily served layer
+// "lazy_digest","lazy_image","lazy_index","lazy_blob_size", "lazy_tenant". Times are wall-clock nanoseconds.
+// Fields are only ever added; a reader keeps what it does not know.
 #pragma once
 
 #include <string>

@@ -54,8 +54,9 @@ TEST(RowCodec, KeepsFieldsOfANewerBuildWhenTheRowIsRewritten) {
 }
 
 TEST(RowCodec, RefusesWhatIsNotARow) {
-  for (const char* bytes : {"", "[]", "{}", "{\"v\":1}", "\xff\xfe", R"({"v":1,"key":7,"id":1,"kind":"active"})",
-                            R"({"v":1,"key":"k","id":1,"kind":"what"})", R"({"v":1,"key":"k","kind":"active"})"}) {
+  for (const char* bytes :
+       {"", "[]", "{}", "{\"v\":1}", "\xff\xfe", R"({"v":1,"key":7,"id":1,"kind":"active"})",
+        R"({"v":1,"key":"k","id":1,"kind":"what"})", R"({"v":1,"key":"k","kind":"active"})"}) {
     EXPECT_EQ(DecodeRow(bytes).status().code(), absl::StatusCode::kDataLoss) << bytes;
   }
   EXPECT_EQ(DecodeRow(R"({"v":2,"key":"k","id":1,"kind":"active"})").status().code(),

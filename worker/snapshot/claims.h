@@ -1,6 +1,7 @@
-// Locks on snapshot names. A call claims every name it is about to create, change or erase exclusively, and the parents it
-// relies on as shared; all or nothing, so claims cannot deadlock. Held only around one metadata change (check, then
-// write), never while the network is waited for. Readers (Stat, List) claim nothing.
+// Locks on snapshot names. A call claims every name it is about to create, change or erase exclusively, and
+// the parents it relies on as shared; all or nothing, so claims cannot deadlock. Held only around one
+// metadata change (check, then write), never while the network is waited for. Readers (Stat, List) claim
+// nothing.
 #pragma once
 
 #include <map>

@@ -1,5 +1,5 @@
-// For tests: a LayerMounter that mounts a tmpfs with one file per layer. Calls can be made to fail or to hang. Everything is
-// unmounted by the destructor. Thread-safe.
+// For tests: a LayerMounter that mounts a tmpfs with one file per layer. Calls can be made to fail or to
+// hang. Everything is unmounted by the destructor. Thread-safe.
 #pragma once
 
 #include <fcntl.h>
@@ -24,8 +24,9 @@ class FakeMounter final : public LayerMounter {
     for (const auto& [id, folder] : mounted_) umount2(folder.c_str(), MNT_DETACH);
   }
 
-  absl::StatusOr<MountedLayer> Mount(const LayerRequest& request, uint64_t snapshot_id, const std::string& folder,
-                                     const std::vector<ParentLayer>& parents, uint64_t) override {
+  absl::StatusOr<MountedLayer> Mount(const LayerRequest& request, uint64_t snapshot_id,
+                                     const std::string& folder, const std::vector<ParentLayer>& parents,
+                                     uint64_t) override {
     MutexLock lock(&mutex_);
     requests_.push_back(request);
     parents_ = parents;

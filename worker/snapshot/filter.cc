@@ -23,9 +23,12 @@ struct Selector {
 
 const char* KindText(metadata::Kind kind) {
   switch (kind) {
-    case metadata::Kind::kActive: return "active";
-    case metadata::Kind::kView: return "view";
-    case metadata::Kind::kCommitted: return "committed";
+    case metadata::Kind::kActive:
+      return "active";
+    case metadata::Kind::kView:
+      return "view";
+    case metadata::Kind::kCommitted:
+      return "committed";
   }
   return "";
 }
@@ -52,10 +55,14 @@ std::optional<std::string> FieldOf(const metadata::SnapshotRow& row, const std::
 bool SelectorMatches(const Selector& selector, const metadata::SnapshotRow& row) {
   std::optional<std::string> field = FieldOf(row, selector.path);
   switch (selector.op) {
-    case Operator::kPresent: return field.has_value();
-    case Operator::kEqual: return field.has_value() && *field == selector.value;
-    case Operator::kNotEqual: return field.value_or("") != selector.value;
-    case Operator::kMatches: return re2::RE2::PartialMatch(field.value_or(""), *selector.regex);
+    case Operator::kPresent:
+      return field.has_value();
+    case Operator::kEqual:
+      return field.has_value() && *field == selector.value;
+    case Operator::kNotEqual:
+      return field.value_or("") != selector.value;
+    case Operator::kMatches:
+      return re2::RE2::PartialMatch(field.value_or(""), *selector.regex);
   }
   return false;
 }

@@ -6,8 +6,9 @@
 //   operator := "==" | "!=" | "~="                value    := quoted | characters up to a space or ','
 //   quoted   := a Go string "..."; after "~=" also /.../ or |...|
 //
-// Fields: name, parent, kind (active, view, committed), labels.<key>. An unknown field is absent, which is no error.
-// Input is untrusted; expressions run on RE2 (linear time, bounded memory). Immutable after Parse, so thread-safe.
+// Fields: name, parent, kind (active, view, committed), labels.<key>. An unknown field is absent, which is no
+// error. Input is untrusted; expressions run on RE2 (linear time, bounded memory). Immutable after Parse, so
+// thread-safe.
 #pragma once
 
 #include <memory>

@@ -10,7 +10,8 @@ metadata::SnapshotRow Sample() {
   row.key = "default/7/sha256:aa";
   row.parent = "remote/2";
   row.kind = metadata::Kind::kCommitted;
-  row.labels = {{"containerd.io/snapshot.ref", "sha256:bbb"}, {"l", "2"}, {"a.b", "x,y z"}, {"umlaut", "\xc3\xbc"}};
+  row.labels = {
+      {"containerd.io/snapshot.ref", "sha256:bbb"}, {"l", "2"}, {"a.b", "x,y z"}, {"umlaut", "\xc3\xbc"}};
   return row;
 }
 
@@ -26,22 +27,39 @@ TEST(Filter, MatchesWhatContainerdSends) {
 }
 
 TEST(Filter, KnowsEveryOperator) {
-  for (const char* yes :
-       {"", "  ", "kind==committed", "kind!=active", "name==default/7/sha256:aa", "labels.l", "labels.l==2", "parent!=\"\"",
-        "labels.\"a.b\"==\"x,y z\"", "labels.a.b", "name~=^default/", "name~=/^default\\/7/", "labels.l~=|^[0-9]$|",
-        "labels.nothing!=x", "labels.umlaut==\"\\u00fc\"", "labels.umlaut==\"\\xc3\\xbc\"", " kind == committed , labels.l == 2 ",
-        "name", "parent", "nonsense!=x"}) {
+  for (const char* yes : {"",
+                          "  ",
+                          "kind==committed",
+                          "kind!=active",
+                          "name==default/7/sha256:aa",
+                          "labels.l",
+                          "labels.l==2",
+                          "parent!=\"\"",
+                          "labels.\"a.b\"==\"x,y z\"",
+                          "labels.a.b",
+                          "name~=^default/",
+                          "name~=/^default\\/7/",
+                          "labels.l~=|^[0-9]$|",
+                          "labels.nothing!=x",
+                          "labels.umlaut==\"\\u00fc\"",
+                          "labels.umlaut==\"\\xc3\\xbc\"",
+                          " kind == committed , labels.l == 2 ",
+                          "name",
+                          "parent",
+                          "nonsense!=x"}) {
     EXPECT_TRUE(Matches(yes)) << yes;
   }
-  for (const char* no : {"kind==active", "labels.l==3", "labels.nothing", "labels.nothing==\"\"", "labels.nothing!=\"\"", "labels",
-                         "nonsense", "nonsense==x", "name~=^x", "kind==committed,labels.l==3"}) {
+  for (const char* no :
+       {"kind==active", "labels.l==3", "labels.nothing", "labels.nothing==\"\"", "labels.nothing!=\"\"",
+        "labels", "nonsense", "nonsense==x", "name~=^x", "kind==committed,labels.l==3"}) {
     EXPECT_FALSE(Matches(no)) << no;
   }
 }
 
 TEST(Filter, RefusesWhatIsNotAFilter) {
-  for (const char* bad : {"==", "name=", "name=x", "name==", "name==a b", "name==\"a", "name==\"a\"b", "a..b", "a.", ",", "name,",
-                          "name~=(", "name==\"\\q\"", "name==\"\\ud800\"", "name==\"\\x4\"", "a b", "name==\"a\nb\"", "\x01"}) {
+  for (const char* bad : {"==", "name=", "name=x", "name==", "name==a b", "name==\"a", "name==\"a\"b", "a..b",
+                          "a.", ",", "name,", "name~=(", "name==\"\\q\"", "name==\"\\ud800\"",
+                          "name==\"\\x4\"", "a b", "name==\"a\nb\"", "\x01"}) {
     EXPECT_EQ(Filter::Parse(bad).status().code(), absl::StatusCode::kInvalidArgument) << bad;
   }
   EXPECT_EQ(Filter::Parse(std::string(70'000, 'a')).status().code(), absl::StatusCode::kInvalidArgument);

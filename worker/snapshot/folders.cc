@@ -34,7 +34,8 @@ absl::Status CopyOwner(const std::string& from, const std::string& to) {
 
 class Scanner {
  public:
-  Scanner(uint64_t deadline, const std::atomic<bool>& cancelled) : deadline_(deadline), cancelled_(cancelled) {}
+  Scanner(uint64_t deadline, const std::atomic<bool>& cancelled)
+      : deadline_(deadline), cancelled_(cancelled) {}
 
   // Takes `fd`.
   void Walk(int fd, int depth) {
@@ -120,7 +121,8 @@ class Remover {
     if (statx(parent, name.c_str(), flags, STATX_TYPE, &st) != 0) {
       return errno == ENOENT ? absl::OkStatus() : ErrnoStatus(errno, "stat " + shown);
     }
-    if ((st.stx_attributes & STATX_ATTR_MOUNT_ROOT) != 0) return FailedPrecondition(shown + " is a mount point");
+    if ((st.stx_attributes & STATX_ATTR_MOUNT_ROOT) != 0)
+      return FailedPrecondition(shown + " is a mount point");
     if (!S_ISDIR(st.stx_mode)) return ErrnoStatus(EPERM, "unlink " + shown);
     if (depth >= kMaxDepth) return MoveToTop(parent, name, shown);
     int child = openat(parent, name.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
@@ -133,8 +135,10 @@ class Remover {
   }
 
   absl::Status MoveToTop(int parent, const std::string& name, const std::string& shown) {
-    std::string target = "deep." + std::to_string(Clock::Real()->BootNanos()) + "." + std::to_string(moves_++);
-    if (renameat(parent, name.c_str(), top_, target.c_str()) != 0) return ErrnoStatus(errno, "rename " + shown);
+    std::string target =
+        "deep." + std::to_string(Clock::Real()->BootNanos()) + "." + std::to_string(moves_++);
+    if (renameat(parent, name.c_str(), top_, target.c_str()) != 0)
+      return ErrnoStatus(errno, "rename " + shown);
     moved_ = true;
     return absl::OkStatus();
   }
@@ -181,7 +185,8 @@ absl::Status Folders::Describe(const metadata::SnapshotRow& row) const {
   absl::StatusOr<UniqueFd> fd = OpenFile(temporary, O_WRONLY | O_CREAT | O_TRUNC);
   absl::Status status = fd.status();
   if (status.ok()) status = PwriteFull(fd->get(), bytes.data(), bytes.size(), 0);
-  if (status.ok() && rename(temporary.c_str(), path.c_str()) != 0) status = ErrnoStatus(errno, "rename to " + path);
+  if (status.ok() && rename(temporary.c_str(), path.c_str()) != 0)
+    status = ErrnoStatus(errno, "rename to " + path);
   return AsPlainFailure(Annotate(status, "describe snapshot " + std::to_string(row.id)));
 }
 
@@ -197,7 +202,8 @@ absl::StatusOr<std::vector<uint64_t>> Folders::Ids() const {
   return ids;
 }
 
-TreeUsage Folders::Scan(const std::string& path, uint64_t deadline_boot_nanos, const std::atomic<bool>& cancelled) {
+TreeUsage Folders::Scan(const std::string& path, uint64_t deadline_boot_nanos,
+                        const std::atomic<bool>& cancelled) {
   Scanner scanner(deadline_boot_nanos, cancelled);
   scanner.usage.complete = true;
   struct stat st;

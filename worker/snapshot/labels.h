@@ -1,5 +1,5 @@
-// What containerd's labels say about a layer. Annotations of an image manifest reach us as labels, so an image's author
-// may have written any of them: everything is checked before it is used.
+// What containerd's labels say about a layer. Annotations of an image manifest reach us as labels, so an
+// image's author may have written any of them: everything is checked before it is used.
 //
 // Sources: containerd.io/snapshot/cri.{image-ref,layer-digest,image-layers} (CRI, nerdctl, docker) and
 // containerd.io/snapshot/remote/stargz.{reference,digest,layers} (ctr-remote).
@@ -20,7 +20,8 @@ using Labels = std::map<std::string, std::string>;
 inline constexpr char kTargetLabel[] = "containerd.io/snapshot.ref";
 inline constexpr char kRemoteLabel[] = "containerd.io/snapshot/remote";
 inline constexpr char kRemoteLabelValue[] = "remote snapshot";
-// Set by containerd 2.4: the chain below this layer. With an empty parent it means that layers are unpacked in parallel.
+// Set by containerd 2.4: the chain below this layer. With an empty parent it means that layers are unpacked
+// in parallel.
 inline constexpr char kParentChainLabel[] = "containerd.io/snapshot/parent-chain-id";
 
 // sha256:<64 lower-case hexadecimal digits>
@@ -36,8 +37,8 @@ const std::string& LabelOr(const Labels& labels, const std::string& name);
 // Without labels of empty value: containerd drops those.
 Labels WithoutEmpty(const Labels& labels);
 
-// One request for each source that names the layer, in the order to try them. FailedPrecondition when there is none
-// or one is malformed.
+// One request for each source that names the layer, in the order to try them. FailedPrecondition when there
+// is none or one is malformed.
 absl::StatusOr<std::vector<LayerRequest>> LayerRequestsFrom(const Labels& labels, std::string_view key);
 
 }  // namespace holdfast::snapshot

@@ -39,15 +39,17 @@ TEST(LayerLabels, CriComesBeforeCtrRemote) {
 }
 
 TEST(LayerLabels, HostileValuesAreRefused) {
-  for (const char* reference : {"", "../../etc/passwd", "host/../x", "host//x", "/host/x", "host/x y", "host/x\n", "http://host/x?y",
-                                "host/\xc3\xbc"}) {
+  for (const char* reference : {"", "../../etc/passwd", "host/../x", "host//x", "/host/x", "host/x y",
+                                "host/x\n", "http://host/x?y", "host/\xc3\xbc"}) {
     Labels labels = CriLabels();
     labels["containerd.io/snapshot/cri.image-ref"] = reference;
-    EXPECT_EQ(LayerRequestsFrom(labels, "").status().code(), absl::StatusCode::kFailedPrecondition) << reference;
+    EXPECT_EQ(LayerRequestsFrom(labels, "").status().code(), absl::StatusCode::kFailedPrecondition)
+        << reference;
   }
   EXPECT_FALSE(IsReference(std::string(1025, 'a')));
-  for (const std::string& digest : {std::string(), std::string("sha256:"), "sha256:" + std::string(64, 'A'),
-                                    "sha512:" + std::string(64, 'a'), kDigest + "a", "sha256:" + std::string(64, '/')}) {
+  for (const std::string& digest :
+       {std::string(), std::string("sha256:"), "sha256:" + std::string(64, 'A'),
+        "sha512:" + std::string(64, 'a'), kDigest + "a", "sha256:" + std::string(64, '/')}) {
     Labels labels = CriLabels();
     labels["containerd.io/snapshot/cri.layer-digest"] = digest;
     EXPECT_EQ(LayerRequestsFrom(labels, "").status().code(), absl::StatusCode::kFailedPrecondition) << digest;
@@ -75,7 +77,8 @@ TEST(LayerLabels, AnImageCannotSwitchVerificationOffOrNameTooManyNeighbours) {
 TEST(LayerLabels, TheTenantIsTheNamespaceOfTheKey) {
   EXPECT_EQ(TenantOf("default/1/extract-8-Am sha256:b404"), "default");
   EXPECT_EQ(TenantOf("k8s.io/57/a/b"), "k8s.io");
-  for (const char* key : {"", "/", "//", "key", "/tmp/a/b", "a/b", "a/b/c", "a//c", "/1/c"}) EXPECT_EQ(TenantOf(key), "") << key;
+  for (const char* key : {"", "/", "//", "key", "/tmp/a/b", "a/b", "a/b/c", "a//c", "/1/c"})
+    EXPECT_EQ(TenantOf(key), "") << key;
 }
 
 }  // namespace

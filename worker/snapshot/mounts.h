@@ -9,8 +9,9 @@
 
 namespace holdfast::snapshot {
 
-// `fs` and `work` are the snapshot's own folders, `parents` the fs folders below it, nearest first. `index_off`: this
-// kernel's overlayfs knows the option. A Prepare never gets a read-only mount: containerd 2.4 would take the layer for done.
+// `fs` and `work` are the snapshot's own folders, `parents` the fs folders below it, nearest first.
+// `index_off`: this kernel's overlayfs knows the option. A Prepare never gets a read-only mount:
+// containerd 2.4 would take the layer for done.
 std::vector<Mount> BuildMounts(metadata::Kind kind, const std::string& fs, const std::string& work,
                                const std::vector<std::string>& parents, bool index_off);
 

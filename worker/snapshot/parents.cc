@@ -29,8 +29,9 @@ absl::Status Parents::MountOne(const metadata::SnapshotRow& row) {
   if (mounter_->IsMounted(row.id)) return absl::OkStatus();
   absl::Status status = mounter_->Remount(row.lazy_digest, row.lazy_index, row.lazy_image, row.lazy_blob_size,
                                           row.lazy_tenant, row.id, folders_->Fs(row.id));
-  LOG(INFO) << "snapshot.remount ok=" << status.ok() << " key=" << LogValue(row.key) << " layer=" << row.lazy_digest
-            << " id=" << row.id << (status.ok() ? "" : " error=" + LogValue(FromAbsl(status.message())));
+  LOG(INFO) << "snapshot.remount ok=" << status.ok() << " key=" << LogValue(row.key)
+            << " layer=" << row.lazy_digest << " id=" << row.id
+            << (status.ok() ? "" : " error=" + LogValue(FromAbsl(status.message())));
   if (status.ok()) return status;
   return Unavailable("layer " + row.lazy_digest + " unavailable: " + std::string(FromAbsl(status.message())));
 }

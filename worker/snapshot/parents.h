@@ -1,5 +1,5 @@
-// The layers below a snapshot: finds them, and makes sure that lazily served ones are mounted before a path to them is
-// handed out. Thread-safe; mounting one layer is done once however many calls need it.
+// The layers below a snapshot: finds them, and makes sure that lazily served ones are mounted before a path
+// to them is handed out. Thread-safe; mounting one layer is done once however many calls need it.
 #pragma once
 
 #include <memory>

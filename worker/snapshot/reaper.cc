@@ -13,8 +13,8 @@ constexpr std::chrono::milliseconds kLongestPause{600'000};
 
 }  // namespace
 
-Reaper::Reaper(const Folders* folders, LayerMounter* mounter, std::function<FolderUse(uint64_t)> use, TraceRing* trace,
-               FaultPoints* faults)
+Reaper::Reaper(const Folders* folders, LayerMounter* mounter, std::function<FolderUse(uint64_t)> use,
+               TraceRing* trace, FaultPoints* faults)
     : folders_(folders), mounter_(mounter), use_(std::move(use)), trace_(trace), faults_(faults) {
   MutexLock lock(&join_mutex_);
   thread_ = std::thread([this] { Run(); });
@@ -56,7 +56,8 @@ absl::Status Reaper::Sweep(std::chrono::milliseconds wait) {
 }
 
 bool Reaper::AllTriedSince(Time start) const {
-  return std::all_of(items_.begin(), items_.end(), [start](const auto& item) { return item.second.due > start; });
+  return std::all_of(items_.begin(), items_.end(),
+                     [start](const auto& item) { return item.second.due > start; });
 }
 
 void Reaper::Run() {
@@ -91,16 +92,19 @@ void Reaper::Run() {
 
 bool Reaper::Done(uint64_t id) {
   switch (use_(id)) {
-    case FolderUse::kHasRow: return true;
-    case FolderUse::kBeingCreated: return false;
-    case FolderUse::kGarbage: break;
+    case FolderUse::kHasRow:
+      return true;
+    case FolderUse::kBeingCreated:
+      return false;
+    case FolderUse::kGarbage:
+      break;
   }
   TraceSpan span(trace_, "snapshot.cleanup", "id=" + std::to_string(id));
   absl::Status status = Delete(id);
   if (!status.ok()) {
     span.AddDetail("error=" + LogValue(FromAbsl(status.message())));
-    LOG_IF(WARNING, !stopping_) << "snapshot.cleanup_failed id=" << id << " error="
-                                << LogValue(FromAbsl(status.message()));
+    LOG_IF(WARNING, !stopping_) << "snapshot.cleanup_failed id=" << id
+                                << " error=" << LogValue(FromAbsl(status.message()));
   }
   return status.ok();
 }

@@ -1,7 +1,7 @@
-// Deferred deletion of snapshot folders that have no row (any more): unmounts the layer, then removes the folder. One
-// background thread; failures are retried with growing pauses and never reach containerd. Needs no record of its own: whatever
-// a crash leaves behind is a folder without a row, which Sweep finds.
-// Thread safety: all methods. Stop (also in the destructor) interrupts a removal that runs.
+// Deferred deletion of snapshot folders that have no row (any more): unmounts the layer, then removes the
+// folder. One background thread; failures are retried with growing pauses and never reach containerd. Needs
+// no record of its own: whatever a crash leaves behind is a folder without a row, which Sweep finds. Thread
+// safety: all methods. Stop (also in the destructor) interrupts a removal that runs.
 #pragma once
 
 #include <atomic>
@@ -25,8 +25,8 @@ enum class FolderUse { kGarbage, kBeingCreated, kHasRow };
 class Reaper {
  public:
   // `use` is asked before anything is deleted. Everything given must outlive the reaper.
-  Reaper(const Folders* folders, LayerMounter* mounter, std::function<FolderUse(uint64_t)> use, TraceRing* trace,
-         FaultPoints* faults);
+  Reaper(const Folders* folders, LayerMounter* mounter, std::function<FolderUse(uint64_t)> use,
+         TraceRing* trace, FaultPoints* faults);
   ~Reaper();
 
   void Schedule(uint64_t id);

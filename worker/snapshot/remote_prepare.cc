@@ -49,7 +49,8 @@ void RemotePreparer::Abort() {
   changed_.SignalAll();
 }
 
-absl::Status RemotePreparer::Prepare(const std::string& key, const std::string& parent, const Labels& labels) {
+absl::Status RemotePreparer::Prepare(const std::string& key, const std::string& parent,
+                                     const Labels& labels) {
   std::string how;
   uint64_t start = parts_.options->clock->BootNanos();
   absl::Status status = Try(key, parent, labels, &how);
@@ -58,7 +59,8 @@ absl::Status RemotePreparer::Prepare(const std::string& key, const std::string& 
   if (absl::IsAborted(status)) return status;
   if (status.ok()) {
     LOG(INFO) << "snapshot.prepare_remote remote-snapshot-prepared=true key=" << LogValue(key)
-              << " target=" << LogValue(target) << " parent=" << LogValue(parent) << " how=" << how << " ms=" << millis;
+              << " target=" << LogValue(target) << " parent=" << LogValue(parent) << " how=" << how
+              << " ms=" << millis;
     return AlreadyExists("target snapshot " + target);
   }
   LOG(WARNING) << "snapshot.prepare_remote remote-snapshot-prepared=false key=" << LogValue(key)
@@ -67,14 +69,16 @@ absl::Status RemotePreparer::Prepare(const std::string& key, const std::string& 
   return absl::OkStatus();
 }
 
-// A row that another image's author had prepared under this chain id from another blob is not trusted for this one.
+// A row that another image's author had prepared under this chain id from another blob is not trusted for
+// this one.
 RemotePreparer::Target RemotePreparer::Find(const std::string& target, const std::string& parent,
                                             const std::vector<LayerRequest>& requests) const {
   Target found = Target::kNone;
   for (const Row& row : parts_.store->ChildrenOf(parent)) {
     if (row->kind != metadata::Kind::kCommitted || LabelOr(row->labels, kTargetLabel) != target) continue;
     bool same_blob = row->lazy_digest.empty();
-    for (const LayerRequest& request : requests) same_blob = same_blob || request.layer_digest == row->lazy_digest;
+    for (const LayerRequest& request : requests)
+      same_blob = same_blob || request.layer_digest == row->lazy_digest;
     if (!same_blob) return Target::kFromAnotherBlob;
     found = Target::kThere;
   }
@@ -179,8 +183,10 @@ absl::Status RemotePreparer::Lead(const std::string& parent, const Labels& label
   return status;
 }
 
-// Waits for the mounter until the deadline or an Abort; after either the attempt's thread owns the mark and cleans up.
-absl::Status RemotePreparer::MountWithin(const std::shared_ptr<Attempt>& attempt, uint64_t deadline, bool* left_behind) {
+// Waits for the mounter until the deadline or an Abort; after either the attempt's thread owns the mark and
+// cleans up.
+absl::Status RemotePreparer::MountWithin(const std::shared_ptr<Attempt>& attempt, uint64_t deadline,
+                                         bool* left_behind) {
   {
     MutexLock lock(&mutex_);
     running_attempts_++;
@@ -207,8 +213,8 @@ void RemotePreparer::RunAttempt(const std::shared_ptr<Attempt>& attempt) {
   size_t used = 0;
   for (size_t i = 0; i < attempt->requests.size(); i++) {
     if (i > 0 && parts_.options->clock->BootNanos() >= attempt->deadline_boot_nanos) break;
-    absl::StatusOr<MountedLayer> mounted = parts_.mounter->Mount(attempt->requests[i], id, attempt->folder,
-                                                                 attempt->parents, attempt->deadline_boot_nanos);
+    absl::StatusOr<MountedLayer> mounted = parts_.mounter->Mount(
+        attempt->requests[i], id, attempt->folder, attempt->parents, attempt->deadline_boot_nanos);
     status = mounted.status();
     used = i;
     if (!mounted.ok()) continue;
@@ -244,7 +250,8 @@ absl::Status RemotePreparer::CommitTarget(const metadata::SnapshotRow& row) {
   {
     Claims::Hold hold = parts_.claims->Take({row.key}, {row.parent});
     // The network took its time: the parent may be gone by now.
-    if (!row.parent.empty() && !parts_.store->Get(row.parent).has_value()) return NotFound("parent " + row.parent);
+    if (!row.parent.empty() && !parts_.store->Get(row.parent).has_value())
+      return NotFound("parent " + row.parent);
     HF_RETURN_IF_ERROR(parts_.store->Apply({{row}, {}}));
   }
   return PassFault(parts_.options->faults, "snapshot.remote.after_row");

@@ -1,9 +1,9 @@
-// The lazy half of Prepare: makes the target of a layer a committed snapshot that is served over FUSE. Holds no lock that
-// any other call wants while it waits for the network.
+// The lazy half of Prepare: makes the target of a layer a committed snapshot that is served over FUSE. Holds
+// no lock that any other call wants while it waits for the network.
 //
-// The mounter runs on a thread of its own: a mounter that overruns its deadline is left behind (its late result is undone),
-// so containerd always gets its answer in time.
-// Thread safety: all methods. The destructor waits for the mounter's calls that were left behind.
+// The mounter runs on a thread of its own: a mounter that overruns its deadline is left behind (its late
+// result is undone), so containerd always gets its answer in time. Thread safety: all methods. The destructor
+// waits for the mounter's calls that were left behind.
 #pragma once
 
 #include <memory>
@@ -37,11 +37,11 @@ class RemotePreparer {
   explicit RemotePreparer(const Parts& parts) : parts_(parts) {}
   ~RemotePreparer();
 
-  // AlreadyExists: the target is there now, lazy or not. Aborted: Abort was called. OK: it cannot be lazy (the reason is
-  // logged), prepare an ordinary snapshot.
+  // AlreadyExists: the target is there now, lazy or not. Aborted: Abort was called. OK: it cannot be lazy
+  // (the reason is logged), prepare an ordinary snapshot.
   absl::Status Prepare(const std::string& key, const std::string& parent, const Labels& labels);
-  // Makes every Prepare that waits, and every later one that would, return Aborted. What is left behind then no longer uses the
-  // metadata store.
+  // Makes every Prepare that waits, and every later one that would, return Aborted. What is left behind then
+  // no longer uses the metadata store.
   void Abort();
 
  private:
@@ -49,12 +49,13 @@ class RemotePreparer {
   struct Attempt;  // one call of the mounter
   enum class Target { kNone, kThere, kFromAnotherBlob };
 
-  Target Find(const std::string& target, const std::string& parent, const std::vector<LayerRequest>& requests) const;
+  Target Find(const std::string& target, const std::string& parent,
+              const std::vector<LayerRequest>& requests) const;
   absl::Status Try(const std::string& key, const std::string& parent, const Labels& labels, std::string* how);
   absl::Status WaitFor(const std::shared_ptr<Flight>& flight);
   // The leader's work; OK when the target is committed.
-  absl::Status Lead(const std::string& parent, const Labels& labels, const std::vector<LayerRequest>& requests,
-                    uint64_t deadline);
+  absl::Status Lead(const std::string& parent, const Labels& labels,
+                    const std::vector<LayerRequest>& requests, uint64_t deadline);
   // `left_behind`: the attempt goes on and cleans up after itself.
   absl::Status MountWithin(const std::shared_ptr<Attempt>& attempt, uint64_t deadline, bool* left_behind);
   void RunAttempt(const std::shared_ptr<Attempt>& attempt);

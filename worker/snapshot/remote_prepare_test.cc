@@ -32,7 +32,9 @@ class RemotePrepareTest : public SnapshotterFixture {
   }
   // What containerd asks after AlreadyExists.
   std::vector<Info> Lookup(const std::string& chain, const std::string& parent) {
-    return snapshotter_->List({"labels.\"containerd.io/snapshot.ref\"==" + chain + ",parent==\"" + parent + "\""}).value();
+    return snapshotter_
+        ->List({"labels.\"containerd.io/snapshot.ref\"==" + chain + ",parent==\"" + parent + "\""})
+        .value();
   }
 };
 
@@ -56,16 +58,18 @@ TEST_F(RemotePrepareTest, TheTargetIsCommittedAndServed) {
 TEST_F(RemotePrepareTest, AContainerOnLazyLayersGetsThemAsLowerFolders) {
   ASSERT_TRUE(absl::IsAlreadyExists(PrepareCode(kKey, "", Target())));
   std::string lower = Lookup(kChain, "")[0].name;
-  ASSERT_TRUE(absl::IsAlreadyExists(PrepareCode("default/2/extract-2 x", lower, Target("sha256:top", kOtherBlob))));
+  ASSERT_TRUE(
+      absl::IsAlreadyExists(PrepareCode("default/2/extract-2 x", lower, Target("sha256:top", kOtherBlob))));
   ASSERT_EQ(mounter_.parents().size(), 1u);
   EXPECT_EQ(mounter_.parents()[0].lazy_index, "index-of-" + kBlob);
   std::string top = Lookup("sha256:top", lower)[0].name;
   auto mounts = snapshotter_->Prepare("default/3/container", top, {}).value();
-  EXPECT_EQ(mounts[0].options.back(),
-            "lowerdir=" + root() + "/snapshots/" + std::to_string(IdOf(top)) + "/fs:" + root() + "/snapshots/" +
-                std::to_string(IdOf(lower)) + "/fs");
+  EXPECT_EQ(mounts[0].options.back(), "lowerdir=" + root() + "/snapshots/" + std::to_string(IdOf(top)) +
+                                          "/fs:" + root() + "/snapshots/" + std::to_string(IdOf(lower)) +
+                                          "/fs");
   struct stat st;
-  ASSERT_EQ(lstat((root() + "/snapshots/" + std::to_string(IdOf("default/3/container")) + "/fs").c_str(), &st), 0);
+  ASSERT_EQ(
+      lstat((root() + "/snapshots/" + std::to_string(IdOf("default/3/container")) + "/fs").c_str(), &st), 0);
   EXPECT_EQ(st.st_uid, 12u) << "the owner of the root folder comes from the layer below";
   EXPECT_EQ(st.st_gid, 34u);
 }

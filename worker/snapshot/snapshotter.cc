@@ -23,7 +23,8 @@ namespace {
 using metadata::Kind;
 using metadata::SnapshotRow;
 
-// Commit runs inside containerd's database lock; a folder too large to measure in this time is measured when asked for.
+// Commit runs inside containerd's database lock; a folder too large to measure in this time is measured when
+// asked for.
 constexpr uint64_t kCommitScanNanos = 50'000'000;
 constexpr std::chrono::seconds kCleanupWait{10};
 constexpr char kLabelsPath[] = "labels";
@@ -44,14 +45,16 @@ class SnapshotterImpl final : public Snapshotter {
         folders_(options.root),
         index_off_(access("/sys/module/overlay/parameters/index", F_OK) == 0),
         parents_(store, mounter, &folders_),
-        reaper_(&folders_, mounter, [this](uint64_t id) { return UseOf(id); }, options.trace, options.faults),
+        reaper_(
+            &folders_, mounter, [this](uint64_t id) { return UseOf(id); }, options.trace, options.faults),
         remote_({&options_, store, mounter, &folders_, &claims_, &creating_, &parents_, &reaper_}) {}
 
   absl::Status Init() const { return folders_.Init(); }
 
   absl::StatusOr<std::vector<Mount>> Prepare(const std::string& key, const std::string& parent,
                                              const Labels& labels) override {
-    TraceSpan span(options_.trace, "snapshot.prepare", "key=" + LogValue(key) + " parent=" + LogValue(parent));
+    TraceSpan span(options_.trace, "snapshot.prepare",
+                   "key=" + LogValue(key) + " parent=" + LogValue(parent));
     HF_RETURN_IF_ERROR(CheckNew(key, parent));
     if (!LabelOr(labels, kTargetLabel).empty()) {
       HF_RETURN_IF_ERROR(remote_.Prepare(key, parent, labels));
@@ -70,7 +73,8 @@ class SnapshotterImpl final : public Snapshotter {
   absl::StatusOr<std::vector<Mount>> Mounts(const std::string& key) override {
     std::optional<SnapshotRow> row = store_->Get(key);
     if (!row.has_value()) return Missing(key);
-    if (row->kind == Kind::kCommitted) return FailedPrecondition("snapshot " + key + " is committed, it has no mounts");
+    if (row->kind == Kind::kCommitted)
+      return FailedPrecondition("snapshot " + key + " is committed, it has no mounts");
     HF_ASSIGN_OR_RETURN(std::vector<Row> chain, parents_.Chain(row->parent));
     HF_RETURN_IF_ERROR(parents_.EnsureMounted(chain));
     return MountsOf(*row, chain);
@@ -188,14 +192,15 @@ class SnapshotterImpl final : public Snapshotter {
     if (!parent.empty()) {
       std::optional<SnapshotRow> row = store_->Get(parent);
       if (!row.has_value()) return NotFound("parent snapshot " + parent);
-      if (row->kind != Kind::kCommitted) return InvalidArgument("parent snapshot " + parent + " is not committed");
+      if (row->kind != Kind::kCommitted)
+        return InvalidArgument("parent snapshot " + parent + " is not committed");
     }
     if (store_->Get(key).has_value()) return AlreadyExists("snapshot " + key);
     return absl::OkStatus();
   }
 
-  absl::StatusOr<std::vector<Mount>> CreateSnapshot(Kind kind, const std::string& key, const std::string& parent,
-                                                    const Labels& labels) {
+  absl::StatusOr<std::vector<Mount>> CreateSnapshot(Kind kind, const std::string& key,
+                                                    const std::string& parent, const Labels& labels) {
     HF_ASSIGN_OR_RETURN(std::vector<Row> chain, parents_.Chain(parent));
     HF_RETURN_IF_ERROR(parents_.EnsureMounted(chain));
     SnapshotRow row;
@@ -204,7 +209,8 @@ class SnapshotterImpl final : public Snapshotter {
     row.kind = kind;
     row.labels = WithoutEmpty(labels);
     row.created_wall_nanos = row.updated_wall_nanos = options_.clock->WallNanos();
-    // Through our own mount when the parent is lazy: it is live, and its requests are answered by other threads.
+    // Through our own mount when the parent is lazy: it is live, and its requests are answered by other
+    // threads.
     std::string owner_from = chain.empty() ? "" : folders_.Fs(chain[0]->id);
     std::unique_ptr<CreatingIds::Mark> mark;
     absl::Status status;
@@ -251,7 +257,8 @@ class SnapshotterImpl final : public Snapshotter {
     }
     std::optional<SnapshotRow> base = store_->Get(parent);
     if (!base.has_value()) return NotFound("parent snapshot " + parent);
-    if (base->kind != Kind::kCommitted) return FailedPrecondition("parent snapshot " + parent + " is not committed");
+    if (base->kind != Kind::kCommitted)
+      return FailedPrecondition("parent snapshot " + parent + " is not committed");
     row->parent = parent;
     return *row;
   }
@@ -306,7 +313,8 @@ class SnapshotterImpl final : public Snapshotter {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Snapshotter>> Snapshotter::Create(const Options& options, metadata::MetadataStore* store,
+absl::StatusOr<std::unique_ptr<Snapshotter>> Snapshotter::Create(const Options& options,
+                                                                 metadata::MetadataStore* store,
                                                                  LayerMounter* mounter) {
   auto snapshotter = std::make_unique<SnapshotterImpl>(options, store, mounter);
   HF_RETURN_IF_ERROR(snapshotter->Init());

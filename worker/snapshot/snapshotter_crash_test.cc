@@ -24,7 +24,8 @@ bool DiesAt(const char* point, const std::string& root, LayerMounter* mounter,
     _exit(4);
   }
   int status = 0;
-  return child > 0 && waitpid(child, &status, 0) == child && WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL;
+  return child > 0 && waitpid(child, &status, 0) == child && WIFSIGNALED(status) &&
+         WTERMSIG(status) == SIGKILL;
 }
 
 TEST(SnapshotterCrash, AKillAtAnyPointLeavesNoGarbageAfterCleanup) {
@@ -34,10 +35,11 @@ TEST(SnapshotterCrash, AKillAtAnyPointLeavesNoGarbageAfterCleanup) {
     const char* call;
     size_t rows;
   };
-  for (const Case& c : {Case{"snapshot.prepare.before_row", "prepare", 1}, Case{"snapshot.prepare.after_row", "prepare", 2},
-                        Case{"snapshot.commit.before_row", "commit", 1}, Case{"snapshot.commit.after_row", "commit", 1},
-                        Case{"snapshot.remove.before_row", "remove", 1}, Case{"snapshot.remove.after_row", "remove", 0},
-                        Case{"snapshot.cleanup.before_delete", "remove", 0}}) {
+  for (const Case& c :
+       {Case{"snapshot.prepare.before_row", "prepare", 1}, Case{"snapshot.prepare.after_row", "prepare", 2},
+        Case{"snapshot.commit.before_row", "commit", 1}, Case{"snapshot.commit.after_row", "commit", 1},
+        Case{"snapshot.remove.before_row", "remove", 1}, Case{"snapshot.remove.after_row", "remove", 0},
+        Case{"snapshot.cleanup.before_delete", "remove", 0}}) {
     SCOPED_TRACE(c.point);
     TempDir dir;
     {

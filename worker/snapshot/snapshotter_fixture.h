@@ -17,7 +17,8 @@
 namespace holdfast::snapshot {
 
 struct Backend {
-  Backend(const std::string& root, LayerMounter* mounter, FaultPoints* faults, uint64_t lazy_deadline_nanos = 20'000'000'000) {
+  Backend(const std::string& root, LayerMounter* mounter, FaultPoints* faults,
+          uint64_t lazy_deadline_nanos = 20'000'000'000) {
     auto opened = metadata::MetadataStore::Open(root + "/metadata", 5'000'000'000, faults);
     EXPECT_TRUE(opened.ok()) << opened.status();
     store = std::move(*opened);

@@ -107,7 +107,8 @@ TEST_F(SnapshotterTest, ErrorsHaveTheCodesOfTheContract) {
 TEST_F(SnapshotterTest, CommitMakesANewSnapshotOfTheActive) {
   Active("a1", "", {{"containerd.io/snapshot/old", "1"}});
   WriteText(root() + "/snapshots/1/fs/file", std::string(10'000, 'x'));
-  ASSERT_TRUE(snapshotter_->Commit("c1", "a1", {{"containerd.io/snapshot/new", "2"}, {"empty", ""}}, "").ok());
+  ASSERT_TRUE(
+      snapshotter_->Commit("c1", "a1", {{"containerd.io/snapshot/new", "2"}, {"empty", ""}}, "").ok());
   EXPECT_EQ(snapshotter_->Stat("a1").status().code(), absl::StatusCode::kNotFound);
   Info info = snapshotter_->Stat("c1").value();
   EXPECT_EQ(info.kind, Kind::kCommitted);
@@ -145,8 +146,9 @@ TEST_F(SnapshotterTest, UpdateChangesOnlyLabelsAndTheTime) {
   EXPECT_EQ(masked.created_wall_nanos, before.created_wall_nanos);
   EXPECT_GT(masked.updated_wall_nanos, before.updated_wall_nanos);
   EXPECT_EQ(snapshotter_->Update(wanted, {}).value().labels, wanted.labels);
-  EXPECT_EQ(snapshotter_->Update({"a1", "", Kind::kActive, 0, 0, {{"x", "1"}, {"e", ""}}}, {"labels"})->labels,
-            (Labels{{"x", "1"}}));
+  EXPECT_EQ(
+      snapshotter_->Update({"a1", "", Kind::kActive, 0, 0, {{"x", "1"}, {"e", ""}}}, {"labels"})->labels,
+      (Labels{{"x", "1"}}));
   EXPECT_EQ(snapshotter_->Stat("a1")->labels, (Labels{{"x", "1"}}));
 }
 
@@ -176,7 +178,8 @@ TEST_F(SnapshotterTest, AKeyIsReusableAtOnceAfterRemove) {
 }
 
 TEST_F(SnapshotterTest, KeysMayBeAnything) {
-  for (const std::string& key : {std::string("/tmp/a path/b"), std::string("default/1/extract-1 sha256:x"), std::string(5000, 'k')}) {
+  for (const std::string& key :
+       {std::string("/tmp/a path/b"), std::string("default/1/extract-1 sha256:x"), std::string(5000, 'k')}) {
     EXPECT_TRUE(snapshotter_->Prepare(key, "", {}).ok());
     EXPECT_TRUE(snapshotter_->Stat(key).ok());
   }

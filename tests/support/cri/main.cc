@@ -98,9 +98,13 @@ class Client {
     request.mutable_config()->mutable_metadata()->set_name("main");
     request.mutable_config()->mutable_image()->set_image(image);
     for (const std::string& word : command) request.mutable_config()->add_command(word);
-    request.mutable_config()->mutable_linux()->mutable_security_context()->mutable_namespace_options()->set_network(
-        cri::NODE);
-    auto r = Call<cri::CreateContainerResponse>(runtime_, &cri::RuntimeService::Stub::CreateContainer, request);
+    request.mutable_config()
+        ->mutable_linux()
+        ->mutable_security_context()
+        ->mutable_namespace_options()
+        ->set_network(cri::NODE);
+    auto r =
+        Call<cri::CreateContainerResponse>(runtime_, &cri::RuntimeService::Stub::CreateContainer, request);
     cri::StartContainerRequest start;
     start.set_container_id(r.container_id());
     Call<cri::Empty>(runtime_, &cri::RuntimeService::Stub::StartContainer, start);
@@ -143,7 +147,9 @@ class Client {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Calls containerd's CRI plugin (runtime.v1) and prints the answer as JSON; exit code 1 with the status in words."};
+  CLI::App app{
+      "Calls containerd's CRI plugin (runtime.v1) and prints the answer as JSON; exit code 1 with the status "
+      "in words."};
   std::string socket, image, user, password, id, pod_name = "pod";
   std::vector<std::string> command;
   int timeout_seconds = 60;

@@ -1,4 +1,5 @@
-/* The pod sandbox's only process: waits to be told to end, and reaps what is handed to it. Static, for an image of its own. */
+/* The pod sandbox's only process: waits to be told to end, and reaps what is handed to it. Static, for an
+ * image of its own. */
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>

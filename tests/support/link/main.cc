@@ -1,5 +1,5 @@
-// holdfast-link: joins two network namespaces by an emulated link (rate, delay, tail-drop queue), because the kernels we
-// test on have no netem. A TUN device in each namespace; this process carries the packets.
+// holdfast-link: joins two network namespaces by an emulated link (rate, delay, tail-drop queue), because the
+// kernels we test on have no netem. A TUN device in each namespace; this process carries the packets.
 #include <fcntl.h>
 #include <linux/if_tun.h>
 #include <net/if.h>
@@ -42,7 +42,9 @@ uint64_t Now() {
   return static_cast<uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(now.tv_nsec);
 }
 
-[[noreturn]] void Die(const std::string& what) { throw std::runtime_error(what + ": " + std::strerror(errno)); }
+[[noreturn]] void Die(const std::string& what) {
+  throw std::runtime_error(what + ": " + std::strerror(errno));
+}
 
 void RunIp(std::vector<std::string> args) {
   args.insert(args.begin(), "ip");
@@ -97,8 +99,10 @@ void Carry(int from, int to, holdfast::link::Shaper* shaper) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Joins two network namespaces (ip netns add ...) by an emulated link. Ends on SIGTERM and then prints the "
-               "bytes carried each way."};
+  CLI::App app{
+      "Joins two network namespaces (ip netns add ...) by an emulated link. Ends on SIGTERM and then prints "
+      "the "
+      "bytes carried each way."};
   std::string ns_a, ns_b, ip_a = "10.77.0.1/30", ip_b = "10.77.0.2/30", ready_file;
   double mbit = 100, rtt_ms = 20;
   uint64_t queue_kib = 512;
@@ -118,8 +122,20 @@ int main(int argc, char** argv) {
     UniqueFd a, b;
     std::string error;
     // In threads of their own, so the main thread stays in its namespace.
-    std::thread([&] { try { a = MakeTun(ns_a, ip_a); } catch (const std::exception& e) { error = e.what(); } }).join();
-    std::thread([&] { try { b = MakeTun(ns_b, ip_b); } catch (const std::exception& e) { error = e.what(); } }).join();
+    std::thread([&] {
+      try {
+        a = MakeTun(ns_a, ip_a);
+      } catch (const std::exception& e) {
+        error = e.what();
+      }
+    }).join();
+    std::thread([&] {
+      try {
+        b = MakeTun(ns_b, ip_b);
+      } catch (const std::exception& e) {
+        error = e.what();
+      }
+    }).join();
     if (!error.empty()) throw std::runtime_error(error);
     auto rate = static_cast<uint64_t>(mbit * 1e6);
     auto delay = static_cast<uint64_t>(rtt_ms / 2 * 1e6);

@@ -1,5 +1,5 @@
-// One direction of an emulated link: a bottleneck of a given rate with a tail-drop queue, then a fixed delay. Pure: the
-// caller brings the time.
+// One direction of an emulated link: a bottleneck of a given rate with a tail-drop queue, then a fixed delay.
+// Pure: the caller brings the time.
 #pragma once
 
 #include <cstdint>

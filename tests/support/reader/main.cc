@@ -20,16 +20,16 @@ using holdfast::reader::Mode;
 
 std::atomic<bool> stop{false};
 
-const std::map<std::string, Mode> kModes = {{"read", Mode::kRead},     {"pread", Mode::kPread}, {"mmap", Mode::kMmap},
-                                            {"direct", Mode::kDirect}, {"exec", Mode::kExec}};
+const std::map<std::string, Mode> kModes = {{"read", Mode::kRead},
+                                            {"pread", Mode::kPread},
+                                            {"mmap", Mode::kMmap},
+                                            {"direct", Mode::kDirect},
+                                            {"exec", Mode::kExec}};
 
 nlohmann::json ToJson(const holdfast::reader::Report& report) {
-  nlohmann::json json = {{"operations", report.operations},
-                         {"bytes", report.bytes},
-                         {"failed", report.failed},
-                         {"corrupt_bytes", report.corrupt_bytes},
-                         {"errors", report.errors},
-                         {"latency_ms", nlohmann::json::object()}};
+  nlohmann::json json = {{"operations", report.operations}, {"bytes", report.bytes},
+                         {"failed", report.failed},         {"corrupt_bytes", report.corrupt_bytes},
+                         {"errors", report.errors},         {"latency_ms", nlohmann::json::object()}};
   auto ms = [](uint64_t nanos) { return static_cast<double>(nanos) / 1e6; };
   for (const auto& [mode, histogram] : report.latency) {
     json["latency_ms"][mode] = {{"count", histogram.count()},
@@ -40,7 +40,8 @@ nlohmann::json ToJson(const holdfast::reader::Report& report) {
   return json;
 }
 
-int Read(const holdfast::reader::Options& options, const std::string& manifest, const std::string& json_path) {
+int Read(const holdfast::reader::Options& options, const std::string& manifest,
+         const std::string& json_path) {
   auto report = holdfast::reader::Run(options, holdfast::reader::Load(manifest), stop);
   nlohmann::json json = ToJson(report);
   for (const std::string& error : report.errors) std::cerr << error << '\n';
@@ -52,8 +53,9 @@ int Read(const holdfast::reader::Options& options, const std::string& manifest, 
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Verifies every byte it reads. Ends with 0 only if something was read, nothing failed and nothing was "
-               "corrupt; prints its counts and latencies as one line of JSON. SIGTERM ends a run early."};
+  CLI::App app{
+      "Verifies every byte it reads. Ends with 0 only if something was read, nothing failed and nothing was "
+      "corrupt; prints its counts and latencies as one line of JSON. SIGTERM ends a run early."};
   app.require_subcommand(1);
   std::string root, manifest, json_path;
   CLI::App* scan = app.add_subcommand("manifest", "Write the manifest of a tree that is known to be right");
@@ -69,9 +71,11 @@ int main(int argc, char** argv) {
   read->add_option("--exec", options.exec_paths, "Program under the root for mode exec");
   read->add_option("--threads", options.threads);
   read->add_option("--seconds", options.seconds, "Read random blocks for so long");
-  read->add_option("--ops-per-second", options.ops_per_second, "Of each thread, with --seconds; 0 = no limit");
+  read->add_option("--ops-per-second", options.ops_per_second,
+                   "Of each thread, with --seconds; 0 = no limit");
   read->add_flag("--once", options.once, "Read every block once, in random order");
-  read->add_flag("--hold-open", options.hold_open, "Open every file first, read through those descriptors only");
+  read->add_flag("--hold-open", options.hold_open,
+                 "Open every file first, read through those descriptors only");
   read->add_option("--seed", options.seed);
   read->add_option("--ready-file", options.ready_file, "Created when all files are open");
   read->add_option("--json", json_path);

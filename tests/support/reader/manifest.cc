@@ -47,7 +47,8 @@ std::vector<uint64_t> DigestFile(const std::string& path, uint64_t* size) {
 uint64_t BlockDigest(const void* data, uint64_t size) {
   std::array<unsigned char, EVP_MAX_MD_SIZE> digest;
   unsigned int length = 0;
-  if (EVP_Digest(data, size, digest.data(), &length, EVP_sha256(), nullptr) != 1) throw std::runtime_error("SHA-256");
+  if (EVP_Digest(data, size, digest.data(), &length, EVP_sha256(), nullptr) != 1)
+    throw std::runtime_error("SHA-256");
   uint64_t value = 0;
   std::memcpy(&value, digest.data(), sizeof value);
   return value;

@@ -1,5 +1,6 @@
-// What a tree must contain: every regular file with its size and a digest a block, so that any aligned piece of it can be
-// checked. Text, one line a file: "<size> <block digests, 16 hex digits each, comma separated or -> <path>".
+// What a tree must contain: every regular file with its size and a digest a block, so that any aligned piece
+// of it can be checked. Text, one line a file: "<size> <block digests, 16 hex digits each, comma separated or
+// -> <path>".
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,9 @@ struct File {
   std::string path;  // relative to the root
   uint64_t size = 0;
   std::vector<uint64_t> blocks;  // first 8 bytes of each block's SHA-256
-  uint64_t block_bytes(uint64_t block) const { return size - block * kBlock < kBlock ? size - block * kBlock : kBlock; }
+  uint64_t block_bytes(uint64_t block) const {
+    return size - block * kBlock < kBlock ? size - block * kBlock : kBlock;
+  }
 };
 
 uint64_t BlockDigest(const void* data, uint64_t size);

@@ -28,11 +28,16 @@ using Time = std::chrono::steady_clock;
 
 const char* Name(Mode mode) {
   switch (mode) {
-    case Mode::kRead: return "read";
-    case Mode::kPread: return "pread";
-    case Mode::kMmap: return "mmap";
-    case Mode::kDirect: return "direct";
-    case Mode::kExec: return "exec";
+    case Mode::kRead:
+      return "read";
+    case Mode::kPread:
+      return "pread";
+    case Mode::kMmap:
+      return "mmap";
+    case Mode::kDirect:
+      return "direct";
+    case Mode::kExec:
+      return "exec";
   }
   return "?";
 }
@@ -81,8 +86,8 @@ class Reader {
     while (!stop && Time::now() < end) {
       if (options_.ops_per_second > 0) {
         std::this_thread::sleep_until(next);
-        next = std::max(next, Time::now()) + std::chrono::nanoseconds(
-                                                 static_cast<int64_t>(1e9 / options_.ops_per_second));
+        next = std::max(next, Time::now()) +
+               std::chrono::nanoseconds(static_cast<int64_t>(1e9 / options_.ops_per_second));
       }
       Work work;
       work.file = random_() % files_.size();
@@ -144,7 +149,8 @@ class Reader {
     bool positioned = mode != Mode::kRead || options_.hold_open;
     while (got < want) {
       char* at = static_cast<char*>(buffer_) + got;
-      ssize_t n = positioned ? pread(fd, at, kBlock - got, static_cast<off_t>(offset + got)) : read(fd, at, kBlock - got);
+      ssize_t n = positioned ? pread(fd, at, kBlock - got, static_cast<off_t>(offset + got))
+                             : read(fd, at, kBlock - got);
       if (n < 0) return Fail(std::string(Name(mode)) + " " + path + ": " + std::strerror(errno));
       if (n == 0) return Fail(std::string(Name(mode)) + " " + path + ": ends early");
       got += static_cast<uint64_t>(n);
@@ -238,11 +244,13 @@ Report Run(const Options& options, const std::vector<File>& files, const std::at
   std::vector<Work> all;
   if (options.once) all = AllBlocks(files, options.seed);
   std::atomic<size_t> next{0};
-  auto end = Time::now() + std::chrono::duration_cast<Time::duration>(std::chrono::duration<double>(options.seconds));
+  auto end = Time::now() +
+             std::chrono::duration_cast<Time::duration>(std::chrono::duration<double>(options.seconds));
   std::vector<std::unique_ptr<Reader>> readers;
   std::vector<std::thread> threads;
   for (int i = 0; i < options.threads; i++) {
-    readers.push_back(std::make_unique<Reader>(options, files, held, options.seed * 1000 + static_cast<uint64_t>(i)));
+    readers.push_back(
+        std::make_unique<Reader>(options, files, held, options.seed * 1000 + static_cast<uint64_t>(i)));
     threads.emplace_back([&, reader = readers.back().get()] {
       if (options.once) reader->RunShare(all, &next, stop);
       if (options.seconds > 0) reader->RunRandom(end, stop);

@@ -17,15 +17,15 @@ enum class Mode { kRead, kPread, kMmap, kDirect, kExec };
 struct Options {
   std::string root;
   std::vector<Mode> modes = {Mode::kPread};
-  std::vector<std::string> exec_paths;   // relative to root; run with no arguments, must exit with 0
+  std::vector<std::string> exec_paths;  // relative to root; run with no arguments, must exit with 0
   int threads = 4;
-  double seconds = 0;                    // > 0: random blocks until then
-  double ops_per_second = 0;             // of each thread; 0 = as fast as it goes
-  bool once = false;                     // every block of every file exactly once (split over the threads)
-  bool hold_open = false;                // open every file first and read through those descriptors only
+  double seconds = 0;         // > 0: random blocks until then
+  double ops_per_second = 0;  // of each thread; 0 = as fast as it goes
+  bool once = false;          // every block of every file exactly once (split over the threads)
+  bool hold_open = false;     // open every file first and read through those descriptors only
   uint64_t seed = 1;
-  int error_lines = 20;                  // printed in full
-  std::string ready_file;                // created once all files are open
+  int error_lines = 20;    // printed in full
+  std::string ready_file;  // created once all files are open
 };
 
 struct Report {
@@ -34,7 +34,8 @@ struct Report {
   std::vector<std::string> errors;           // the first ones
 };
 
-// `stop` ends a run early. Throws std::runtime_error when nothing can be read at all (root missing, manifest empty).
+// `stop` ends a run early. Throws std::runtime_error when nothing can be read at all (root missing, manifest
+// empty).
 Report Run(const Options& options, const std::vector<File>& files, const std::atomic<bool>& stop);
 
 }  // namespace holdfast::reader

@@ -7,7 +7,7 @@
 namespace holdfast::supervisor {
 namespace {
 
-constexpr std::array<uint64_t, 5> kBackoffMillis = {0, 50, 200, 1'000, 5'000};
+constexpr std::array<uint64_t, 6> kBackoffMillis = {0, 0, 0, 50, 200, 1'000};
 
 // Phases that wait for the answer to a call.
 struct Wait {

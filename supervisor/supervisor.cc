@@ -207,6 +207,7 @@ void Supervisor::OnCallDone(Generation generation, Call call) {
               << " requests_carried_over=" << swap_.carried_over;
   }
   if (call == Call::kServe || call == Call::kResume) reads_stopped_boot_nanos_ = 0;
+  if (call == Call::kRetire) ledgers_.OwnerExited(generation);  // parked: it writes there no more
   Dispatch({.type = EventType::kReplied, .generation = generation, .call = call});
 }
 

@@ -81,8 +81,8 @@ Worker::~Worker() {
     stopping_ = true;
     changed_.SignalAll();
   }
-  link_.reset();  // no further calls
   if (housekeeping_thread_.joinable()) housekeeping_thread_.join();
+  link_.reset();  // no further calls
   if (retire_thread_.joinable()) retire_thread_.join();
   CloseMetadata();
   former_.clear();
@@ -170,6 +170,11 @@ absl::Status Worker::BuildFuse(handover::Welcome* welcome) {
                       fuse::FuseServer::Create(
                           options, ToHandle(std::move(welcome->ledger), std::move(welcome->request_pipes))));
   fuse::InstallCrashRecorder(server_.get());
+  server_->OnMountEnded([this](uint64_t mount_id) {
+    MutexLock lock(&mutex_);
+    ended_mounts_.push_back(mount_id);
+    changed_.SignalAll();
+  });
   return absl::OkStatus();
 }
 
@@ -325,6 +330,9 @@ void Worker::SupervisorLost() {
   LOG(ERROR) << "worker.supervisor_lost generation=" << generation_ << " mounts=" << mounts
              << " effect=\"reads go on; nothing can be mounted or unmounted\"";
   if (mounts == 0) options_.exit(0);
+  // The next supervisor's worker needs the metadata; calls on old connections go to it.
+  absl::Status yielded = YieldMetadata();
+  LOG_IF(ERROR, !yielded.ok()) << "worker.yield_failed error=" << yielded;
 }
 
 uint64_t Worker::PingLoopAgeNanos() {
@@ -338,12 +346,17 @@ void Worker::Housekeeping() {
   uint64_t next_flush = clock_->BootNanos() + kFlushEveryNanos;
   while (true) {
     bool owner = false;
+    std::vector<uint64_t> ended;
     {
       MutexLock lock(&mutex_);
       if (!stopping_) changed_.WaitUntil(&mutex_, std::chrono::steady_clock::now() + kHousekeeping);
       if (stopping_) return;
       owner = store_ != nullptr;
+      ended.swap(ended_mounts_);
     }
+    if (!ended.empty()) layers_->ForgetMounts(ended);
+    // An orphan ends with the last container that needs it.
+    if (link_->lost() && layers_->mount_count() == 0) options_.exit(0);
     ReportDrained();
     if (!owner || clock_->BootNanos() < next_flush) continue;
     content_->Flush();

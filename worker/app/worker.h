@@ -127,6 +127,8 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   bool service_started_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status service_status_ ABSL_GUARDED_BY(mutex_);
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  std::vector<uint64_t> ended_mounts_
+      ABSL_GUARDED_BY(mutex_);  // the kernel said so; housekeeping forgets them
   std::thread housekeeping_thread_;
 };
 

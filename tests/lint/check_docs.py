@@ -1,18 +1,32 @@
 #!/usr/bin/env python3
-"""Every folder with code has a README.md, and every relative link in a Markdown file leads somewhere."""
+"""Every folder with code has a README.md, every relative link in a Markdown file leads somewhere, and docs/FAILURES.md
+lists exactly the fault points that the code has."""
 import pathlib
 import re
 import subprocess
 import sys
 
+FAULT_POINT = re.compile(r'(?:PassFault\([^,]+,|Pass\()\s*"([a-z_]+\.[a-z_.]+)"')
+LISTED_POINT = re.compile(r"^\| `([a-z_]+\.[a-z_.]+)` \|", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def fault_point_problems(root, files):
+    used = set()
+    for path in files:
+        if path.suffix in (".cc", ".h") and not path.name.endswith("_test.cc") and path.parts[0] in ("supervisor", "worker"):
+            used |= set(FAULT_POINT.findall((root / path).read_text()))
+    listed = set(LISTED_POINT.findall((root / "docs/FAILURES.md").read_text()))
+    problems = [f"docs/FAILURES.md does not list the fault point {name}" for name in sorted(used - listed)]
+    problems += [f"docs/FAILURES.md lists {name}, which no code passes" for name in sorted(listed - used)]
+    return problems if used else ["no fault point found in the code"]
 
 
 def main():
     root = pathlib.Path(sys.argv[1])
     listed = subprocess.run(["git", "-C", str(root), "ls-files"], capture_output=True, text=True).stdout.splitlines()
     files = [pathlib.Path(name) for name in listed if (root / name).exists()]
-    problems = []
+    problems = fault_point_problems(root, files)
     for folder in sorted({path.parent for path in files if path.suffix in (".cc", ".capnp")}):
         if folder.name in ("testing", "fuzz"):
             continue

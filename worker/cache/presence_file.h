@@ -3,14 +3,12 @@
 //
 // Marks, and what makes them change:
 //   kMarkAbsent      the bytes are not there.
-//   kMarkVerified    the bytes matched their digest under the header's vault id and boot id. Set after the
-//   bytes were
-//                    written (or re-verified); trusted by every process of the same vault and boot, without
-//                    hashing.
+//   kMarkVerified    the bytes matched their digest under the header's vault id and boot id. Set after they
+//                    were written or re-verified; trusted by every process of the same vault and boot.
 //   kMarkUnverified  bytes were there once; they must match their digest again before they are used. Every
-//                    kMarkVerified becomes this when the header names another vault id or another boot: after
-//                    a power failure a mark may have reached the disk before its bytes, and one rule covers
-//                    both cases.
+//                    kMarkVerified becomes this when the header names another vault id or another boot:
+//                    after a power failure a mark may have reached the disk before its bytes, and one rule
+//                    covers both cases.
 // Any other value counts as kMarkUnverified.
 //
 // The header's identity (everything under the CRC) changes only under the layer folder's lock; marks and the

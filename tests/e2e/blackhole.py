@@ -1,10 +1,12 @@
-"""The registry is black-holed under ten times more waiting readers than the worker has threads, all on one image: cached
-reads of another image keep their pace, and a reader that is killed is gone within a second."""
+"""The registry is black-holed under ten times more waiting readers than the worker has threads, all on one mount: cached
+reads of another mount keep their pace, and a reader that is killed is gone within a second."""
 
 from __future__ import annotations
 
+import collections
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -19,39 +21,30 @@ CONFIG = "[fuse]\nthreads = 2\n"
 WAITING = 20  # ten times the threads
 
 
-def _reader(root: Path, manifest: Path, seconds: float) -> dict[str, float]:
-    """O_DIRECT reads, each of which reaches the worker, for a while; latencies in ms."""
-    command = [binary("holdfast-reader"), "read", root, manifest, "--modes", "direct", "--threads", "2"]
-    done = run([*command, "--seconds", str(seconds), "--ops-per-second", "200"], timeout=seconds + 60)
-    report = json.loads(done.stdout)
-    latency: dict[str, float] = report["latency_ms"]["direct"]
-    return latency
+def _p99(root: Path, manifest: Path) -> float:
+    """Of O_DIRECT reads, each of which reaches the worker, in ms: the median of several seconds of them."""
+    command = [binary("holdfast-reader"), "read", root, manifest, "--modes", "direct", "--threads", "1"]
+    found = []
+    for seed in range(5):
+        done = run([*command, "--seconds", "1", "--ops-per-second", "500", "--seed", str(seed)], timeout=60)
+        found.append(float(json.loads(done.stdout)["latency_ms"]["direct"]["p99"]))
+    return statistics.median(found)
 
 
 def _cold_files(root: Path, count: int) -> list[Path]:
-    """Regular files that nobody has read, by names and attributes only; spread over the tree."""
-    found = [
-        path for path in sorted((root / "usr/lib").rglob("*")) if path.is_file() and not path.is_symlink()
-        and path.stat().st_size > 40_000
-    ]
-    return found[:: max(1, len(found) // count)][:count]
+    """Files of python's library that nobody has read: all of one layer, so of one mount."""
+    library = next((root / "usr/lib").glob("python3.*"))
+    found = [path for path in sorted(library.rglob("*.py")) if path.is_file() and path.stat().st_size > 10_000]
+    return found[:: len(found) // count][:count]
 
 
-def _wait_in_kernel(pids: list[int]) -> None:
-    """Until each waits for its FUSE request."""
-
-    def waiting(pid: int) -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "DS"
-        except OSError:
-            return False
-
-    wait_for("the readers to wait", lambda: all(waiting(pid) for pid in pids), 20)
+def _pending_on_one_mount(here: Node) -> int:
+    counts = collections.Counter(one["mount_id"] for one in here.holdfast.ctl_json("inflight")["requests"])
+    return max(counts.values(), default=0)
 
 
 def _measure(here: Node, warm: Path, manifest: Path, cold: Path) -> None:
-    _reader(warm, manifest, 1)  # warms code paths, as both measurements then find them
-    before = _reader(warm, manifest, 4)
+    before = _p99(warm, manifest)
     here.proxy.hold()
     waiting = [
         subprocess.Popen(["cat", str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -59,13 +52,11 @@ def _measure(here: Node, warm: Path, manifest: Path, cold: Path) -> None:
     ]
     try:
         expect(len(waiting) == WAITING, f"only {len(waiting)} cold files")
-        _wait_in_kernel([one.pid for one in waiting])
-        inflight = lambda: len(here.holdfast.ctl_json("inflight")["requests"])  # noqa: E731
-        wait_for("the requests in the ledger", lambda: inflight() >= WAITING // 2, 20)
-        during = _reader(warm, manifest, 4)
-        limit = max(2 * before["p99"], 2.0)
-        print(f"cached reads, p99: {before['p99']:.2f} ms before, {during['p99']:.2f} ms with {inflight()} waiting")
-        expect(during["p99"] <= limit, f"p99 rose from {before['p99']} to {during['p99']} ms")
+        wait_for(f"{WAITING} requests of one mount in the ledger", lambda: _pending_on_one_mount(here) >= WAITING, 20)
+        during = _p99(warm, manifest)
+        print(f"cached reads, p99: {before:.2f} ms before, {during:.2f} ms with {WAITING} waiting")
+        # Half a millisecond is what the scheduler of a busy machine adds to either.
+        expect(during <= 2 * before + 0.5, f"p99 rose from {before} to {during} ms")
         _killed_reader_goes(waiting[0])
     finally:
         here.proxy.hold(False)

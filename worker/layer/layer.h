@@ -12,6 +12,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/clock.h"
@@ -73,7 +74,8 @@ class Layer {
 struct LayerReaderOptions {
   int completion_threads = 2;
   uint64_t neighbourhood_bytes = 64 * 1024;  // 0 = only what was asked for
-  uint64_t max_inflight_bytes = 32u << 20;   // compressed bytes on their way for all layers; the rest queues
+  uint64_t max_inflight_bytes = 32u << 20;   // compressed bytes on their way for all layers; the rest queues.
+                                             // See layer_scheduler.h for what one origin gets of it
   const Clock* clock = Clock::Real();
   TraceRing* trace = nullptr;     // layer.fetch
   FaultPoints* faults = nullptr;  // layer.before_fetch, layer.before_verify
@@ -85,9 +87,17 @@ class LayerReader {
  public:
   virtual ~LayerReader() = default;
   static std::unique_ptr<LayerReader> Create(const LayerReaderOptions& options);
+  // `origin` names what `source` shares its fate with, its registry: fetches that an origin does not answer
+  // do not hold up those of the others. Empty: this layer alone.
   virtual std::shared_ptr<Layer> Open(std::shared_ptr<const LayerIndex> index,
                                       std::shared_ptr<cache::LayerContent> content,
-                                      std::shared_ptr<cache::BlobSource> source) = 0;
+                                      std::shared_ptr<cache::BlobSource> source,
+                                      const std::string& origin) = 0;
+  std::shared_ptr<Layer> Open(std::shared_ptr<const LayerIndex> index,
+                              std::shared_ptr<cache::LayerContent> content,
+                              std::shared_ptr<cache::BlobSource> source) {
+    return Open(std::move(index), std::move(content), std::move(source), "");
+  }
   // No new fetches are started at kPrefetch or kBackground (a parked worker writes nothing it was not asked
   // for).
   virtual void Pause(bool paused) = 0;

@@ -102,6 +102,40 @@ TEST_F(LayerFaultTest, AFullDiskServesWithoutStoring) {
   EXPECT_GE(store_->stats().unstored_bytes, 620'000u);
 }
 
+TEST_F(LayerFaultTest, ASilentRegistryDoesNotHoldUpTheMissesOfAnother) {
+  std::vector<toc::testing::WriterEntry> entries;
+  for (unsigned i = 0; i < 20; i++) entries.push_back(File("f" + std::to_string(i), RandomText(100'000, i)));
+  MakeBlob(entries);
+  reader_options_.max_inflight_bytes = 400'000;
+  Start();
+  auto content =
+      store_->OpenLayer("sha256:" + std::string(64, '7'), index_->chunk_count(), index_->content_bytes());
+  ASSERT_TRUE(content.ok()) << content.status();
+  // Several layers of the silent registry, all with more misses than fit.
+  auto silent = std::make_shared<FakeSource>(made_.blob);
+  silent->Hold(true);
+  std::vector<std::shared_ptr<Layer>> stuck;
+  std::atomic<unsigned> answered{0};
+  for (int i = 0; i < 5; i++) {
+    stuck.push_back(reader_->Open(index_, *content, silent, "silent:5000"));
+    for (int j = 0; j < 20; j++) {
+      stuck.back()->ReadAsync(NodeOf("f" + std::to_string(j)), 0, 100, In(30 * kSecond),
+                              [&](const absl::StatusOr<ReadResult>&) { answered++; });
+    }
+  }
+  ASSERT_TRUE(silent->WaitRequests(2));
+  for (int j = 0; j < 20; j++) {
+    std::string name = "f" + std::to_string(j);
+    EXPECT_EQ(*Read(name), Truth(name));
+  }
+  EXPECT_EQ(answered, 0u);
+  EXPECT_LE(silent->requests().size(), 3u);
+  End();  // fails the reads that wait
+  EXPECT_EQ(answered, 100u);
+  stuck.clear();
+  silent->Stop();
+}
+
 TEST_F(LayerFaultTest, SourceErrorsReachTheReader) {
   for (const absl::Status& error : {NotFound("gone"), PermissionDenied("no"), Unavailable("down")}) {
     source_->AnswerWith([&](size_t, std::string) { return absl::StatusOr<std::string>(error); });

@@ -27,9 +27,10 @@ void LayerImpl::Demand(std::vector<PlannedFetch> plans, uint64_t deadline) {
     fetch->plan = std::move(plan);
     fetch->deadline = deadline;
     uint64_t bytes = fetch->plan.length;
-    shared_->scheduler.Demand({bytes, [self = shared_from_this(), fetch = std::move(fetch)]() mutable {
-                                 self->StartFetch(std::move(fetch));
-                               }});
+    shared_->scheduler.Demand(
+        {origin_, bytes, [self = shared_from_this(), fetch = std::move(fetch)]() mutable {
+           self->StartFetch(std::move(fetch));
+         }});
   }
 }
 
@@ -61,7 +62,7 @@ void LayerImpl::Fetched(const std::shared_ptr<Fetch>& fetch, const absl::StatusO
   } else {
     Failed(*fetch, status);
   }
-  shared_->scheduler.Done(fetch->plan.length, fetch->priority != cache::Priority::kDemand);
+  shared_->scheduler.Done(origin_, fetch->plan.length, fetch->priority != cache::Priority::kDemand);
 }
 
 std::vector<uint64_t> LayerImpl::Inflate(const PlannedFetch& plan, const std::string& bytes) {

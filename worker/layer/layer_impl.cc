@@ -17,11 +17,13 @@ constexpr uint64_t kInlineVerifyBytes = 256 * 1024;
 }  // namespace
 
 LayerImpl::LayerImpl(std::shared_ptr<ReaderShared> shared, std::shared_ptr<const LayerIndex> index,
-                     std::shared_ptr<cache::LayerContent> content, std::shared_ptr<cache::BlobSource> source)
+                     std::shared_ptr<cache::LayerContent> content, std::shared_ptr<cache::BlobSource> source,
+                     const std::string& origin)
     : shared_(std::move(shared)),
       index_(std::move(index)),
       content_(std::move(content)),
       source_(std::move(source)),
+      origin_(origin.empty() ? "layer " + std::to_string(reinterpret_cast<uintptr_t>(this)) : origin),
       touched_((index_->chunk_count() + 63) / 64) {}
 
 absl::StatusOr<std::vector<ChunkPart>> LayerImpl::PartsOf(uint64_t nodeid, uint64_t offset,

@@ -40,7 +40,8 @@ struct ReaderShared {
 class LayerImpl final : public Layer, public std::enable_shared_from_this<LayerImpl> {
  public:
   LayerImpl(std::shared_ptr<ReaderShared> shared, std::shared_ptr<const LayerIndex> index,
-            std::shared_ptr<cache::LayerContent> content, std::shared_ptr<cache::BlobSource> source);
+            std::shared_ptr<cache::LayerContent> content, std::shared_ptr<cache::BlobSource> source,
+            const std::string& origin);
 
   const LayerIndex& index() const override { return *index_; }
   std::shared_ptr<cache::LayerContent> content() const override { return content_; }
@@ -100,6 +101,7 @@ class LayerImpl final : public Layer, public std::enable_shared_from_this<LayerI
   const std::shared_ptr<const LayerIndex> index_;
   const std::shared_ptr<cache::LayerContent> content_;
   const std::shared_ptr<cache::BlobSource> source_;
+  const std::string origin_;
 
   Mutex mutex_;
   std::unordered_map<uint64_t, Flight> flights_ ABSL_GUARDED_BY(mutex_);

@@ -83,7 +83,7 @@ FetchScheduler::Start LayerImpl::PrefetchStart(PlannedFetch plan) {
   fetch->priority = cache::Priority::kPrefetch;
   fetch->deadline = shared_->options.clock->BootNanos() + kPrefetchNanos;
   uint64_t bytes = fetch->plan.length;
-  return {bytes, [self = shared_from_this(), fetch = std::move(fetch)]() mutable {
+  return {origin_, bytes, [self = shared_from_this(), fetch = std::move(fetch)]() mutable {
             self->StartFetch(std::move(fetch));
           }};
 }

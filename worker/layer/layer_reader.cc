@@ -16,8 +16,9 @@ class LayerReaderImpl final : public LayerReader {
 
   std::shared_ptr<Layer> Open(std::shared_ptr<const LayerIndex> index,
                               std::shared_ptr<cache::LayerContent> content,
-                              std::shared_ptr<cache::BlobSource> source) override {
-    return std::make_shared<LayerImpl>(shared_, std::move(index), std::move(content), std::move(source));
+                              std::shared_ptr<cache::BlobSource> source, const std::string& origin) override {
+    return std::make_shared<LayerImpl>(shared_, std::move(index), std::move(content), std::move(source),
+                                       origin);
   }
   void Pause(bool paused) override { shared_->scheduler.Pause(paused); }
 

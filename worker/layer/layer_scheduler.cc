@@ -16,7 +16,8 @@ void FetchScheduler::Demand(Start start) {
   {
     MutexLock lock(&mutex_);
     if (stopped_) return;
-    demand_.push_back(std::move(start));
+    Origin& origin = origins_[start.origin];
+    origin.demand.push_back({next_ticket_++, std::move(start)});
   }
   Pump();
 }
@@ -34,11 +35,17 @@ void FetchScheduler::Prefetch(PrefetchJob job, bool soon) {
   Pump();
 }
 
-void FetchScheduler::Done(uint64_t bytes, bool prefetch) {
+void FetchScheduler::Done(const std::string& origin, uint64_t bytes, bool prefetch) {
   {
     MutexLock lock(&mutex_);
     bytes_ -= bytes;
-    (prefetch ? prefetch_running_ : demand_running_)--;
+    if (prefetch) prefetch_running_--;
+    auto it = origins_.find(origin);
+    Origin& o = it->second;
+    o.bytes -= bytes;
+    o.running--;
+    if (!prefetch) o.demand_running--;
+    if (o.running == 0 && o.demand.empty()) origins_.erase(it);
   }
   Pump();
 }
@@ -52,11 +59,11 @@ void FetchScheduler::Pause(bool paused) {
 }
 
 void FetchScheduler::Stop() {
-  std::deque<Start> demand;
+  std::deque<std::deque<Queued>> demand;  // what it holds may be the last of a layer: freed off the lock
   std::deque<PrefetchJob> jobs;
   MutexLock lock(&mutex_);
   stopped_ = true;
-  demand.swap(demand_);
+  for (auto& [name, origin] : origins_) demand.emplace_back().swap(origin.demand);
   jobs.swap(jobs_);
 }
 
@@ -67,17 +74,31 @@ void FetchScheduler::Pump() {
   }
 }
 
+bool FetchScheduler::MayBegin(const Origin& origin) const {
+  if (origin.demand.empty()) return false;
+  if (origin.demand_running == 0) return bytes_ < 2 * max_bytes_;  // however large
+  uint64_t bytes = origin.demand.front().start.bytes;
+  uint64_t left_to_others = origin.bytes + bytes > max_bytes_ / 4 ? max_bytes_ / 4 : 0;
+  return bytes_ + bytes + left_to_others <= max_bytes_;
+}
+
 bool FetchScheduler::PumpDemand() {
   Start start;
   {
     MutexLock lock(&mutex_);
-    if (stopped_ || demand_.empty()) return false;
-    // One may always run, however large.
-    if (demand_running_ > 0 && bytes_ + demand_.front().bytes > max_bytes_) return false;
-    start = std::move(demand_.front());
-    demand_.pop_front();
+    if (stopped_) return false;
+    Origin* oldest = nullptr;
+    for (auto& [name, origin] : origins_) {
+      if (!MayBegin(origin)) continue;
+      if (oldest == nullptr || origin.demand.front().ticket < oldest->demand.front().ticket) oldest = &origin;
+    }
+    if (oldest == nullptr) return false;
+    start = std::move(oldest->demand.front().start);
+    oldest->demand.pop_front();
     bytes_ += start.bytes;
-    demand_running_++;
+    oldest->bytes += start.bytes;
+    oldest->running++;
+    oldest->demand_running++;
   }
   start.run();
   return true;
@@ -102,6 +123,9 @@ bool FetchScheduler::PumpPrefetch() {
       return true;
     }
     bytes_ += start->bytes;
+    Origin& origin = origins_[start->origin];
+    origin.bytes += start->bytes;
+    origin.running++;
     if (!stopped_) jobs_.push_front(std::move(job));
   }
   start->run();

@@ -39,6 +39,16 @@ fuse::MountFlags FlagsOf(const handover::MountBlob& blob) {
   return flags;
 }
 
+// Names content in the store. A layer that is read lazily is never compared with its own digest: each chunk
+// is checked against the TOC that the image names. So what one TOC vouched for may serve only images that
+// name the same TOC, or an image could place its bytes under another's layer. The chunks are counted in the
+// numbering's order. Indexes bound to different parents share all three, hence the content.
+std::string ContentKey(const layer::LayerIndex& index) {
+  const layer::IndexInfo& info = index.info();
+  return layer::Sha256Name(info.layer_digest + " " + info.toc_digest + " " +
+                           std::to_string(index.numbering_version()));
+}
+
 }  // namespace
 
 absl::StatusOr<LayerService::IndexPtr> LayerService::OpenIndex(const std::string& layer_digest,
@@ -188,7 +198,7 @@ absl::StatusOr<std::shared_ptr<layer::Layer>> LayerService::OpenLayer(const hand
   }
   HF_ASSIGN_OR_RETURN(
       std::shared_ptr<cache::LayerContent> content,
-      parts_.store->OpenLayer(blob.layer_digest, index->chunk_count(), index->content_bytes()));
+      parts_.store->OpenLayer(ContentKey(*index), index->chunk_count(), index->content_bytes()));
   fetch::BlobRef ref;
   HF_ASSIGN_OR_RETURN(ref.image, fetch::ParseImageReference(blob.image_ref));
   ref.digest = blob.layer_digest;
@@ -252,15 +262,15 @@ void LayerService::ForgetMounts(const std::vector<uint64_t>& mount_ids) {
   }
 }
 
-void LayerService::Usage(const std::string& layer_digest, uint64_t* bytes, uint64_t* inodes) {
+void LayerService::Usage(const std::string& layer_digest, const std::string& index_sha256, uint64_t* bytes,
+                         uint64_t* inodes) {
   *bytes = 0;
   *inodes = 0;
-  absl::StatusOr<LayerRecord> record = parts_.files->Load(layer_digest);
-  if (!record.ok()) return;
-  absl::StatusOr<IndexPtr> index = OpenIndex(layer_digest, record->index_sha256, /*verify=*/false);
+  absl::StatusOr<IndexPtr> index = OpenIndex(layer_digest, index_sha256, /*verify=*/false);
   if (!index.ok()) return;
   *inodes = (*index)->node_count();
-  auto content = parts_.store->OpenLayer(layer_digest, (*index)->chunk_count(), (*index)->content_bytes());
+  auto content =
+      parts_.store->OpenLayer(ContentKey(**index), (*index)->chunk_count(), (*index)->content_bytes());
   if (content.ok()) *bytes = (*content)->bytes();
 }
 
@@ -312,7 +322,8 @@ std::vector<handover::LayerInfo> LayerService::Layers() const {
     if (index.ok()) {
       info.content_bytes = (*index)->content_bytes();
       info.files = (*index)->regular_files();
-      auto content = parts_.store->OpenLayer(digest, (*index)->chunk_count(), (*index)->content_bytes());
+      auto content =
+          parts_.store->OpenLayer(ContentKey(**index), (*index)->chunk_count(), (*index)->content_bytes());
       if (content.ok()) {
         // On disk it is counted in blocks; a layer that is complete shall not look more than complete.
         info.cached_bytes = std::min((*content)->bytes(), info.content_bytes);

@@ -57,7 +57,8 @@ class LayerService final : public snapshot::LayerMounter {
                        uint64_t snapshot_id, const std::string& folder) override;
   bool IsMounted(uint64_t snapshot_id) const override;
   absl::Status Unmount(uint64_t snapshot_id, bool* still_used) override;
-  void Usage(const std::string& layer_digest, uint64_t* bytes, uint64_t* inodes) override;
+  void Usage(const std::string& layer_digest, const std::string& index_sha256, uint64_t* bytes,
+             uint64_t* inodes) override;
 
   // Serves a mount that the vault holds already. Fast. An entry whose blob cannot be read is an error and not
   // served: guessing would mean wrong bytes.

@@ -363,7 +363,8 @@ TEST_F(LayerServiceTest, ARemountNeedsTheIndexAndNoNetwork) {
 
 TEST_F(LayerServiceTest, LayersAndUsageShowWhatIsOnDisk) {
   EstargzLayer layer = Push({File("f", "content")});
-  ASSERT_TRUE(Mount(Request(layer), 1).ok());
+  auto mounted = Mount(Request(layer), 1);
+  ASSERT_TRUE(mounted.ok()) << mounted.status();
   EXPECT_EQ(Read(1, "f"), "content");
   std::vector<handover::LayerInfo> layers = service_->Layers();
   ASSERT_EQ(layers.size(), 1u);
@@ -372,10 +373,31 @@ TEST_F(LayerServiceTest, LayersAndUsageShowWhatIsOnDisk) {
   EXPECT_EQ(layers[0].files, 1u);
   EXPECT_EQ(layers[0].mounts, 1u);
   uint64_t bytes = 0, inodes = 0;
-  service_->Usage(layer.layer_digest, &bytes, &inodes);
+  service_->Usage(layer.layer_digest, mounted->index_sha256, &bytes, &inodes);
   EXPECT_GE(bytes, 7u) << "in blocks of the disk";
   EXPECT_EQ(layers[0].cached_bytes, 7u);
   EXPECT_EQ(inodes, 2u);
+}
+
+TEST_F(LayerServiceTest, ContentThatOneTocVouchedForNeverServesAnImageThatNamesAnother) {
+  EstargzLayer honest = Push({File("f", "honest")});
+  // Another registry serves other bytes, of the same shape, under the digest of the public layer.
+  RegistryServer elsewhere;
+  EstargzLayer forged = WriteEstargz({File("f", "forged")});
+  elsewhere.AddBlobAs(honest.layer_digest, forged.blob);
+  snapshot::LayerRequest request;
+  request.image_ref = elsewhere.host() + "/other/image:latest";
+  request.layer_digest = honest.layer_digest;
+  request.toc_digest = forged.toc_digest;
+  request.tenant = "other";
+  ASSERT_NE(forged.toc_digest, honest.toc_digest);
+  auto mounted = Mount(request, 1);
+  ASSERT_TRUE(mounted.ok()) << mounted.status();
+  EXPECT_EQ(Read(1, "f"), "forged") << "what that image's own TOC says";
+
+  ASSERT_TRUE(Mount(Request(honest), 2).ok());
+  EXPECT_EQ(Read(2, "f"), "honest");
+  EXPECT_EQ(Read(1, "f"), "forged");
 }
 
 TEST(LayerFilesTest, TheRecordOfTheFirstReleaseIsReadable) {

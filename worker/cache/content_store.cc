@@ -25,11 +25,11 @@ bool IsHex64(std::string_view text) {
          });
 }
 
-absl::StatusOr<std::string> HexOf(const std::string& layer_digest) {
-  std::string_view digest = layer_digest;
+absl::StatusOr<std::string> HexOf(const std::string& content_key) {
+  std::string_view digest = content_key;
   if (digest.substr(0, kDigestPrefix.size()) != kDigestPrefix ||
       !IsHex64(digest.substr(kDigestPrefix.size()))) {
-    return InvalidArgument("not a sha256 digest: '" + layer_digest + "'");
+    return InvalidArgument("not a sha256 digest: '" + content_key + "'");
   }
   return std::string(digest.substr(kDigestPrefix.size()));
 }
@@ -154,7 +154,7 @@ absl::StatusOr<std::shared_ptr<LayerContent>> StoreState::OpenLayer(std::shared_
     }
   }
   if (!live->SameShape(chunk_count, content_bytes)) {
-    return FailedPrecondition("sha256:" + hex + " is open with another number of chunks");
+    return FailedPrecondition("content " + hex + " is open with another number of chunks");
   }
   return std::static_pointer_cast<LayerContent>(live);
 }
@@ -165,7 +165,7 @@ absl::Status StoreState::Remove(const std::string& hex) {
     MutexLock lock(&mutex_);
     auto it = layers_.find(hex);
     if (it != layers_.end()) {
-      if (!it->second.live.expired()) return FailedPrecondition("sha256:" + hex + " is in use");
+      if (!it->second.live.expired()) return FailedPrecondition("content " + hex + " is in use");
       account = it->second.account;
     }
   }
@@ -219,7 +219,7 @@ bool StoreState::EvictFor(uint64_t bytes) {
     }
     uint64_t freed = before - std::min(before, layer.account->bytes.load());
     evicted_bytes += freed;
-    LOG(INFO) << "cache.evicted layer=sha256:" << layer.hex << " bytes=" << freed
+    LOG(INFO) << "cache.evicted content=" << layer.hex << " bytes=" << freed
               << " held=" << (layer.held != nullptr);
   }
   return Fits(bytes, /*fresh=*/true);
@@ -272,10 +272,10 @@ class ContentStoreImpl final : public ContentStore {
  public:
   explicit ContentStoreImpl(std::shared_ptr<StoreState> state) : state_(std::move(state)) {}
 
-  absl::StatusOr<std::shared_ptr<LayerContent>> OpenLayer(const std::string& layer_digest,
+  absl::StatusOr<std::shared_ptr<LayerContent>> OpenLayer(const std::string& content_key,
                                                           uint64_t chunk_count,
                                                           uint64_t content_bytes) override {
-    HF_ASSIGN_OR_RETURN(std::string hex, HexOf(layer_digest));
+    HF_ASSIGN_OR_RETURN(std::string hex, HexOf(content_key));
     return state_->OpenLayer(state_, hex, chunk_count, content_bytes);
   }
   void AllowEviction(bool allow) override { state_->AllowEviction(allow); }

@@ -2,7 +2,7 @@
 // presence map beside it; the pair describes itself and survives every restart. No database, so reading needs
 // none.
 //
-// Folder: <root>/<sha256 hex of the layer>/{content.<g>, presence.<g>}, g = store generation of the layer (a
+// Folder: <root>/<hex of the content key>/{content.<g>, presence.<g>}, g = store generation of the layer (a
 // new one after an eviction; eviction unlinks whole files, so a reader in the middle of one keeps valid bytes
 // through its descriptor).
 //
@@ -99,10 +99,12 @@ class ContentStore {
   virtual ~ContentStore() = default;
   static absl::StatusOr<std::unique_ptr<ContentStore>> Open(const StoreOptions& options);
 
-  // The same object for the same digest while somebody holds it. `layer_digest` is "sha256:<hex>".
+  // The same object for the same key while somebody holds it. `content_key` is "sha256:<hex>" and stands for
+  // all that decides which bytes are right: the layer, the TOC they are verified against, the numbering of
+  // the chunks. Marks are believed without hashing, so no two that differ in any of it may share a key.
   // `chunk_count` and `content_bytes` are checked against what is on disk: content of another shape is
   // dropped.
-  virtual absl::StatusOr<std::shared_ptr<LayerContent>> OpenLayer(const std::string& layer_digest,
+  virtual absl::StatusOr<std::shared_ptr<LayerContent>> OpenLayer(const std::string& content_key,
                                                                   uint64_t chunk_count,
                                                                   uint64_t content_bytes) = 0;
   // From now on this process may evict, in Put: whole layers, those nobody holds first, least recently read

@@ -59,7 +59,7 @@ absl::Status LayerContentImpl::OpenFolder() {
     return absl::OkStatus();
   }
   if (opened.status().code() != absl::StatusCode::kResourceExhausted) return opened.status();
-  LOG(WARNING) << "cache.not_storing layer=sha256:" << identity_.layer_hex << " reason=\""
+  LOG(WARNING) << "cache.not_storing content=" << identity_.layer_hex << " reason=\""
                << opened.status().message() << "\"";
   HF_ASSIGN_OR_RETURN(auto none, UnstoredGeneration(identity_.chunk_count));
   retry_boot_nanos_ = shared_->options.clock->BootNanos() + kSecondNanos;
@@ -150,10 +150,10 @@ void LayerContentImpl::RepairIfShort(const Files& files) {
   // Marks first: once the file has its length back, what was cut off reads as zeros.
   DistrustMarks(files, identity_.chunk_count);
   shared_->damaged_layers++;
-  LOG(WARNING) << "cache.truncated layer=sha256:" << identity_.layer_hex << " bytes=" << st.st_size
+  LOG(WARNING) << "cache.truncated content=" << identity_.layer_hex << " bytes=" << st.st_size
                << " expected=" << identity_.content_bytes;
   if (ftruncate(files.data.get(), static_cast<off_t>(identity_.content_bytes)) != 0) {
-    PLOG(WARNING) << "cache.repair_failed layer=sha256:" << identity_.layer_hex;
+    PLOG(WARNING) << "cache.repair_failed content=" << identity_.layer_hex;
   }
 }
 
@@ -174,7 +174,7 @@ void LayerContentImpl::Drop(const Files& files, uint64_t chunk, uint64_t size) {
   if (chunk >= identity_.chunk_count) return;
   if (files.marks[chunk].exchange(kMarkAbsent) != kMarkAbsent) {
     shared_->damaged_chunks++;
-    LOG(WARNING) << "cache.dropped layer=sha256:" << identity_.layer_hex << " chunk=" << chunk
+    LOG(WARNING) << "cache.dropped content=" << identity_.layer_hex << " chunk=" << chunk
                  << " bytes=" << size;
   }
   RepairIfShort(files);
@@ -207,7 +207,7 @@ void LayerContentImpl::Evict() {
     return locked.Replace(identity_, std::max(account_->access_hour.load(), 1u));
   }();
   if (!replaced.ok()) {
-    LOG(WARNING) << "cache.evict_failed layer=sha256:" << identity_.layer_hex << " reason=\""
+    LOG(WARNING) << "cache.evict_failed content=" << identity_.layer_hex << " reason=\""
                  << replaced.status().message() << "\"";
     replaced = UnstoredGeneration(identity_.chunk_count);
     if (!replaced.ok()) return;
@@ -226,7 +226,7 @@ void LayerContentImpl::Flush() {
   WriteAccessHour(*files);
   if (!dirty_.exchange(false)) return;
   if (fdatasync(files->data.get()) != 0 || fdatasync(files->presence.get()) != 0) {
-    PLOG(WARNING) << "cache.sync_failed layer=sha256:" << identity_.layer_hex;
+    PLOG(WARNING) << "cache.sync_failed content=" << identity_.layer_hex;
   }
 }
 

@@ -105,7 +105,7 @@ absl::StatusOr<LayerFolder::Opened> LayerFolder::OpenCurrent(const PresenceIdent
         continue;
       }
       if (files.status().code() == absl::StatusCode::kResourceExhausted) return files.status();
-      LOG(WARNING) << "cache.damaged layer=sha256:" << identity.layer_hex << " generation=" << generation
+      LOG(WARNING) << "cache.damaged content=" << identity.layer_hex << " generation=" << generation
                    << " reason=\"" << files.status().message() << "\"";
       opened.damaged = true;
       HF_RETURN_IF_ERROR(SetAside(path_, generation));

@@ -39,7 +39,7 @@ struct PresenceHeader {
   char magic[8];  // "HFPRES\0\0"
   uint32_t version;
   uint32_t header_bytes;  // kPresenceHeaderBytes
-  char layer[64];         // hex of the layer digest
+  char layer[64];         // hex of the content key (content_store.h)
   uint64_t chunk_count;
   uint64_t content_bytes;
   uint64_t generation;
@@ -52,7 +52,7 @@ static_assert(sizeof(PresenceHeader) == 184);
 
 // What a presence file must be for, and under which ids its marks are trusted.
 struct PresenceIdentity {
-  std::string layer_hex;
+  std::string layer_hex;  // of the content key
   uint64_t chunk_count = 0;
   uint64_t content_bytes = 0;
   std::string vault_id;

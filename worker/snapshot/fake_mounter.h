@@ -63,7 +63,7 @@ class FakeMounter final : public LayerMounter {
     return absl::OkStatus();
   }
 
-  void Usage(const std::string&, uint64_t* bytes, uint64_t* inodes) override {
+  void Usage(const std::string&, const std::string&, uint64_t* bytes, uint64_t* inodes) override {
     *bytes = 1234;
     *inodes = 5;
   }

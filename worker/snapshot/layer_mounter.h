@@ -50,8 +50,9 @@ class LayerMounter {
   // umount(2); OK when it was not mounted. `still_used` tells that a container's overlay holds it: it is
   // served on, and its content must stay.
   virtual absl::Status Unmount(uint64_t snapshot_id, bool* still_used) = 0;
-  // Bytes of this layer on the local disk, and its files.
-  virtual void Usage(const std::string& layer_digest, uint64_t* bytes, uint64_t* inodes) = 0;
+  // Bytes of this layer on the local disk, and its files. Zeros when the index is not there.
+  virtual void Usage(const std::string& layer_digest, const std::string& index_sha256, uint64_t* bytes,
+                     uint64_t* inodes) = 0;
 };
 
 }  // namespace holdfast::snapshot

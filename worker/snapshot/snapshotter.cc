@@ -152,7 +152,7 @@ class SnapshotterImpl final : public Snapshotter {
     if (!row.has_value()) return Missing(key);
     uint64_t bytes = row->usage_bytes, inodes = row->usage_inodes;
     if (!row->lazy_digest.empty()) {
-      mounter_->Usage(row->lazy_digest, &bytes, &inodes);
+      mounter_->Usage(row->lazy_digest, row->lazy_index, &bytes, &inodes);
     } else if (row->kind == Kind::kActive || (row->kind == Kind::kCommitted && inodes == 0)) {
       TreeUsage usage = Folders::Scan(folders_.Fs(row->id), 0, aborted_);
       if (!usage.complete) return absl::AbortedError("the worker is being replaced");

@@ -11,7 +11,6 @@ namespace {
 constexpr size_t kMaxNeighbours = 256;
 constexpr size_t kMaxReferenceBytes = 1024;
 constexpr size_t kMaxLabelBytes = 4096;
-constexpr char kTocDigestLabel[] = "containerd.io/snapshot/stargz/toc.digest";
 // Would switch verification off; an image's author must not be able to.
 constexpr char kSkipVerifyLabel[] = "containerd.io/snapshot/remote/stargz.skipverify";
 

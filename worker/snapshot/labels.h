@@ -18,6 +18,7 @@ namespace holdfast::snapshot {
 using Labels = std::map<std::string, std::string>;
 
 inline constexpr char kTargetLabel[] = "containerd.io/snapshot.ref";
+inline constexpr char kTocDigestLabel[] = "containerd.io/snapshot/stargz/toc.digest";
 inline constexpr char kRemoteLabel[] = "containerd.io/snapshot/remote";
 inline constexpr char kRemoteLabelValue[] = "remote snapshot";
 // Set by containerd 2.4: the chain below this layer. With an empty parent it means that layers are unpacked

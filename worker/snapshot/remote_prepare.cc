@@ -69,16 +69,18 @@ absl::Status RemotePreparer::Prepare(const std::string& key, const std::string& 
   return absl::OkStatus();
 }
 
-// A row that another image's author had prepared under this chain id from another blob is not trusted for
-// this one.
+// A row that another image's author had prepared under this chain id is not trusted for this one when it is
+// of another blob, or was verified against another TOC: nothing else ties lazily read bytes to the blob.
 RemotePreparer::Target RemotePreparer::Find(const std::string& target, const std::string& parent,
                                             const std::vector<LayerRequest>& requests) const {
   Target found = Target::kNone;
   for (const Row& row : parts_.store->ChildrenOf(parent)) {
     if (row->kind != metadata::Kind::kCommitted || LabelOr(row->labels, kTargetLabel) != target) continue;
     bool same_blob = row->lazy_digest.empty();
-    for (const LayerRequest& request : requests)
-      same_blob = same_blob || request.layer_digest == row->lazy_digest;
+    for (const LayerRequest& request : requests) {
+      same_blob = same_blob || (request.layer_digest == row->lazy_digest &&
+                                request.toc_digest == LabelOr(row->labels, kTocDigestLabel));
+    }
     if (!same_blob) return Target::kFromAnotherBlob;
     found = Target::kThere;
   }

@@ -101,6 +101,19 @@ TEST_F(RemotePrepareTest, ATargetMadeFromAnotherBlobIsNotTrusted) {
   EXPECT_EQ(mounter_.requests().size(), 1u);
 }
 
+TEST_F(RemotePrepareTest, ATargetVerifiedAgainstAnotherTocIsNotTrusted) {
+  auto with_toc = [](char digit) {
+    Labels labels = Target();
+    labels[kTocDigestLabel] = "sha256:" + std::string(64, digit);
+    return labels;
+  };
+  ASSERT_TRUE(absl::IsAlreadyExists(PrepareCode(kKey, "", with_toc('a'))));
+  EXPECT_TRUE(PrepareCode("other/1/x", "", with_toc('b')).ok()) << "an ordinary snapshot";
+  EXPECT_TRUE(PrepareCode("other/2/x", "", Target()).ok());
+  EXPECT_TRUE(absl::IsAlreadyExists(PrepareCode("other/3/x", "", with_toc('a'))));
+  EXPECT_EQ(mounter_.requests().size(), 1u);
+}
+
 TEST_F(RemotePrepareTest, FallsBackToAnOrdinarySnapshotAndLeavesNothing) {
   mounter_.FailImage("localhost/app:1", Unavailable("503"));
   ASSERT_TRUE(snapshotter_->Prepare(kKey, "", Target()).ok());

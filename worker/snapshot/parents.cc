@@ -44,7 +44,9 @@ std::vector<absl::Status> Parents::MountMany(const std::vector<Row>& rows) {
   std::vector<absl::Status> results(missing.size());
   std::atomic<size_t> next{0};
   auto work = [&] {
-    for (size_t i = next++; i < missing.size(); i = next++) results[i] = MountOne(*missing[i]);
+    for (size_t i = next++; i < missing.size(); i = next++) {
+      results[i] = aborted_ ? absl::AbortedError("the worker is being replaced") : MountOne(*missing[i]);
+    }
   };
   std::vector<std::thread> helpers;
   for (size_t i = 1; i < std::min(kMountThreads, missing.size()); i++) helpers.emplace_back(work);

@@ -2,6 +2,7 @@
 // to them is handed out. Thread-safe; mounting one layer is done once however many calls need it.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -23,10 +24,13 @@ class Parents {
 
   // `parent` and what is below it, nearest first; empty for "". NotFound when one is missing.
   absl::StatusOr<std::vector<Row>> Chain(const std::string& parent) const;
-  // Unavailable "layer <digest> unavailable: why" when one cannot be mounted. No network; in parallel.
+  // Unavailable "layer <digest> unavailable: why" when one cannot be mounted, Aborted after Abort. No
+  // network; in parallel.
   absl::Status EnsureMounted(const std::vector<Row>& rows);
   // Mounts what is not mounted; failures are logged and left for EnsureMounted.
   void MountAll(const std::vector<Row>& rows);
+  // Begins no further mount: those that wait, and all later ones, are Aborted.
+  void Abort() { aborted_ = true; }
   std::vector<ParentLayer> Describe(const std::vector<Row>& chain) const;
 
  private:
@@ -36,6 +40,7 @@ class Parents {
   const metadata::MetadataStore* const store_;
   LayerMounter* const mounter_;
   const Folders* const folders_;
+  std::atomic<bool> aborted_{false};
   Claims mounting_;
 };
 

@@ -256,6 +256,19 @@ TEST_F(RemotePrepareTest, AfterAStartLazyLayersAreMountedAgain) {
   EXPECT_EQ(mounter_.mounted(), 2u);
 }
 
+TEST_F(RemotePrepareTest, AHandOverDoesNotWaitUntilAllLayersAreMountedAgain) {
+  ASSERT_TRUE(absl::IsAlreadyExists(PrepareCode(kKey, "", Target())));
+  std::string lower = Lookup(kChain, "")[0].name;
+  Active("container", lower);
+  mounter_.LoseAll();
+  Restart();
+  snapshotter_->Abort();
+  snapshotter_->Restore();
+  EXPECT_TRUE(absl::IsAborted(snapshotter_->Mounts("container").status()))
+      << "the successor is asked instead";
+  EXPECT_EQ(mounter_.remounts(), 0);
+}
+
 TEST_F(RemotePrepareTest, RemovedLayersAreUnmountedAndABusyOneIsRetried) {
   ASSERT_TRUE(absl::IsAlreadyExists(PrepareCode(kKey, "", Target())));
   std::string name = Lookup(kChain, "")[0].name;

@@ -182,6 +182,7 @@ class SnapshotterImpl final : public Snapshotter {
   void Abort() override {
     aborted_ = true;
     remote_.Abort();
+    parents_.Abort();
     reaper_.Stop();
   }
 

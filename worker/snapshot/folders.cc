@@ -185,6 +185,8 @@ absl::Status Folders::Describe(const metadata::SnapshotRow& row) const {
   absl::StatusOr<UniqueFd> fd = OpenFile(temporary, O_WRONLY | O_CREAT | O_TRUNC);
   absl::Status status = fd.status();
   if (status.ok()) status = PwriteFull(fd->get(), bytes.data(), bytes.size(), 0);
+  // Else a power failure could leave the new name with no content in it.
+  if (status.ok() && fdatasync(fd->get()) != 0) status = ErrnoStatus(errno, "sync " + temporary);
   if (status.ok() && rename(temporary.c_str(), path.c_str()) != 0)
     status = ErrnoStatus(errno, "rename to " + path);
   return AsPlainFailure(Annotate(status, "describe snapshot " + std::to_string(row.id)));

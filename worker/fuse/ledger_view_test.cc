@@ -2,6 +2,10 @@
 
 #include <fcntl.h>
 #include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <set>
 
 #include "gtest/gtest.h"
 #include "worker/fuse/crc32c.h"
@@ -112,6 +116,35 @@ TEST(FuseServerCreateTest, AThreadNeedsASlot) {
   options.threads = HF_LEDGER_SLOTS + 1;
   EXPECT_EQ(FuseServer::Create(options, DupLedger(bench.MakeLedger(1))).status().code(),
             absl::StatusCode::kInvalidArgument);
+}
+
+TEST(FuseServerTest, ADeviceThatGivesNothingHasNotEnded) {
+  Bench bench;
+  Bench::Ledger& ledger = bench.MakeLedger(1);
+  ServerOptions options;
+  options.generation = 1;
+  options.threads = 1;
+  auto server = FuseServer::Create(options, DupLedger(ledger));
+  ASSERT_TRUE(server.ok()) << server.status();
+  int ends[2];
+  ASSERT_EQ(pipe2(ends, O_NONBLOCK | O_CLOEXEC), 0);
+  close(ends[1]);  // readable for ever, and every splice moves 0 bytes
+  MountSpec spec;
+  spec.mount_id = 1;
+  spec.device.Reset(ends[0]);
+  spec.init_request = bench.Mount().init_request;
+  spec.open_layer = []() -> absl::StatusOr<std::shared_ptr<layer::Layer>> { return Internal("never"); };
+  ASSERT_TRUE((*server)->AddMount(std::move(spec)).ok());
+  std::atomic<bool> ended{false};
+  (*server)->OnMountEnded([&](uint64_t) { ended = true; });
+  (*server)->Start();
+  // At its third beat the only thread has been through two turns.
+  std::set<uint64_t> beats;
+  EXPECT_TRUE(Eventually([&] {
+    beats.insert(Shared(ledger.header->loop_heartbeat_ns).load());
+    return ended || beats.size() >= 4;
+  }));
+  EXPECT_FALSE(ended);
 }
 
 TEST(FuseServerCreateTest, AMountWhoseSavedInitIsNoneIsRefused) {

@@ -142,11 +142,11 @@ ServerCore::Received ServerCore::ReceiveInto(uint32_t slot_index, Mount& mount, 
   ssize_t n = splice(mount.device(), nullptr, ledger_->pipe_write(slot_index), nullptr,
                      HF_LEDGER_REQUEST_BYTES, SPLICE_F_NONBLOCK);
   if (n <= 0) {
-    int error = n == 0 ? ENODEV : errno;
+    int error = n == 0 ? EAGAIN : errno;  // nothing moved, which says nothing of the connection
     // ENOENT: the request was withdrawn at that moment; EIO: it was too large, the kernel has ended it.
     if (error == EAGAIN || error == EINTR || error == ENOENT || error == EIO || error == ENOMEM)
       return Received::kNothing;
-    if (error != ENODEV && error != ECONNABORTED && error != ENOTCONN) {
+    if (error != ENODEV && error != ECONNABORTED) {
       // Never taken for an end: whoever closes the descriptor of a living mount breaks its containers.
       LOG(ERROR) << "fuse.receive_failed mount=" << mount.id() << " layer=" << mount.description()
                  << " errno=" << error;

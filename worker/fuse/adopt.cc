@@ -160,11 +160,9 @@ bool ServerCore::Drained(uint64_t generation) {
   MutexLock lock(&old_mutex_);
   if (drained_.contains(generation)) return true;
   auto it = old_.find(generation);
-  if (it == old_.end() || !it->second->view->Empty()) return false;
-  if (it->second->walked_finally) {
-    drained_.insert(generation);
-    old_.erase(it);
-  }
+  if (it == old_.end() || !it->second->walked_finally || !it->second->view->Empty()) return false;
+  drained_.insert(generation);
+  old_.erase(it);
   return true;
 }
 
@@ -196,6 +194,11 @@ bool ServerCore::AdoptRecord(const std::shared_ptr<LedgerView>& view, uint32_t i
   if (state.state == HF_RECORD_FILLING && final_walk)
     ChangeState(record, &state, {});  // its slot has the request
   if (state.state != HF_RECORD_PENDING) return false;
+  // Taken first and looked at then: its owner may still be dying, and answer and refill it under our eyes.
+  bool ours_before = state.owner == generation32_;
+  if (!ChangeState(record, &state, {HF_RECORD_PENDING, generation32_}))
+    return false;  // answered this instant
+  state.owner = generation32_;
   hf_record copy;
   memcpy(&copy, record, sizeof copy);
   PendingRead read{view,           index,     copy.unique, copy.nodeid,
@@ -211,9 +214,7 @@ bool ServerCore::AdoptRecord(const std::shared_ptr<LedgerView>& view, uint32_t i
     Dropped(view->generation(), copy.mount_id, refused);
     return false;
   }
-  if (state.owner == generation32_ && mount->FindPending(copy.unique)) return false;  // taken before
-  if (!ChangeState(record, &state, {HF_RECORD_PENDING, generation32_}))
-    return false;  // answered this instant
+  if (ours_before && mount->FindPending(copy.unique)) return false;
   read.deadline_nanos = AdoptedDeadline(Shared(record->deadline_ns).load(std::memory_order_relaxed));
   Shared(record->deadline_ns).store(read.deadline_nanos, std::memory_order_relaxed);
   pending_++;

@@ -89,7 +89,9 @@ class FuseServer {
   // (`final_walk`): nothing can be left behind by a thread of the dying worker. Returns how many were taken.
   // Requests of unknown mounts or with a bad CRC are dropped, logged and counted, never guessed at.
   virtual absl::StatusOr<uint64_t> AdoptLedger(uint64_t generation, LedgerHandle ledger, bool final_walk) = 0;
-  // Nothing unanswered is left in that generation's ledger.
+  // Nothing unanswered is left in that generation's ledger, and nothing can come: it was walked finally, too.
+  // Its mapping and pipes are then given up. An empty ledger whose owner may live, even parked, is not
+  // drained.
   virtual bool Drained(uint64_t generation) const = 0;
 
   virtual void Start() = 0;  // start the pool

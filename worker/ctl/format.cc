@@ -56,7 +56,8 @@ std::string HumanAge(int64_t then_wall_nanos, int64_t now_wall_nanos) {
 std::string Percent(uint64_t part, uint64_t whole) {
   if (whole == 0) return "-";
   char text[32];
-  snprintf(text, sizeof text, "%.0f %%", 100.0 * static_cast<double>(part) / static_cast<double>(whole));
+  snprintf(text, sizeof text, "%.0f %%",
+           100.0 * static_cast<double>(std::min(part, whole)) / static_cast<double>(whole));
   return text;
 }
 

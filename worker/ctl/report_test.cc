@@ -32,6 +32,12 @@ TEST(FormatTest, DurationsAreShownInTheUnitThatFits) {
   EXPECT_EQ(HumanAge(kNow - 3 * 86400 * kSecond, kNow), "3.0 d");
 }
 
+TEST(FormatTest, ALayerWhoseBlocksExceedItsContentIsWhollyCached) {
+  EXPECT_EQ(Percent(37, 100), "37 %");
+  EXPECT_EQ(Percent(0, 0), "-");
+  EXPECT_EQ(Percent(8192, 75), "100 %");
+}
+
 TEST(FormatTest, TableColumnsAlignAndNoLineEndsInSpaces) {
   Table table({{"NAME"}, {"N", true}, {"REST"}});
   table.Add({"a", "100", "x"});

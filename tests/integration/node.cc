@@ -5,10 +5,13 @@
 #include <signal.h>
 #include <spawn.h>
 #include <sys/mount.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstdlib>
 #include <fstream>
@@ -42,7 +45,24 @@ bool WaitUntil(int seconds, Condition condition) {
 }
 
 // Not our child, so there is nothing to wait for but its absence; a reused pid cannot be ours within a test.
-bool Alive(pid_t pid) { return kill(pid, 0) == 0; }
+// An orphan that ended may stay a zombie where nobody reaps it.
+bool Alive(pid_t pid) {
+  std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
+  std::string stat;
+  if (!std::getline(file, stat)) return false;
+  const size_t name_end = stat.rfind(')');
+  return name_end == std::string::npos || stat.compare(name_end, 3, ") Z") != 0;
+}
+
+// Nobody listens there any more.
+bool Refused(const std::string& socket_path) {
+  UniqueFd probe(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  socket_path.copy(address.sun_path, sizeof address.sun_path - 1);
+  return connect(probe.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) != 0 &&
+         errno == ECONNREFUSED;
+}
 
 }  // namespace
 
@@ -55,6 +75,10 @@ Node::Node(const std::string& config) {
 void Node::Start(const std::string& config) {
   CHECK(MakeDirs(root() + "/state").ok() && MakeDirs(root() + "/run").ok());
   CHECK(WriteFileAtomic(root() + "/config.toml", config).ok());
+  Spawn();
+}
+
+void Node::Spawn() {
   std::vector<std::string> words = {Program("holdfast-supervisor"),
                                     "--worker",
                                     Program("holdfast-worker"),
@@ -132,6 +156,27 @@ pid_t Node::KillWorker() {
   return pid;
 }
 
+pid_t Node::KillSupervisor() {
+  NoteWorkers();
+  const pid_t orphan = WorkerPid();
+  kill(supervisor_, SIGKILL);
+  waitpid(supervisor_, nullptr, 0);
+  supervisor_ = 0;
+  return orphan;
+}
+
+bool Node::StartAgain() {
+  // As who restarts a service would: not in the instant of the death.
+  CHECK_EQ(supervisor_, 0);
+  if (!WaitUntil(10, [this] { return Refused(root() + "/run/snapshotter.sock"); })) return false;
+  Spawn();
+  return WaitRunning();
+}
+
+bool Node::WaitEnded(pid_t pid, int seconds) const {
+  return WaitUntil(seconds, [pid] { return !Alive(pid); });
+}
+
 std::string Node::MountAll(const std::vector<SnapshotsClient::Mount>& mounts) {
   const std::string target = root() + "/mnt" + std::to_string(mounted_.size());
   CHECK(MakeDirs(target).ok());
@@ -159,6 +204,7 @@ void Node::UnmountAll() {
 }
 
 int Node::Stop(int seconds) {
+  if (supervisor_ == 0) return -1;
   NoteWorkers();
   kill(supervisor_, SIGTERM);
   int status = 0;

@@ -56,6 +56,12 @@ class Node {
   pid_t WorkerPid() const;  // of the owner; 0 = none
   // SIGKILL to the owner; its pid.
   pid_t KillWorker();
+  // SIGKILL to the supervisor alone; its worker lives on as an orphan. The orphan's pid.
+  pid_t KillSupervisor();
+  // A new supervisor on the same state and runtime folders, after KillSupervisor. False: it did not come up.
+  bool StartAgain();
+  // True when the process ended within the time.
+  bool WaitEnded(pid_t pid, int seconds = 20) const;
 
   // Mounts what Prepare returned; unmounted by the destructor at the latest. Returns the folder.
   std::string MountAll(const std::vector<SnapshotsClient::Mount>& mounts);
@@ -68,6 +74,7 @@ class Node {
 
  private:
   void Start(const std::string& config);
+  void Spawn();
   void NoteWorkers();
 
   TempDir root_;

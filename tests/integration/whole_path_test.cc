@@ -300,6 +300,35 @@ TEST_F(WholePathTest, AKilledWorkersSuccessorServesWithoutTheRegistryWhatWasRead
   EXPECT_EQ(registry_.body_bytes(), fetched);
 }
 
+TEST_F(WholePathTest, AReaderOutlivesTheSupervisorAndANewOneStartsBesideTheOrphan) {
+  registry_.SetDelay(5'000'000);
+  const Image image = MakeImage(6);
+  const std::string root = PullAndMount(image, "orphaned");
+  ASSERT_FALSE(root.empty());
+  const std::string committed = committed_.front();
+  std::thread reader([&] { ReadEverything(image, root); });
+  EXPECT_TRUE(registry_.WaitFor([&] { return registry_.in_flight() > 0; }));
+  const pid_t orphan = node_.KillSupervisor();
+  EXPECT_GT(orphan, 0);
+  EXPECT_FALSE(finished_) << "the reads were over before the supervisor died";
+  EXPECT_TRUE(node_.StartAgain()) << "the orphan keeps the new supervisor from starting";
+  reader.join();
+  EXPECT_EQ(wrong_, 0) << first_error_;
+
+  // The connection of old still leads to the orphan, a new one to the new worker: both must work.
+  auto old = node_.snapshots()->Prepare("default/9/after", committed, {});
+  EXPECT_TRUE(old.ok()) << old.status();
+  auto client = SnapshotsClient::Connect(node_.root() + "/run/snapshotter.sock");
+  auto fresh = client->Prepare("default/10/after", committed, {});
+  ASSERT_TRUE(fresh.ok()) << fresh.status();
+  ReadEverything(image, node_.MountAll(*fresh));
+  EXPECT_EQ(wrong_, 0) << first_error_;
+
+  EXPECT_FALSE(node_.WaitEnded(orphan, 0)) << "a container still reads through it";
+  node_.UnmountAll();
+  EXPECT_TRUE(node_.WaitEnded(orphan)) << "its last mount is gone";
+}
+
 TEST_F(WholePathTest, RemovingEverythingLeavesNoMountAndStoppingLeavesNoProcess) {
   const Image image = MakeImage(5);
   ASSERT_FALSE(PullAndMount(image, "removed").empty());

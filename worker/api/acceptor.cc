@@ -35,7 +35,7 @@ Acceptor::~Acceptor() { Stop(); }
 
 void Acceptor::Start() {
   MutexLock lock(&thread_mutex_);
-  if (thread_.joinable()) return;
+  if (thread_.joinable() || !listener_.valid()) return;
   stopping_ = false;
   thread_ = std::thread([this] { Run(); });
 }
@@ -48,6 +48,12 @@ void Acceptor::Stop() {
   if (write(wake_.get(), &one, sizeof one) < 0) LOG(ERROR) << "api.wake_failed errno=" << errno;
   thread_.join();
   if (read(wake_.get(), &one, sizeof one) < 0) LOG(ERROR) << "api.wake_failed errno=" << errno;
+}
+
+void Acceptor::Close() {
+  Stop();
+  MutexLock lock(&thread_mutex_);
+  if (!thread_.joinable()) listener_.Reset();
 }
 
 void Acceptor::Run() {

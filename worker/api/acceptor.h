@@ -22,8 +22,10 @@ class Acceptor {
                                                           std::function<void(int)> accepted);
   ~Acceptor();
 
-  void Start();
+  void Start();  // nothing after Close
   void Stop();
+  // For good: as long as anybody holds the socket it looks in use to whoever wants to listen at its path.
+  void Close();
   int OpenConnections() const;
 
  private:
@@ -37,7 +39,7 @@ class Acceptor {
   void Run();
   void AcceptOne();
 
-  const UniqueFd listener_;
+  UniqueFd listener_;  // changes only while no thread runs
   const UniqueFd wake_;
   const std::function<void(int)> accepted_;
   std::atomic<bool> stopping_{false};

@@ -257,7 +257,7 @@ class ServiceImpl final : public SnapshotService {
   }
 
   void StartAccepting() override { acceptor_->Start(); }
-  void StopAccepting() override { acceptor_->Stop(); }
+  void CloseListener() override { acceptor_->Close(); }
   void Attach(Snapshotter* snapshotter) override { handlers_.gate().Attach(snapshotter); }
 
   void DetachAndForward(const std::string& socket_path) override {

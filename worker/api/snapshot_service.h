@@ -40,7 +40,8 @@ class SnapshotService {
   virtual ~SnapshotService() = default;
 
   virtual void StartAccepting() = 0;
-  virtual void StopAccepting() = 0;  // new connections stay in the socket's backlog
+  // Closes the listening socket for good: this worker will not be the owner again. Connections stay.
+  virtual void CloseListener() = 0;
 
   // `snapshotter` must stay until DetachAndForward has returned (or this object is destroyed).
   virtual void Attach(snapshot::Snapshotter* snapshotter) = 0;
@@ -48,7 +49,7 @@ class SnapshotService {
   // (the successor failed) ends the forwarding.
   virtual void DetachAndForward(const std::string& socket_path) = 0;
 
-  // True when no connection is left; false at the time limit. Call after StopAccepting.
+  // True when no connection is left; false at the time limit. Call after DetachAndForward.
   virtual bool WaitDrained(std::chrono::milliseconds limit) = 0;
 
   virtual int OpenConnections() const = 0;

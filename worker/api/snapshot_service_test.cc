@@ -373,6 +373,22 @@ TEST_F(HandoverTest, ACallOnAnOldConnectionReachesTheSuccessor) {
   EXPECT_FALSE(service->WaitDrained(milliseconds(10)));
 }
 
+TEST_F(HandoverTest, ThePathOfAClosedListenerIsFreeWhileConnectionsStay) {
+  auto service = Serving();
+  Client client(socket_);
+  ASSERT_TRUE(client.Prepare("before", "", {}).ok());
+  listener_.Reset();
+  service->CloseListener();
+  service->StartAccepting();  // nothing to accept from
+  UniqueFd probe(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  socket_.copy(address.sun_path, sizeof address.sun_path - 1);
+  EXPECT_EQ(connect(probe.get(), reinterpret_cast<sockaddr*>(&address), sizeof address), -1);
+  EXPECT_EQ(errno, ECONNREFUSED);
+  EXPECT_TRUE(client.Stat("before").ok());
+}
+
 TEST_F(HandoverTest, WhenTheSuccessorFailsTheOldWorkerTakesOverAgain) {
   auto service = Serving();
   Client client(socket_);

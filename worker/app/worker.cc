@@ -315,6 +315,8 @@ absl::Status Worker::Retire() {
   // Never parked: the supervisor shuts down, and there is no successor to whom calls could be forwarded.
   const milliseconds limit = parked_ ? kDrainLimit : milliseconds(0);
   retire_thread_ = std::thread([this, limit] {
+    // While old connections age, a new supervisor must be able to listen.
+    if (WaitForService().ok()) service_->CloseListener();
     content_->Flush();
     const bool drained = limit.count() == 0 || !WaitForService().ok() || service_->WaitDrained(limit);
     LOG(INFO) << "worker.retired generation=" << generation_ << " connections_left=" << !drained;
@@ -330,7 +332,9 @@ void Worker::SupervisorLost() {
   LOG(ERROR) << "worker.supervisor_lost generation=" << generation_ << " mounts=" << mounts
              << " effect=\"reads go on; nothing can be mounted or unmounted\"";
   if (mounts == 0) options_.exit(0);
-  // The next supervisor's worker needs the metadata; calls on old connections go to it.
+  // First of all: the next supervisor cannot listen while we hold the socket.
+  if (WaitForService().ok()) service_->CloseListener();
+  // Its worker needs the metadata; calls on old connections go to it.
   absl::Status yielded = YieldMetadata();
   LOG_IF(ERROR, !yielded.ok()) << "worker.yield_failed error=" << yielded;
 }

@@ -205,6 +205,7 @@ absl::Status Worker::SyncMounts() {
 
 absl::Status Worker::AdoptLedgers() {
   HF_ASSIGN_OR_RETURN(std::vector<handover::OldLedger> ledgers, link_->OldLedgers());
+  size_t failed = 0;
   for (handover::OldLedger& ledger : ledgers) {
     {
       MutexLock lock(&mutex_);
@@ -212,9 +213,16 @@ absl::Status Worker::AdoptLedgers() {
     }
     absl::StatusOr<uint64_t> taken = server_->AdoptLedger(
         ledger.generation, ToHandle(std::move(ledger.memory), std::move(ledger.pipes)), ledger.owner_exited);
-    if (!taken.ok())
-      return Annotate(taken.status(), "ledger of generation " + std::to_string(ledger.generation));
+    if (taken.ok()) continue;
+    // One unreadable ledger must not keep this worker, and every one after it, from serving all mounts.
+    failed++;
+    LOG(ERROR) << "worker.ledger_not_adopted generation=" << ledger.generation
+               << " error=" << LogValue(FromAbsl(taken.status().message()));
+    MutexLock lock(&mutex_);
+    old_ledgers_.erase(ledger.generation);
   }
+  LOG_IF(ERROR, failed > 0) << "worker.ledgers_not_adopted count=" << failed << " of=" << ledgers.size()
+                            << " effect=\"requests in them stay unanswered\"";
   return absl::OkStatus();
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/log.h"
 #include "glog/logging.h"
 #include "worker/layer/digest.h"
 #include "worker/layer/layer_index.h"
@@ -140,7 +141,7 @@ absl::Status LayerService::MountIndex(const handover::MountBlob& blob, const std
                       parts_.vault->Mount(folder, LayerInitOptions(), handover::EncodeMountBlob(blob)));
   HF_RETURN_IF_ERROR(PassFault(parts_.faults, "layer.after_mount"));
   const uint64_t mount_id = entry.mount_id;
-  absl::Status served = Serve(std::move(entry), blob);
+  absl::Status served = Serve(std::move(entry), blob, absl::OkStatus());
   if (served.ok()) {
     LOG(INFO) << "layer.mounted layer=" << blob.layer_digest << " mount=" << mount_id
               << " snapshot=" << blob.snapshot_id << " index=" << blob.index_digest;
@@ -152,7 +153,8 @@ absl::Status LayerService::MountIndex(const handover::MountBlob& blob, const std
   return served;
 }
 
-absl::Status LayerService::Serve(handover::MountEntry entry, const handover::MountBlob& blob) {
+absl::Status LayerService::Serve(handover::MountEntry entry, const handover::MountBlob& blob,
+                                 const absl::Status& unreadable) {
   const uint64_t mount_id = entry.mount_id;
   {
     MutexLock lock(&mutex_);
@@ -166,7 +168,10 @@ absl::Status LayerService::Serve(handover::MountEntry entry, const handover::Mou
   spec.description = blob.layer_digest;
   // The index was verified when the layer was mounted, under this same vault: on the first request its bytes
   // need not be hashed again.
-  spec.open_layer = [this, blob] { return OpenLayer(blob, /*verify_index=*/false); };
+  spec.open_layer = [this, blob, unreadable]() -> absl::StatusOr<std::shared_ptr<layer::Layer>> {
+    HF_RETURN_IF_ERROR(unreadable);
+    return OpenLayer(blob, /*verify_index=*/false);
+  };
   absl::Status added = parts_.server->AddMount(std::move(spec));
   if (!added.ok()) {
     MutexLock lock(&mutex_);
@@ -177,9 +182,12 @@ absl::Status LayerService::Serve(handover::MountEntry entry, const handover::Mou
 
 absl::Status LayerService::AdoptMount(handover::MountEntry entry) {
   absl::StatusOr<handover::MountBlob> blob = handover::DecodeMountBlob(entry.blob);
-  if (!blob.ok())
-    return Annotate(blob.status(), "mount " + std::to_string(entry.mount_id) + " at " + entry.path);
-  return Serve(std::move(entry), *blob);
+  if (blob.ok()) return Serve(std::move(entry), *blob, absl::OkStatus());
+  const absl::Status unreadable =
+      Annotate(blob.status(), "mount " + std::to_string(entry.mount_id) + " at " + entry.path);
+  LOG(ERROR) << "layer.mount_unreadable mount=" << entry.mount_id
+             << " error=" << LogValue(FromAbsl(unreadable.message())) << " effect=\"reads get EIO\"";
+  return Serve(std::move(entry), handover::MountBlob(), unreadable);
 }
 
 absl::StatusOr<std::shared_ptr<layer::Layer>> LayerService::OpenLayer(const handover::MountBlob& blob,
@@ -297,6 +305,7 @@ std::vector<handover::LayerInfo> LayerService::Layers() const {
   {
     MutexLock lock(&mutex_);
     for (const auto& [id, row] : mounts_) {
+      if (row.blob.layer_digest.empty()) continue;  // its blob could not be read
       handover::LayerInfo& info = by_digest[row.blob.layer_digest];
       info.digest = row.blob.layer_digest;
       if (info.image.empty()) info.image = row.blob.image_ref;

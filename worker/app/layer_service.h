@@ -60,8 +60,8 @@ class LayerService final : public snapshot::LayerMounter {
   void Usage(const std::string& layer_digest, const std::string& index_sha256, uint64_t* bytes,
              uint64_t* inodes) override;
 
-  // Serves a mount that the vault holds already. Fast. An entry whose blob cannot be read is an error and not
-  // served: guessing would mean wrong bytes.
+  // Serves a mount that the vault holds already. Fast. An entry whose blob cannot be read is served with EIO:
+  // guessing would mean wrong bytes, and unserved its readers would hang.
   absl::Status AdoptMount(handover::MountEntry entry);
   // The vault says these are gone.
   void ForgetMounts(const std::vector<uint64_t>& mount_ids);
@@ -84,7 +84,9 @@ class LayerService final : public snapshot::LayerMounter {
   absl::StatusOr<LayerBelow> Below(const snapshot::ParentLayer& parent);
   absl::StatusOr<std::shared_ptr<layer::Layer>> OpenLayer(const handover::MountBlob& blob, bool verify_index);
   absl::Status MountIndex(const handover::MountBlob& blob, const std::string& folder);
-  absl::Status Serve(handover::MountEntry entry, const handover::MountBlob& blob);
+  // `unreadable`: not OK when the blob is not known; every request then gets EIO.
+  absl::Status Serve(handover::MountEntry entry, const handover::MountBlob& blob,
+                     const absl::Status& unreadable);
 
   const LayerServiceParts parts_;
   mutable Mutex mutex_;

@@ -156,8 +156,14 @@ absl::Status LayerService::MountIndex(const handover::MountBlob& blob, const std
 absl::Status LayerService::Serve(handover::MountEntry entry, const handover::MountBlob& blob,
                                  const absl::Status& unreadable) {
   const uint64_t mount_id = entry.mount_id;
+  MutexLock one_at_a_time(&serve_mutex_);
   {
     MutexLock lock(&mutex_);
+    auto it = mounts_.find(mount_id);
+    // A new mount comes here twice when the vault's list is read while it is made.
+    if (it != mounts_.end() && it->second.blob == blob) return absl::OkStatus();
+    if (it != mounts_.end())
+      return AlreadyExists("mount " + std::to_string(mount_id) + " is served with another blob");
     mounts_[mount_id] = {blob, entry.state == handover::MountState::kDetached};
   }
   fuse::MountSpec spec;

@@ -5,8 +5,9 @@
 // Serving a mount needs its blob and files only: AdoptMount parses nothing and opens nothing; the layer is
 // opened on the mount's first request.
 //
-// Thread safety: all methods. The lock guards the tables and is held over no call into another module.
-// Errors: LayerMounter's. Without a supervisor mounting and unmounting are Unavailable; reading goes on.
+// Thread safety: all methods. The lock guards the tables and is held over no call into another module;
+// another one lets one mount at a time be handed to the FUSE server. Errors: LayerMounter's. Without a
+// supervisor mounting and unmounting are Unavailable; reading goes on.
 #pragma once
 
 #include <map>
@@ -89,6 +90,7 @@ class LayerService final : public snapshot::LayerMounter {
                      const absl::Status& unreadable);
 
   const LayerServiceParts parts_;
+  Mutex serve_mutex_;  // before mutex_; a mount's row and its place in the server appear together
   mutable Mutex mutex_;
   std::map<uint64_t, MountRow> mounts_ ABSL_GUARDED_BY(mutex_);                        // by mount_id
   std::map<std::string, std::weak_ptr<layer::Layer>> layers_ ABSL_GUARDED_BY(mutex_);  // by index SHA-256

@@ -322,6 +322,19 @@ TEST_F(LayerServiceTest, AMountOfAPredecessorIsServedWithoutOpeningAnything) {
   EXPECT_EQ(service_->Layers().size(), 1u);
 }
 
+TEST_F(LayerServiceTest, AMountThatIsFoundInTheVaultsListWhileItIsMadeIsServedOnce) {
+  EstargzLayer layer = Push({File("f", "content")});
+  ASSERT_TRUE(Mount(Request(layer), 1).ok());
+  server_.fail = AlreadyExists("served");
+  handover::MountEntry again;
+  again.mount_id = 1;
+  again.blob = vault_.blobs.at(0);
+  again.device = std::move(*OpenFile("/dev/null", O_RDWR));
+  EXPECT_TRUE(service_->AdoptMount(std::move(again)).ok());
+  EXPECT_TRUE(service_->Serves(1));
+  EXPECT_EQ(Read(1, "f"), "content");
+}
+
 TEST_F(LayerServiceTest, AMountInUseIsServedOnAfterUnmountUntilItIsGone) {
   ASSERT_TRUE(Mount(Request(Push({File("f", "x")})), 1).ok());
   vault_.next_state = handover::MountState::kDetached;

@@ -185,6 +185,8 @@ absl::Status Worker::WaitForService() {
 }
 
 absl::Status Worker::SyncMounts() {
+  // Asked first: what a Prepare mounts meanwhile may be missing in the list, and is not gone for that.
+  const std::vector<uint64_t> served = layers_->ServedMounts();
   HF_ASSIGN_OR_RETURN(std::vector<handover::MountEntry> entries, link_->ListMounts());
   std::set<uint64_t> held;
   for (handover::MountEntry& entry : entries) {
@@ -196,7 +198,7 @@ absl::Status Worker::SyncMounts() {
     LOG_IF(ERROR, !adopted.ok()) << "worker.mount_not_served mount=" << id << " error=" << adopted;
   }
   std::vector<uint64_t> gone;
-  for (uint64_t id : layers_->ServedMounts()) {
+  for (uint64_t id : served) {
     if (held.count(id) == 0) gone.push_back(id);
   }
   layers_->ForgetMounts(gone);

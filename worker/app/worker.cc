@@ -342,7 +342,13 @@ void Worker::SupervisorLost() {
   LOG(ERROR) << "worker.supervisor_lost generation=" << generation_ << " mounts=" << mounts
              << " effect=\"reads go on; nothing can be mounted or unmounted\"";
   if (mounts == 0) options_.exit(0);
-  // First of all: the next supervisor cannot listen while we hold the socket.
+  // Parked for a successor that may never serve now. Should it serve after all, both may read: every request
+  // reaches one of them.
+  if (parked_ && !retire_thread_.joinable()) {
+    server_->Resume();
+    parked_ = false;
+  }
+  // Soon, too: the next supervisor cannot listen while we hold the socket.
   if (WaitForService().ok()) service_->CloseListener();
   // Its worker needs the metadata; calls on old connections go to it.
   absl::Status yielded = YieldMetadata();

@@ -200,7 +200,7 @@ absl::StatusOr<std::shared_ptr<layer::Layer>> LayerService::OpenLayer(const hand
                                                                       bool verify_index) {
   {
     MutexLock lock(&mutex_);
-    auto it = layers_.find(blob.index_digest);
+    auto it = layers_.find({blob.index_digest, blob.image_ref});
     if (it != layers_.end()) {
       if (std::shared_ptr<layer::Layer> open = it->second.lock()) return open;
     }
@@ -218,7 +218,7 @@ absl::StatusOr<std::shared_ptr<layer::Layer>> LayerService::OpenLayer(const hand
   ref.digest = blob.layer_digest;
   std::shared_ptr<layer::Layer> layer = parts_.reader->Open(index, content, parts_.client->Source(ref));
   MutexLock lock(&mutex_);
-  std::weak_ptr<layer::Layer>& slot = layers_[blob.index_digest];
+  std::weak_ptr<layer::Layer>& slot = layers_[{blob.index_digest, blob.image_ref}];
   if (std::shared_ptr<layer::Layer> other = slot.lock()) return other;  // opened meanwhile by another mount
   slot = layer;
   return layer;
@@ -319,7 +319,7 @@ std::vector<handover::LayerInfo> LayerService::Layers() const {
       info.index_digest = row.blob.index_digest;
       info.mounts++;
     }
-    for (const auto& [sha, weak] : layers_) {
+    for (const auto& [key, weak] : layers_) {
       if (std::shared_ptr<layer::Layer> layer = weak.lock()) open.push_back(std::move(layer));
     }
   }

@@ -13,6 +13,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/clock.h"
@@ -92,8 +93,10 @@ class LayerService final : public snapshot::LayerMounter {
   const LayerServiceParts parts_;
   Mutex serve_mutex_;  // before mutex_; a mount's row and its place in the server appear together
   mutable Mutex mutex_;
-  std::map<uint64_t, MountRow> mounts_ ABSL_GUARDED_BY(mutex_);                        // by mount_id
-  std::map<std::string, std::weak_ptr<layer::Layer>> layers_ ABSL_GUARDED_BY(mutex_);  // by index SHA-256
+  std::map<uint64_t, MountRow> mounts_ ABSL_GUARDED_BY(mutex_);  // by mount_id
+  // By index SHA-256 and image reference: each image fetches from its own registry, with its own credentials.
+  // What is on disk they share.
+  std::map<std::pair<std::string, std::string>, std::weak_ptr<layer::Layer>> layers_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace holdfast::app

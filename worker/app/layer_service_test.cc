@@ -335,6 +335,22 @@ TEST_F(LayerServiceTest, AMountThatIsFoundInTheVaultsListWhileItIsMadeIsServedOn
   EXPECT_EQ(Read(1, "f"), "content");
 }
 
+TEST_F(LayerServiceTest, AnImageReadsFromItsOwnRegistryThoughAnotherOpenedTheLayerFirst) {
+  EstargzLayer layer = Push({File("f", "content")});
+  RegistryServer mirror;
+  mirror.AddBlob(layer.blob);
+  ASSERT_TRUE(Mount(Request(layer), 1).ok());
+  auto first = server_.mounts.at(1).open_layer();
+  ASSERT_TRUE(first.ok());
+  snapshot::LayerRequest request = Request(layer);
+  request.image_ref = mirror.host() + "/test/image:latest";
+  ASSERT_TRUE(Mount(request, 2).ok());
+  registry_.Stop();
+  EXPECT_EQ(Read(2, "f"), "content");
+  EXPECT_EQ(mirror.blob_requests(), 1u);
+  EXPECT_EQ(Read(1, "f"), "content") << "what is on disk is shared";
+}
+
 TEST_F(LayerServiceTest, AMountInUseIsServedOnAfterUnmountUntilItIsGone) {
   ASSERT_TRUE(Mount(Request(Push({File("f", "x")})), 1).ok());
   vault_.next_state = handover::MountState::kDetached;

@@ -209,19 +209,18 @@ absl::Status Worker::AdoptLedgers() {
   HF_ASSIGN_OR_RETURN(std::vector<handover::OldLedger> ledgers, link_->OldLedgers());
   size_t failed = 0;
   for (handover::OldLedger& ledger : ledgers) {
-    {
-      MutexLock lock(&mutex_);
-      old_ledgers_[ledger.generation] |= ledger.owner_exited;
-    }
     absl::StatusOr<uint64_t> taken = server_->AdoptLedger(
         ledger.generation, ToHandle(std::move(ledger.memory), std::move(ledger.pipes)), ledger.owner_exited);
-    if (taken.ok()) continue;
+    if (taken.ok()) {
+      // Only now: the housekeeping thread reports it as drained, and a ledger not yet walked looks empty.
+      MutexLock lock(&mutex_);
+      old_ledgers_[ledger.generation] |= ledger.owner_exited;
+      continue;
+    }
     // One unreadable ledger must not keep this worker, and every one after it, from serving all mounts.
     failed++;
     LOG(ERROR) << "worker.ledger_not_adopted generation=" << ledger.generation
                << " error=" << LogValue(FromAbsl(taken.status().message()));
-    MutexLock lock(&mutex_);
-    old_ledgers_.erase(ledger.generation);
   }
   LOG_IF(ERROR, failed > 0) << "worker.ledgers_not_adopted count=" << failed << " of=" << ledgers.size()
                             << " effect=\"requests in them stay unanswered\"";
@@ -241,13 +240,14 @@ absl::Status Worker::Serve() {
 absl::Status Worker::OwnerExited(uint64_t generation) {
   {
     MutexLock lock(&mutex_);
-    auto it = old_ledgers_.find(generation);
-    if (it == old_ledgers_.end()) return absl::OkStatus();  // its ledger was never ours to empty
-    it->second = true;
+    if (old_ledgers_.count(generation) == 0) return absl::OkStatus();  // its ledger was never ours to empty
   }
   if (parked_) return absl::OkStatus();  // Resume walks it
   // The server knows the ledger from the first walk; it needs no new descriptors.
-  return server_->AdoptLedger(generation, fuse::LedgerHandle(), /*final_walk=*/true).status();
+  HF_RETURN_IF_ERROR(server_->AdoptLedger(generation, fuse::LedgerHandle(), /*final_walk=*/true).status());
+  MutexLock lock(&mutex_);
+  old_ledgers_[generation] = true;  // not before the walk: see AdoptLedgers
+  return absl::OkStatus();
 }
 
 absl::Status Worker::TakeMetadata() {

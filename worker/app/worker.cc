@@ -296,6 +296,7 @@ absl::Status Worker::Park() {
   TraceSpan span(&trace_, "worker.park", "generation=" + std::to_string(generation_));
   HF_RETURN_IF_ERROR(PassFault(faults_, "worker.park"));
   parked_ = true;
+  content_->AllowEviction(false);  // the successor reads by now
   reader_->Pause(true);
   server_->Park();
   return absl::OkStatus();
@@ -306,7 +307,10 @@ absl::Status Worker::Resume() {
   HF_RETURN_IF_ERROR(SyncMounts());
   server_->Resume();
   parked_ = false;
-  if (snapshotter_ != nullptr) reader_->Pause(false);
+  if (snapshotter_ != nullptr) {  // still the owner
+    content_->AllowEviction(true);
+    reader_->Pause(false);
+  }
   return AdoptLedgers();
 }
 

@@ -394,12 +394,12 @@ TEST(HandoverMachineTest, QuickDeathsAreAnsweredMoreAndMoreSlowlyAndForgottenAft
 
 // Explores everything reachable: no sequence of events of the workers involved leads into a corner.
 TEST(HandoverMachineTest, NoSequenceOfEventsBreaksAnInvariantOrGetsStuck) {
-  using Key = std::tuple<int, int, int, bool, bool, bool, bool>;
+  using Key = std::tuple<int, int, int, bool, bool, bool, bool, uint32_t>;
   auto key = [](const State& s) {
     auto other = std::any_of(s.holders.begin(), s.holders.end(),
                              [&](Generation g) { return g != s.owner && g != s.successor; });
     return Key(static_cast<int>(s.phase), s.owner != 0, s.successor != 0, s.upgrade,
-               s.holders.count(s.owner) != 0, s.holders.count(s.successor) != 0, other);
+               s.holders.count(s.owner) != 0, s.holders.count(s.successor) != 0, other, s.quick_deaths);
   };
   std::map<Key, State> seen;
   std::vector<State> queue = {State()};

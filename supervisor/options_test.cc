@@ -2,8 +2,14 @@
 
 #include <fcntl.h>
 #include <linux/fuse.h>
+#include <sched.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <functional>
 
 #include "gtest/gtest.h"
 #include "supervisor/fuse_mount.h"
@@ -27,6 +33,34 @@ TEST(OptionsTest, MistakesAreNamed) {
   EXPECT_NE(ParseOptions({"--worker"}).status().ToString().find("needs a value"), std::string::npos);
   EXPECT_NE(ParseOptions({"--state="}).status().ToString().find("needs a value"), std::string::npos);
   EXPECT_FALSE(ParseOptions({"--register-limit-ms", "soon"}).ok());
+}
+
+// What PrepareProcess says in a process that `unfit` has changed: that it returned `code`, and `words`.
+void ExpectRefusal(const std::function<bool()>& unfit, absl::StatusCode code, const std::string& words) {
+  pid_t child = fork();
+  if (child == 0) {
+    if (!unfit()) _exit(2);
+    absl::Status status = PrepareProcess();
+    bool named = status.ToString().find(words) != std::string::npos;
+    _exit(status.code() == code && named ? 0 : 1);
+  }
+  int result = 0;
+  ASSERT_EQ(waitpid(child, &result, 0), child);
+  EXPECT_TRUE(WIFEXITED(result));
+  EXPECT_EQ(WEXITSTATUS(result), 0) << "1: another answer; 2: the process could not be changed";
+}
+
+TEST(PrepareProcessTest, WhoIsNotRootIsToldSo) {
+  ExpectRefusal([] { return setresuid(65534, 65534, 65534) == 0; }, absl::StatusCode::kPermissionDenied,
+                "must run as root");
+}
+
+TEST(PrepareProcessTest, WithoutTheFuseDeviceTheRemedyIsNamed) {
+  auto hide = [] {
+    return unshare(CLONE_NEWNS) == 0 && mount("", "/", "", MS_REC | MS_PRIVATE, nullptr) == 0 &&
+           mount("tmpfs", "/dev", "tmpfs", 0, nullptr) == 0;
+  };
+  ExpectRefusal(hide, absl::StatusCode::kUnavailable, "modprobe fuse");
 }
 
 TEST(ListenUnixTest, AStaleSocketIsReplacedALivingOneAndAFileAreNot) {

@@ -82,7 +82,7 @@ struct State {
   Generation successor = 0;
   bool upgrade = false;  // the swap under way was asked for
   Generation next_generation = 1;
-  std::set<Generation> holders;  // may hold the metadata
+  std::set<Generation> holders{};  // may hold the metadata
   uint32_t quick_deaths = 0;
 };
 

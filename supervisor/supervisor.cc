@@ -49,9 +49,7 @@ Supervisor::Supervisor(const Options& options, Resources resources, kj::AsyncIoC
       vault_(std::move(resources.mount_ids)),
       generations_(std::move(resources.generations)),
       running_(std::move(resources.executable)),
-      tasks_(*this) {
-  state_.next_generation = 0;
-}
+      tasks_(*this) {}
 
 void Supervisor::taskFailed(kj::Exception&& exception) {
   LOG(ERROR) << "event=task_failed error=" << LogValue(Describe(exception));
@@ -80,7 +78,7 @@ void Supervisor::Dispatch(Event event) {
 
 void Supervisor::Apply(const Event& event) {
   if (state_.next_generation == 0) {
-    auto next = generations_.Next();
+    auto next = generations_.Next(last_generation_);
     // A full disk must not stop a worker from being replaced: the number is new in this process's life.
     if (!next.ok()) LOG(ERROR) << "event=generation_file error=" << LogValue(next.status().ToString());
     state_.next_generation = last_generation_ = next.ok() ? *next : last_generation_ + 1;
@@ -207,7 +205,8 @@ void Supervisor::OnCallDone(Generation generation, Call call) {
               << " requests_carried_over=" << swap_.carried_over;
   }
   if (call == Call::kServe || call == Call::kResume) reads_stopped_boot_nanos_ = 0;
-  if (call == Call::kRetire) ledgers_.OwnerExited(generation);  // parked: it writes there no more
+  // Parked: it writes there no more. The owner, which retires at the end, was never parked.
+  if (call == Call::kRetire && generation != state_.owner) ledgers_.OwnerExited(generation);
   Dispatch({.type = EventType::kReplied, .generation = generation, .call = call});
 }
 

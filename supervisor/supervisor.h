@@ -80,7 +80,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
 
   // Starts the first worker. Resolves after Stop().
   kj::Promise<void> Run();
-  // Unmounts what is not in use, ends the workers.
+  // Takes all mounts out of the tree (what is in use lives on as long as its server), ends the workers.
   void Stop(const std::string& reason);
   // Last: kills what is left.
   void KillRemaining();
@@ -156,7 +156,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   LedgerStore ledgers_;
   IdFile generations_;
 
-  State state_;
+  State state_{.next_generation = 0};
   Generation last_generation_ = 0;
   std::deque<Event> events_;
   bool dispatching_ = false;

@@ -59,10 +59,11 @@ absl::StatusOr<IdFile> IdFile::Open(const std::string& path, uint64_t block) {
   return IdFile(path, next, block);
 }
 
-absl::StatusOr<uint64_t> IdFile::Next() {
-  if (next_ == end_) {
-    HF_RETURN_IF_ERROR(WriteFileAtomic(path_, std::to_string(end_ + block_) + "\n"));
-    end_ += block_;
+absl::StatusOr<uint64_t> IdFile::Next(uint64_t above) {
+  next_ = std::max(next_, above + 1);
+  if (next_ >= end_) {
+    HF_RETURN_IF_ERROR(WriteFileAtomic(path_, std::to_string(next_ + block_) + "\n"));
+    end_ = next_ + block_;
   }
   return next_++;
 }

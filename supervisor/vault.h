@@ -26,7 +26,7 @@ class IdFile {
  public:
   // `path` need not exist. DataLoss when it holds anything but a number.
   static absl::StatusOr<IdFile> Open(const std::string& path, uint64_t block);
-  absl::StatusOr<uint64_t> Next();
+  absl::StatusOr<uint64_t> Next(uint64_t above = 0);  // the next one that is higher
 
  private:
   IdFile(std::string path, uint64_t next, uint64_t block)

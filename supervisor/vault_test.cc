@@ -1,6 +1,7 @@
 #include "supervisor/vault.h"
 
 #include <fcntl.h>
+#include <stdio.h>
 
 #include "gtest/gtest.h"
 
@@ -22,6 +23,24 @@ TEST(IdFileTest, NumbersAreNeverReusedAcrossRestarts) {
       last = *next;
     }
   }
+}
+
+TEST(IdFileTest, NumbersUsedWhileTheFileCouldNotBeWrittenAreNotGivenOutLater) {
+  TempDir dir;
+  std::string folder = dir.path() + "/full";
+  ASSERT_TRUE(MakeDirs(folder).ok());
+  auto ids = IdFile::Open(folder + "/ids", 2);
+  ASSERT_TRUE(ids.ok());
+  EXPECT_EQ(ids->Next(0).value(), 1u);
+  EXPECT_EQ(ids->Next(1).value(), 2u);
+  ASSERT_EQ(rename(folder.c_str(), (folder + "-away").c_str()), 0);
+  EXPECT_FALSE(ids->Next(2).ok());  // the caller helps itself: 3, 4, 5
+  EXPECT_FALSE(ids->Next(5).ok());
+  ASSERT_EQ(rename((folder + "-away").c_str(), folder.c_str()), 0);
+  EXPECT_EQ(ids->Next(5).value(), 6u);
+  EXPECT_EQ(ids->Next(0).value(), 7u);
+  EXPECT_EQ(ids->Next(0).value(), 8u);
+  EXPECT_GT(IdFile::Open(folder + "/ids", 2)->Next().value(), 8u);
 }
 
 TEST(IdFileTest, ADamagedFileIsAnErrorNotAFreshStart) {

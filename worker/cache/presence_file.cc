@@ -10,6 +10,8 @@
 #include <cstddef>
 #include <cstring>
 
+#include "common/crc32c.h"
+
 namespace holdfast::cache {
 namespace {
 
@@ -82,17 +84,6 @@ absl::StatusOr<uint64_t> SizeOf(int fd) {
 }
 
 }  // namespace
-
-// Bit by bit: it covers 160 bytes, once an open.
-uint32_t Crc32c(const void* data, size_t size) {
-  const uint8_t* bytes = static_cast<const uint8_t*>(data);
-  uint32_t crc = ~0u;
-  for (size_t i = 0; i < size; i++) {
-    crc ^= bytes[i];
-    for (int bit = 0; bit < 8; bit++) crc = (crc >> 1) ^ ((crc & 1) != 0 ? 0x82f63b78u : 0u);
-  }
-  return ~crc;
-}
 
 uint64_t PackAccessHour(uint32_t hour) { return (static_cast<uint64_t>(~hour) << 32) | hour; }
 

@@ -59,8 +59,6 @@ struct PresenceIdentity {
   std::string boot_id;
 };
 
-uint32_t Crc32c(const void* data, size_t size);
-
 uint64_t PackAccessHour(uint32_t hour);
 uint32_t UnpackAccessHour(uint64_t packed);  // 0 = unknown
 

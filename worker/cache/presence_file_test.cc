@@ -5,11 +5,6 @@
 namespace holdfast::cache {
 namespace {
 
-TEST(PresenceFile, ChecksumIsCrc32c) {
-  EXPECT_EQ(Crc32c("123456789", 9), 0xe3069283u);
-  EXPECT_EQ(Crc32c("", 0), 0u);
-}
-
 TEST(PresenceFile, AnAccessHourThatIsNotItsOwnComplementIsUnknown) {
   EXPECT_EQ(UnpackAccessHour(PackAccessHour(472222)), 472222u);
   EXPECT_EQ(UnpackAccessHour(0), 0u);

@@ -12,8 +12,8 @@
 #include <random>
 #include <set>
 
+#include "common/crc32c.h"
 #include "gtest/gtest.h"
-#include "worker/fuse/crc32c.h"
 #include "worker/fuse/fuse_bench.h"
 #include "worker/fuse/ledger_view.h"
 

@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <string>
 
-#include "worker/fuse/crc32c.h"
+#include "common/crc32c.h"
 
 namespace holdfast::fuse {
 namespace {

@@ -8,16 +8,10 @@
 #include <set>
 
 #include "gtest/gtest.h"
-#include "worker/fuse/crc32c.h"
 #include "worker/fuse/fuse_bench.h"
 
 namespace holdfast::fuse {
 namespace {
-
-TEST(Crc32cTest, IsTheCastagnoliChecksum) {
-  EXPECT_EQ(Crc32c("123456789", 9), 0xe3069283u);
-  EXPECT_EQ(Crc32c("", 0), 0u);
-}
 
 TEST(LedgerViewTest, AFreshLedgerIsEmpty) {
   Bench bench;

@@ -11,8 +11,8 @@
 #include <cstring>
 #include <string>
 
+#include "common/crc32c.h"
 #include "glog/logging.h"
-#include "worker/fuse/crc32c.h"
 #include "worker/fuse/server_core.h"
 
 namespace holdfast::fuse {

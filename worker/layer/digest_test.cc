@@ -1,7 +1,6 @@
 #include "worker/layer/digest.h"
 
 #include "gtest/gtest.h"
-#include "worker/layer/crc32c.h"
 
 namespace holdfast::layer {
 namespace {
@@ -36,20 +35,6 @@ TEST(DigestTest, AStreamStartsAnewAfterItsEnd) {
   stream.Update("abc");
   DigestStream moved = std::move(stream);
   EXPECT_EQ(moved.Finish(), Sha256Raw("abc"));
-}
-
-TEST(Crc32cTest, MatchesThePublishedVectorsInBothForms) {
-  // RFC 3720 B.4.
-  EXPECT_EQ(Crc32c("123456789"), 0xe3069283u);
-  EXPECT_EQ(Crc32c(std::string(32, '\0')), 0x8a9136aau);
-  EXPECT_EQ(Crc32c(std::string(32, '\xff')), 0x62a8ab43u);
-  std::string text;
-  for (int i = 0; i < 100; i++) {
-    text += static_cast<char>(i * 7);
-    EXPECT_EQ(Crc32c(text), Crc32cPortable(text)) << i;
-    size_t half = text.size() / 2;
-    EXPECT_EQ(Crc32c(text.substr(half), Crc32c(text.substr(0, half))), Crc32c(text)) << i;
-  }
 }
 
 }  // namespace

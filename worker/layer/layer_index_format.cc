@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstring>
 
-#include "worker/layer/crc32c.h"
+#include "common/crc32c.h"
 #include "worker/layer/digest.h"
 
 namespace holdfast::layer {
@@ -103,7 +103,7 @@ uint64_t StringBytes(const IndexTables& tables) {
 void SealIndex(std::string* bytes) {
   uint32_t crc = 0;
   std::memcpy(bytes->data() + offsetof(IndexHeader, crc), &crc, sizeof(crc));
-  crc = Crc32c(*bytes);
+  crc = Crc32c(bytes->data(), bytes->size());
   std::memcpy(bytes->data() + offsetof(IndexHeader, crc), &crc, sizeof(crc));
 }
 

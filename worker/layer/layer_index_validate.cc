@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "worker/layer/crc32c.h"
+#include "common/crc32c.h"
 #include "worker/layer/layer_index_format.h"
 
 namespace holdfast::layer {
@@ -55,8 +55,9 @@ class Validator {
     }
     IndexHeader blank = *header_;
     blank.crc = 0;
-    uint32_t crc = Crc32c({reinterpret_cast<const char*>(&blank), sizeof(blank)});
-    if (Crc32c(bytes_.substr(sizeof(blank)), crc) != header_->crc) return Bad("its checksum is wrong");
+    uint32_t crc = Crc32c(&blank, sizeof(blank));
+    crc = Crc32c(bytes_.data() + sizeof(blank), bytes_.size() - sizeof(blank), crc);
+    if (crc != header_->crc) return Bad("its checksum is wrong");
     if (header_->content_bytes > kMaxOffset || header_->blob_size > kMaxOffset) return Bad("absurd sizes");
     if (header_->prefetch_end > header_->blob_size) return Bad("its prefetch range leaves the blob");
     if (header_->flags > (kIndexHasXattrs | kIndexHasImpliedFolders) || header_->reserved != 0) {

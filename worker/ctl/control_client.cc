@@ -21,6 +21,7 @@ namespace {
 constexpr uint32_t kMaxFdsPerMessage = 253;
 constexpr uint32_t kMountsPerPage = 200;
 constexpr int kReplySeconds = 30;  // of everything but an upgrade
+constexpr int kStatsSeconds = 2;   // a hung worker must not keep status waiting
 
 std::string TextOf(capnp::Text::Reader text) { return std::string(text.cStr(), text.size()); }
 
@@ -216,7 +217,7 @@ class ClientImpl final : public ControlClient {
 
   absl::StatusOr<WorkerStats> Stats() override {
     return Guard([&] {
-      auto response = Wait(Admin().statsRequest().send());
+      auto response = Wait(Admin().statsRequest().send(), kStatsSeconds);
       WorkerStats stats;
       auto fetch = response.getFetch();
       stats.fetch_requests = fetch.getRequests();
@@ -271,11 +272,11 @@ class ClientImpl final : public ControlClient {
   }
 
   template <typename T>
-  capnp::Response<T> Wait(capnp::RemotePromise<T>&& promise) {
+  capnp::Response<T> Wait(capnp::RemotePromise<T>&& promise, int seconds = kReplySeconds) {
     auto timeout =
-        io_.provider->getTimer().afterDelay(kReplySeconds * kj::SECONDS).then([]() -> capnp::Response<T> {
+        io_.provider->getTimer().afterDelay(seconds * kj::SECONDS).then([seconds]() -> capnp::Response<T> {
           kj::throwFatalException(kj::Exception(kj::Exception::Type::FAILED, __FILE__, __LINE__,
-                                                kj::str("no answer within ", kReplySeconds, " s")));
+                                                kj::str("no answer within ", seconds, " s")));
           KJ_UNREACHABLE;
         });
     return kj::Promise<capnp::Response<T>>(kj::mv(promise))

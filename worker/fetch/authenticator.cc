@@ -113,7 +113,9 @@ void Authenticator::Rejected(const std::string& host, const std::string& reposit
 
 void Authenticator::Fail(State* state, absl::Status status) {
   state->obtaining = false;
-  // Not remembered: whoever comes next tries again, by then with other credentials perhaps.
+  // Not remembered, nor is the challenge: whoever comes next asks the registry anew, which may want something
+  // else by then or nothing at all.
+  state->mode = Mode::kUnknown;
   Flush(state, {std::move(status), "", state->generation, false});
 }
 

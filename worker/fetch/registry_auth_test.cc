@@ -139,6 +139,16 @@ TEST_F(BasicTest, AWrongPasswordIsRefusedAfterOneTry) {
   EXPECT_EQ(registry_.blob_requests(), 2u);
 }
 
+// A refusal that passes (a proxy before the registry that restarts, say) must not outlive itself.
+TEST_F(ClientTest, AfterAChallengeThatCouldNotBeAnsweredTheRegistryIsAskedAnew) {
+  RegistryFault challenge = Status(401);
+  challenge.headers = {{"WWW-Authenticate", "Basic realm=\"elsewhere\""}};
+  const BlobRef blob = Blob("content");
+  registry_.FailNext(challenge, 1);
+  EXPECT_THAT(Fetch(blob, 0, 7), FailsWith(StatusCode::kPermissionDenied, "none is configured"));
+  EXPECT_EQ(Fetch(blob, 0, 7).value(), "content");
+}
+
 // docker-credential-<name> scripts in a folder of their own on PATH.
 class HelperTest : public BasicTest {
  protected:

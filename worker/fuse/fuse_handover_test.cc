@@ -288,7 +288,9 @@ TEST_F(FuseHandoverTest, AParkedServerLeavesItsReadsToItsSuccessorAndAnswersNoth
   EXPECT_EQ(bench_.ledgers[1]->record(0)->state, uint32_t{HF_RECORD_PENDING});
   auto second = Start(NewSetup(2));
   EXPECT_EQ(second->Number("adopt 1 0"), 1u);
-  EXPECT_EQ(second->Number("adopt 1 0"), 0u);  // again: harmless
+  // Again: harmless. The read is counted once more if its first answer is on the way just now; the kernel
+  // refuses the second.
+  EXPECT_LE(second->Number("adopt 1 0"), 1u);
   EXPECT_EQ(early->Wait(10), 0);
   EXPECT_EQ(late->Wait(10), 0);
   EXPECT_TRUE(Eventually([&] { return second->Stats()["pending"] == 0; }));

@@ -10,8 +10,8 @@ class LayerReaderImpl final : public LayerReader {
   explicit LayerReaderImpl(const LayerReaderOptions& options)
       : shared_(std::make_shared<ReaderShared>(options)) {}
   ~LayerReaderImpl() override {
-    shared_->scheduler.Stop();
-    shared_->pool->Stop();
+    auto dropped = shared_->scheduler.Stop();
+    shared_->pool->Stop();  // answers the reads that wait
   }
 
   std::shared_ptr<Layer> Open(std::shared_ptr<const LayerIndex> index,

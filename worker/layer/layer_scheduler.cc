@@ -58,13 +58,17 @@ void FetchScheduler::Pause(bool paused) {
   Pump();
 }
 
-void FetchScheduler::Stop() {
-  std::deque<std::deque<Queued>> demand;  // what it holds may be the last of a layer: freed off the lock
+std::vector<FetchScheduler::Start> FetchScheduler::Stop() {
+  std::vector<Start> demand;
   std::deque<PrefetchJob> jobs;
   MutexLock lock(&mutex_);
   stopped_ = true;
-  for (auto& [name, origin] : origins_) demand.emplace_back().swap(origin.demand);
+  for (auto& [name, origin] : origins_) {
+    for (Queued& queued : origin.demand) demand.push_back(std::move(queued.start));
+    origin.demand.clear();
+  }
   jobs.swap(jobs_);
+  return demand;
 }
 
 void FetchScheduler::Pump() {

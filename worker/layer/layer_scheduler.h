@@ -20,6 +20,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/mutex.h"
 
@@ -41,8 +42,9 @@ class FetchScheduler {
   void Prefetch(PrefetchJob job, bool soon);
   void Done(const std::string& origin, uint64_t bytes, bool prefetch);
   void Pause(bool paused);
-  // Forgets what has not begun; nothing begins afterwards.
-  void Stop();
+  // Nothing begins afterwards. Returns the demand that had not begun: it may hold the last reference to a
+  // layer and so to the reads that wait in it, which must be answered first.
+  [[nodiscard]] std::vector<Start> Stop();
 
  private:
   struct Queued {

@@ -39,7 +39,6 @@ class FakeVault final : public handover::MountVault {
     blobs.push_back(blob);
     return entry;
   }
-  absl::Status SetBlob(uint64_t, const std::string&) override { return absl::OkStatus(); }
   absl::StatusOr<handover::MountState> Unmount(uint64_t id) override {
     unmounted.push_back(id);
     return next_state;

@@ -279,17 +279,6 @@ class ContentStoreImpl final : public ContentStore {
     return state_->OpenLayer(state_, hex, chunk_count, content_bytes);
   }
   void AllowEviction(bool allow) override { state_->AllowEviction(allow); }
-  absl::Status RemoveLayer(const std::string& layer_digest) override {
-    HF_ASSIGN_OR_RETURN(std::string hex, HexOf(layer_digest));
-    return state_->Remove(hex);
-  }
-  std::vector<std::string> ListLayers() const override {
-    std::vector<std::string> digests;
-    for (const std::string& hex : LayersIn(state_->options.root))
-      digests.push_back(std::string(kDigestPrefix) + hex);
-    std::sort(digests.begin(), digests.end());
-    return digests;
-  }
   StoreStats stats() const override {
     StoreStats stats;
     stats.bytes = static_cast<uint64_t>(std::max<int64_t>(0, state_->total_bytes));

@@ -111,11 +111,6 @@ class ContentStore {
   // first, then held ones that were neither opened nor read for 60 s. If that does not make room, Put returns
   // ResourceExhausted.
   virtual void AllowEviction(bool allow) = 0;
-  // Removes the content of a layer. OK when there is none; FailedPrecondition when somebody in this process
-  // holds it. Metadata owner only.
-  virtual absl::Status RemoveLayer(const std::string& layer_digest) = 0;
-  // Digests of all layers on disk.
-  virtual std::vector<std::string> ListLayers() const = 0;
   virtual StoreStats stats() const = 0;
   // Makes stored content durable and writes access times (called every few seconds by the owner, and before
   // it parks).

@@ -85,12 +85,10 @@ class LinkImpl final : public SupervisorLink {
 
   absl::StatusOr<MountEntry> Mount(const std::string& path, const InitOptions& options,
                                    const std::string& blob) override;
-  absl::Status SetBlob(uint64_t mount_id, const std::string& blob) override;
   absl::StatusOr<MountState> Unmount(uint64_t mount_id) override;
   absl::StatusOr<std::vector<MountEntry>> ListMounts() override;
   absl::StatusOr<std::vector<OldLedger>> OldLedgers() override;
   absl::Status Drained(uint64_t generation) override;
-  absl::Status Progress(const std::string& step) override;
 
  private:
   // Everything that belongs to the event loop's thread.
@@ -262,16 +260,6 @@ absl::StatusOr<MountEntry> LinkImpl::Mount(const std::string& path, const InitOp
   });
 }
 
-absl::Status LinkImpl::SetBlob(uint64_t mount_id, const std::string& blob) {
-  return OnLoop([&] {
-           auto request = loop_->supervisor.setBlobRequest();
-           request.setMountId(mount_id);
-           request.setBlob(DataOf(blob));
-           return request.send().then([](auto&&) { return true; });
-         })
-      .status();
-}
-
 absl::StatusOr<MountState> LinkImpl::Unmount(uint64_t mount_id) {
   return OnLoop([&] {
     auto request = loop_->supervisor.unmountRequest();
@@ -350,15 +338,6 @@ absl::Status LinkImpl::Drained(uint64_t generation) {
   return OnLoop([&] {
            auto request = loop_->supervisor.drainedRequest();
            request.setGeneration(generation);
-           return request.send().then([](auto&&) { return true; });
-         })
-      .status();
-}
-
-absl::Status LinkImpl::Progress(const std::string& step) {
-  return OnLoop([&] {
-           auto request = loop_->supervisor.progressRequest();
-           request.setStep(step.c_str());
            return request.send().then([](auto&&) { return true; });
          })
       .status();

@@ -72,7 +72,6 @@ class MountVault {
   virtual ~MountVault() = default;
   virtual absl::StatusOr<MountEntry> Mount(const std::string& path, const InitOptions& options,
                                            const std::string& blob) = 0;
-  virtual absl::Status SetBlob(uint64_t mount_id, const std::string& blob) = 0;
   virtual absl::StatusOr<MountState> Unmount(uint64_t mount_id) = 0;
 };
 
@@ -139,7 +138,6 @@ class SupervisorLink : public MountVault {
   virtual absl::StatusOr<std::vector<MountEntry>> ListMounts() = 0;  // all pages
   virtual absl::StatusOr<std::vector<OldLedger>> OldLedgers() = 0;
   virtual absl::Status Drained(uint64_t generation) = 0;
-  virtual absl::Status Progress(const std::string& step) = 0;
   virtual bool lost() const = 0;
 };
 

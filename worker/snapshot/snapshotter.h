@@ -87,9 +87,9 @@ class Snapshotter {
   // logged and retried when the snapshot is used. Also starts to delete what a predecessor left.
   virtual void Restore() = 0;
 
-  // For the hand-over: ends background work; calls that wait for the network, or scan a large folder, return
-  // Aborted soon with nothing changed, also later ones. When this has returned and no call is inside, the
-  // store may be closed.
+  // For the hand-over: ends background work, Restore included; calls that wait for the network, scan a large
+  // folder or mount layers return Aborted soon with nothing changed, also later ones. When this has returned
+  // and no call is inside, the store may be closed.
   virtual void Abort() = 0;
 };
 

@@ -58,7 +58,4 @@ interface Control {
 
   workerAdmin @4 () -> (admin :Capability);
   # The running worker's admin.capnp WorkerAdmin; fails while no worker runs.
-
-  shutdown @5 () -> ();
-  # Stops worker and supervisor in good order. Refused while a mount is in use, unless the process is told by SIGTERM.
 }

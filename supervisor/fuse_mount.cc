@@ -163,7 +163,7 @@ std::vector<MountInfo> ParseMountInfo(const std::string& text) {
     std::vector<std::string> fields{std::istream_iterator<std::string>(words), {}};
     auto dash = std::find(fields.begin(), fields.end(), "-");
     if (fields.size() < 6 || fields.end() - dash < 4) continue;
-    mounts.push_back({fields[2], Unescape(fields[4]), dash[1], Unescape(dash[3])});
+    mounts.push_back({fields[2], Unescape(fields[4]), dash[1]});
   }
   return mounts;
 }
@@ -190,20 +190,6 @@ absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir) {
     ++removed;
   }
   return removed;
-}
-
-bool UsedByOverlay(const std::vector<MountInfo>& mounts, const std::string& path) {
-  size_t cut = path.rfind('/', path.rfind('/') - 1);
-  std::string tail = path.substr(cut == std::string::npos ? 0 : cut + 1);
-  return std::any_of(mounts.begin(), mounts.end(), [&](const MountInfo& mount) {
-    std::istringstream layers(mount.options);
-    for (std::string layer; mount.type == "overlay" && std::getline(layers, layer, ':');) {
-      if (size_t at = layer.find("lowerdir="); at != std::string::npos) layer = layer.substr(at + 9);
-      layer = layer.substr(0, layer.find(','));
-      if (layer == path || layer == tail) return true;
-    }
-    return false;
-  });
 }
 
 }  // namespace holdfast::supervisor

@@ -42,7 +42,6 @@ struct MountInfo {
   std::string device;  // "major:minor"
   std::string path;
   std::string type;
-  std::string options;  // of the superblock
 };
 // Parses mountinfo; lines that are none are left out.
 std::vector<MountInfo> ParseMountInfo(const std::string& text);
@@ -53,8 +52,5 @@ bool IsUnder(std::string_view path, std::string_view folder);
 
 // Lazily unmounts what a dead predecessor left under `state_dir`, untouched otherwise. Returns how many.
 absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir);
-
-// An overlay names `path` as a lower layer, in full or by its last two parts (containerd shortens the names).
-bool UsedByOverlay(const std::vector<MountInfo>& mounts, const std::string& path);
 
 }  // namespace holdfast::supervisor

@@ -240,7 +240,8 @@ class Stepper {
   }
 
   void OnUpgrade() {
-    if (s_.phase == Phase::kRunning || s_.phase == Phase::kNoMetadata)
+    // Also while the running binary does not start: the candidate may be the cure.
+    if (s_.phase == Phase::kRunning || s_.phase == Phase::kNoMetadata || s_.phase == Phase::kBackoff)
       return SpawnSuccessor(Binary::kCandidate);
     Fail(Type::kRefused,
          std::string("a worker is being replaced or started already (phase ") + PhaseName(s_.phase) + ")");

@@ -241,6 +241,7 @@ TEST(HandoverMachineTest, TheTable) {
       {P::kBackoff, E::kTimer, 0, {}, P::kStarting, {"spawn 9"}},
       {P::kRunning, E::kUpgrade, 0, {}, P::kStarting, {"spawn candidate 9"}},
       {P::kNoMetadata, E::kUpgrade, 0, {}, P::kStarting, {"spawn candidate 9"}},
+      {P::kBackoff, E::kUpgrade, 0, {}, P::kStarting, {"spawn candidate 9"}},
       {P::kStarting, E::kUpgrade, 0, {}, P::kStarting, {"refused"}},
       {P::kCommitting, E::kUpgrade, 0, {}, P::kCommitting, {"refused"}},
       // A planned swap, step by step.

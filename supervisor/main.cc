@@ -25,8 +25,6 @@ constexpr uint64_t kGenerationBlock = 100;
 
 // Everything that must be in order before the first worker is started.
 absl::StatusOr<Resources> Prepare(const Options& options) {
-  HF_ASSIGN_OR_RETURN(size_t stale, RemoveStaleMounts(options.state_dir));
-  if (stale != 0) LOG(WARNING) << "event=stale_mounts_removed count=" << stale;
   HF_ASSIGN_OR_RETURN(UniqueFd state_dir, OpenFile(options.state_dir, O_PATH | O_DIRECTORY));
   std::string folder = options.state_dir + "/supervisor";
   HF_RETURN_IF_ERROR(MakeDirs(folder));
@@ -44,6 +42,7 @@ absl::StatusOr<Resources> Prepare(const Options& options) {
   kj::UnixEventPort::captureSignal(SIGTERM);
   kj::UnixEventPort::captureSignal(SIGINT);
   signal(SIGPIPE, SIG_IGN);
+  signal(SIGHUP, SIG_IGN);  // of the terminal it was started in
   auto io = kj::setupAsyncIo();
   Supervisor supervisor(options, std::move(resources), &io);
   using Flags = kj::LowLevelAsyncIoProvider::Flags;
@@ -73,6 +72,8 @@ absl::Status Run(Options options) {
   HF_ASSIGN_OR_RETURN(UniqueFd lock, PrepareFolders(&options));
   HF_ASSIGN_OR_RETURN(Resources resources, Prepare(options));
   HF_ASSIGN_OR_RETURN(UniqueFd control, ListenUnix(options.control_socket));
+  HF_ASSIGN_OR_RETURN(size_t stale, RemoveStaleMounts(options.state_dir));
+  if (stale != 0) LOG(WARNING) << "event=stale_mounts_removed count=" << stale;
   LOG(INFO) << "event=start build=" << LogValue(kBuild) << " state=" << LogValue(options.state_dir)
             << " snapshotter=" << LogValue(options.snapshotter_socket)
             << " control=" << LogValue(options.control_socket);

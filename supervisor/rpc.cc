@@ -183,13 +183,6 @@ class ControlServer final : public schema::Control::Server {
     KJ_FAIL_REQUIRE("no worker runs");
   }
 
-  kj::Promise<void> shutdown(ShutdownContext) override {
-    std::string why = supervisor_.WhyInUse();
-    KJ_REQUIRE(why.empty(), why);
-    supervisor_.Stop("holdfastctl");
-    return kj::READY_NOW;
-  }
-
  private:
   Supervisor& supervisor_;
 };

@@ -37,6 +37,14 @@ absl::Status CheckProgram(int fd, const std::string& path) {
   return absl::OkStatus();
 }
 
+// True if that very program lies there already: then a full disk does not keep it from being started.
+bool IsCopy(const std::string& path, const std::string& sha256) {
+  auto file = OpenFile(path, O_RDONLY | O_NOFOLLOW);
+  if (!file.ok()) return false;
+  auto digest = Sha256OfFile(file->get());
+  return digest.ok() && *digest == sha256;
+}
+
 // Written under another name, so that a crash leaves no half copy under the right one. Returns its digest.
 absl::StatusOr<std::string> WriteCopy(int source, const std::string& path) {
   unlink(path.c_str());
@@ -93,6 +101,22 @@ absl::StatusOr<pid_t> SpawnChild(int program, int socket, std::vector<std::strin
   return pid;
 }
 
+// Returns the digest, by which the copy is named.
+absl::StatusOr<std::string> InstallCopy(int source, const std::string& bin) {
+  HF_RETURN_IF_ERROR(MakeDirs(bin, 0755));
+  std::string temporary = bin + ".new";
+  absl::StatusOr<std::string> sha256 = WriteCopy(source, temporary);
+  if (!sha256.ok()) {
+    unlink(temporary.c_str());
+    return sha256.status();
+  }
+  HF_RETURN_IF_ERROR(MakeDirs(bin + *sha256, 0755));
+  if (rename(temporary.c_str(), (bin + *sha256 + kName).c_str()) != 0) return ErrnoStatus(errno, temporary);
+  HF_RETURN_IF_ERROR(SyncDir(bin + *sha256));
+  HF_RETURN_IF_ERROR(SyncDir(bin));
+  return sha256;
+}
+
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<const Executable>> CopyExecutable(const std::string& path,
@@ -100,16 +124,13 @@ absl::StatusOr<std::shared_ptr<const Executable>> CopyExecutable(const std::stri
   auto source = OpenFile(path, O_RDONLY);
   if (!source.ok()) return Annotate(source.status(), "worker " + path);
   HF_RETURN_IF_ERROR(CheckProgram(source->get(), path));
-  HF_RETURN_IF_ERROR(MakeDirs(state_dir + "/bin", 0755));
-  std::string temporary = state_dir + "/bin/.new";
+  std::string bin = state_dir + "/bin/";
   auto executable = std::make_shared<Executable>();
-  HF_ASSIGN_OR_RETURN(executable->sha256, WriteCopy(source->get(), temporary));
-  std::string folder = state_dir + "/bin/" + executable->sha256;
-  HF_RETURN_IF_ERROR(MakeDirs(folder, 0755));
-  if (rename(temporary.c_str(), (folder + kName).c_str()) != 0) return ErrnoStatus(errno, temporary);
-  HF_RETURN_IF_ERROR(SyncDir(folder));
-  HF_RETURN_IF_ERROR(SyncDir(state_dir + "/bin"));
-  HF_ASSIGN_OR_RETURN(executable->file, OpenFile(folder + kName, O_RDONLY | O_NOFOLLOW));
+  HF_ASSIGN_OR_RETURN(executable->sha256, Sha256OfFile(source->get()));
+  if (!IsCopy(bin + executable->sha256 + kName, executable->sha256)) {
+    HF_ASSIGN_OR_RETURN(executable->sha256, InstallCopy(source->get(), bin));
+  }
+  HF_ASSIGN_OR_RETURN(executable->file, OpenFile(bin + executable->sha256 + kName, O_RDONLY | O_NOFOLLOW));
   return std::shared_ptr<const Executable>(std::move(executable));
 }
 

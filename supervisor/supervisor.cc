@@ -21,8 +21,13 @@ constexpr uint64_t kGonePollMillis = 1'000;
 
 std::string Describe(const kj::Exception& exception) { return exception.getDescription().cStr(); }
 
+// KJ_EXCEPTION and KJ_REQUIRE would put the text of the expression before the reason, which people read.
+kj::Exception Failed(const std::string& reason) {
+  return kj::Exception(kj::Exception::Type::FAILED, __FILE__, __LINE__, kj::str(reason.c_str()));
+}
+
 [[noreturn]] void Throw(const absl::Status& status) {
-  kj::throwFatalException(KJ_EXCEPTION(FAILED, std::string(FromAbsl(status.message()))));
+  kj::throwFatalException(Failed(std::string(FromAbsl(status.message()))));
   __builtin_unreachable();
 }
 
@@ -116,7 +121,7 @@ void Supervisor::Do(const Action& action) {
   if (action.type != ActionType::kRefused) FinishSwap(done ? "done" : "failed: " + action.reason);
   KJ_IF_MAYBE (waiter, upgrade_waiter_) {
     if (done) (*waiter)->fulfill();
-    if (!done) (*waiter)->reject(KJ_EXCEPTION(FAILED, action.reason));
+    if (!done) (*waiter)->reject(Failed(action.reason));
     upgrade_waiter_ = nullptr;
   }
 }
@@ -244,7 +249,7 @@ void Supervisor::NoteDeath(WorkerProcess* worker, const std::string& reason) {
   bool reading = worker->generation == (successor_reads ? state_.successor : state_.owner);
   if (reading && reads_stopped_boot_nanos_ == 0) reads_stopped_boot_nanos_ = worker->dead_since_boot_nanos;
   if (worker->retired) return;
-  ++crashes_;
+  if (!state_.upgrade || worker->generation != state_.successor) ++crashes_;
   LOG(ERROR) << "event=worker_died generation=" << worker->generation << " pid=" << worker->pid
              << " reason=" << LogValue(reason) << " phase=" << PhaseName(state_.phase);
 }
@@ -318,8 +323,8 @@ void Supervisor::Register(Generation generation, schema::Hello::Reader hello,
 }
 
 kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force) {
-  KJ_REQUIRE(!upgrade_busy_, "an upgrade is under way already");
-  KJ_REQUIRE(!stopping_, "the supervisor is shutting down");
+  if (upgrade_busy_) Throw(Unavailable("an upgrade is under way already"));
+  if (stopping_) Throw(Unavailable("the supervisor is shutting down"));
   upgrade_busy_ = true;
   if (path.empty()) path = options_.worker;
   using Copy = absl::StatusOr<std::shared_ptr<const Executable>>;
@@ -451,16 +456,6 @@ kj::Promise<void> Supervisor::UnmountAll() {
                    << " note=\"still in use; it ends with the last process that serves it\"";
     }
   });
-}
-
-std::string Supervisor::WhyInUse() const {
-  auto mounts = ReadMountInfo();
-  for (const auto& [id, mount] : vault_.all()) {
-    if (mount.state == MountState::kDetached)
-      return mount.path + " is unmounted, but a container still uses it";
-    if (!mounts.ok() || UsedByOverlay(*mounts, mount.path)) return mount.path + " is used by a container";
-  }
-  return "";
 }
 
 }  // namespace holdfast::supervisor

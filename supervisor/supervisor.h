@@ -93,8 +93,6 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   kj::Promise<MountState> UnmountLayer(Generation caller, uint64_t mount_id);
   // True: swapped; false: the same build runs already.
   kj::Promise<bool> Upgrade(std::string path, bool force);
-  // Why an orderly shutdown would hurt; empty if it would not.
-  std::string WhyInUse() const;
 
   void FillStatus(schema::Status::Builder status) const;
   void FillSwap(schema::SwapStatus::Builder out) const;

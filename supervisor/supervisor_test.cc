@@ -222,7 +222,8 @@ TEST(SupervisorTest, AfterAnUpgradeToABadBuildTheOldWorkerStillServes) {
     ASSERT_TRUE(Eventually([&] { return harness.Status().workers.size() == 1; })) << "the bad one is gone";
   }
   bool changed = false;
-  EXPECT_NE(harness.Upgrade("/no/such/worker", false, &changed).find("/no/such/worker"), std::string::npos);
+  EXPECT_EQ(harness.Upgrade("/no/such/worker", false, &changed).rfind("worker /no/such/worker: ", 0), 0u)
+      << "the reason and nothing before it";
   EXPECT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "")
       << "and a good one can still come";
 }
@@ -248,14 +249,12 @@ TEST(SupervisorTest, ALayerThatAnOverlayUsesIsDetachedAndGoneOnlyAfterTheOverlay
   MountView mount = harness.Mount("a");
   Overlay overlay(mount.path, harness.state_dir());
   ASSERT_TRUE(overlay.mounted()) << strerror(errno);
-  EXPECT_NE(harness.Shutdown().find("used by a container"), std::string::npos);
   EXPECT_EQ(harness.Unmount(mount.id), MountState::DETACHED);
   EXPECT_FALSE(IsMounted(mount.path));
   EXPECT_EQ(harness.Status().detached, 1u);
   ASSERT_EQ(kill(harness.Status().Worker("owner").pid, SIGKILL), 0);
   EXPECT_GT(Stat(overlay.path()).Result(), 0) << "served through the overlay, by the successor";
   harness.WaitPhase("running");
-  EXPECT_NE(harness.Shutdown().find("still uses it"), std::string::npos);
   overlay.Unmount();
   ASSERT_TRUE(Eventually([&] { return harness.Status().detached == 0; }));
   ASSERT_TRUE(Eventually([&] { return harness.WorkerInfo().gone == std::vector<uint64_t>{mount.id}; }));
@@ -396,15 +395,6 @@ TEST(SupervisorTest, SigtermUnmountsEndsTheWorkerAndRemovesTheSockets) {
   EXPECT_FALSE(PathExists(harness.control_socket()));
   EXPECT_FALSE(PathExists(harness.snapshotter_socket()));
   EXPECT_NE(kill(worker, 0), 0) << "reaped";
-}
-
-TEST(SupervisorTest, ShutdownByControlEndsInGoodOrderWhenNothingIsInUse) {
-  Harness harness;
-  harness.Start();
-  MountView mount = harness.Mount("a");
-  EXPECT_EQ(harness.Shutdown(), "");
-  ASSERT_TRUE(Eventually([&] { return !PathExists(harness.control_socket()); }));
-  EXPECT_FALSE(IsMounted(mount.path));
 }
 
 TEST(SupervisorTest, ControlTurnsAwayWhoIsNotRoot) {

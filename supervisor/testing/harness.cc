@@ -230,15 +230,6 @@ std::string Harness::Upgrade(const std::string& path, bool force, bool* changed)
   }
 }
 
-std::string Harness::Shutdown() {
-  try {
-    Wait(KJ_ASSERT_NONNULL(control_).shutdownRequest().send().ignoreResult());
-    return "";
-  } catch (const kj::Exception& exception) {
-    return exception.getDescription().cStr();
-  }
-}
-
 std::vector<MountView> Harness::Mounts(uint64_t after, uint32_t limit, bool* more) {
   auto request = KJ_ASSERT_NONNULL(control_).mountsRequest();
   request.setAfter(after);

@@ -72,7 +72,6 @@ class Harness {
   StatusView WaitPhase(const std::string& phase, int seconds = 20);
   // Empty when done, else the error; *changed as returned.
   std::string Upgrade(const std::string& path, bool force, bool* changed);
-  std::string Shutdown();
   std::vector<MountView> Mounts(uint64_t after, uint32_t limit, bool* more);
   std::vector<uint64_t> LedgerGenerations();
 

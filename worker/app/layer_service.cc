@@ -115,8 +115,7 @@ absl::StatusOr<snapshot::MountedLayer> LayerService::Mount(const snapshot::Layer
 }
 
 absl::Status LayerService::Remount(const std::string& layer_digest, const std::string& index_sha256,
-                                   const std::string& image_ref, uint64_t blob_size,
-                                   const std::string& /*tenant*/, uint64_t snapshot_id,
+                                   const std::string& image_ref, uint64_t blob_size, uint64_t snapshot_id,
                                    const std::string& folder) {
   if (IsMounted(snapshot_id)) return absl::OkStatus();
   if (!layer::IsSha256Digest(layer_digest)) return InvalidArgument("not a layer digest: " + layer_digest);

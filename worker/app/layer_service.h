@@ -55,8 +55,8 @@ class LayerService final : public snapshot::LayerMounter {
                                                const std::vector<snapshot::ParentLayer>& parents,
                                                uint64_t deadline_boot_nanos) override;
   absl::Status Remount(const std::string& layer_digest, const std::string& index_sha256,
-                       const std::string& image_ref, uint64_t blob_size, const std::string& tenant,
-                       uint64_t snapshot_id, const std::string& folder) override;
+                       const std::string& image_ref, uint64_t blob_size, uint64_t snapshot_id,
+                       const std::string& folder) override;
   bool IsMounted(uint64_t snapshot_id) const override;
   absl::Status Unmount(uint64_t snapshot_id, bool* still_used) override;
   void Usage(const std::string& layer_digest, const std::string& index_sha256, uint64_t* bytes,

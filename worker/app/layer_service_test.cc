@@ -384,11 +384,11 @@ TEST_F(LayerServiceTest, ARemountNeedsTheIndexAndNoNetwork) {
   registry_.Stop();
   const std::string image = registry_.host() + "/test/image:latest";
   EXPECT_FALSE(service_
-                   ->Remount(layer.layer_digest, std::string(64, '0'), image, layer.blob.size(), "default", 1,
+                   ->Remount(layer.layer_digest, std::string(64, '0'), image, layer.blob.size(), 1,
                              state_.path() + "/fs")
                    .ok());
   absl::Status status = service_->Remount(layer.layer_digest, mounted->index_sha256, image, layer.blob.size(),
-                                          "default", 1, state_.path() + "/fs");
+                                          1, state_.path() + "/fs");
   ASSERT_TRUE(status.ok()) << status;
   EXPECT_TRUE(service_->IsMounted(1));
 }

@@ -38,7 +38,7 @@ class FakeMounter final : public LayerMounter {
   }
 
   absl::Status Remount(const std::string& layer_digest, const std::string&, const std::string&, uint64_t,
-                       const std::string&, uint64_t snapshot_id, const std::string& folder) override {
+                       uint64_t snapshot_id, const std::string& folder) override {
     MutexLock lock(&mutex_);
     remounts_++;
     if (!remount_failure_.ok()) return remount_failure_;

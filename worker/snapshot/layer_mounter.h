@@ -44,8 +44,8 @@ class LayerMounter {
                                              uint64_t deadline_boot_nanos) = 0;
   // Mounts again what the vault does not hold, from the index on disk, without network.
   virtual absl::Status Remount(const std::string& layer_digest, const std::string& index_sha256,
-                               const std::string& image_ref, uint64_t blob_size, const std::string& tenant,
-                               uint64_t snapshot_id, const std::string& folder) = 0;
+                               const std::string& image_ref, uint64_t blob_size, uint64_t snapshot_id,
+                               const std::string& folder) = 0;
   virtual bool IsMounted(uint64_t snapshot_id) const = 0;
   // umount(2); OK when it was not mounted. `still_used` tells that a container's overlay holds it: it is
   // served on, and its content must stay.

@@ -28,7 +28,7 @@ absl::Status Parents::MountOne(const metadata::SnapshotRow& row) {
   Claims::Hold hold = mounting_.Take({std::to_string(row.id)});
   if (mounter_->IsMounted(row.id)) return absl::OkStatus();
   absl::Status status = mounter_->Remount(row.lazy_digest, row.lazy_index, row.lazy_image, row.lazy_blob_size,
-                                          row.lazy_tenant, row.id, folders_->Fs(row.id));
+                                          row.id, folders_->Fs(row.id));
   LOG(INFO) << "snapshot.remount ok=" << status.ok() << " key=" << LogValue(row.key)
             << " layer=" << row.lazy_digest << " id=" << row.id
             << (status.ok() ? "" : " error=" + LogValue(FromAbsl(status.message())));

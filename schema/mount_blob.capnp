@@ -6,7 +6,7 @@ using Cxx = import "/capnp/c++.capnp";
 $Cxx.namespace("holdfast::schema");
 
 struct MountBlob {
-  layerDigest @0 :Text;        # sha256:... of the compressed blob; names the content cache
+  layerDigest @0 :Text;        # sha256:... of the compressed blob
   indexDigest @1 :Text;        # SHA-256 (hex) of the LayerIndex; served from that index or not at all
   numberingVersion @2 :UInt32; # of the nodeids
   imageRef @3 :Text;           # where to fetch from

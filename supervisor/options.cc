@@ -51,10 +51,14 @@ absl::Status RemoveStaleSocket(const std::string& path, const sockaddr_un& addre
   struct stat info;
   if (lstat(path.c_str(), &info) != 0) return errno == ENOENT ? absl::OkStatus() : ErrnoStatus(errno, path);
   if (!S_ISSOCK(info.st_mode)) return AlreadyExists("socket path " + path + " exists and is not a socket");
-  HF_ASSIGN_OR_RETURN(UniqueFd probe, UnixSocket());
-  int result = connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address));
-  if (result == 0 || errno == EAGAIN)
-    return AlreadyExists("socket " + path + " is in use by a running process");
+  // An orphaned worker needs a moment to notice that its supervisor is dead and to close the socket.
+  for (int tries = 20;; --tries) {
+    HF_ASSIGN_OR_RETURN(UniqueFd probe, UnixSocket());
+    int result = connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address));
+    if (result != 0 && errno != EAGAIN) break;
+    if (tries == 0) return AlreadyExists("socket " + path + " is in use by a running process");
+    usleep(50'000);
+  }
   if (unlink(path.c_str()) != 0) return ErrnoStatus(errno, "removing the stale socket " + path);
   return absl::OkStatus();
 }

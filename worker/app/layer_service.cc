@@ -215,7 +215,8 @@ absl::StatusOr<std::shared_ptr<layer::Layer>> LayerService::OpenLayer(const hand
   fetch::BlobRef ref;
   HF_ASSIGN_OR_RETURN(ref.image, fetch::ParseImageReference(blob.image_ref));
   ref.digest = blob.layer_digest;
-  std::shared_ptr<layer::Layer> layer = parts_.reader->Open(index, content, parts_.client->Source(ref));
+  std::shared_ptr<layer::Layer> layer =
+      parts_.reader->Open(index, content, parts_.client->Source(ref), ref.image.host);
   MutexLock lock(&mutex_);
   std::weak_ptr<layer::Layer>& slot = layers_[{blob.index_digest, blob.image_ref}];
   if (std::shared_ptr<layer::Layer> other = slot.lock()) return other;  // opened meanwhile by another mount

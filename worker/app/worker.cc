@@ -242,7 +242,10 @@ absl::Status Worker::OwnerExited(uint64_t generation) {
     MutexLock lock(&mutex_);
     if (old_ledgers_.count(generation) == 0) return absl::OkStatus();  // its ledger was never ours to empty
   }
-  if (parked_) return absl::OkStatus();  // Resume walks it
+  if (parked_) {  // Resume walks it
+    exited_while_parked_.push_back(generation);
+    return absl::OkStatus();
+  }
   // The server knows the ledger from the first walk; it needs no new descriptors.
   HF_RETURN_IF_ERROR(server_->AdoptLedger(generation, fuse::LedgerHandle(), /*final_walk=*/true).status());
   MutexLock lock(&mutex_);
@@ -311,7 +314,12 @@ absl::Status Worker::Resume() {
     content_->AllowEviction(true);
     reader_->Pause(false);
   }
-  return AdoptLedgers();
+  HF_RETURN_IF_ERROR(AdoptLedgers());
+  // The supervisor names only ledgers that still hold something; these are let go all the same.
+  for (uint64_t generation : std::exchange(exited_while_parked_, {})) {
+    HF_RETURN_IF_ERROR(OwnerExited(generation));
+  }
+  return absl::OkStatus();
 }
 
 absl::Status Worker::YieldMetadata() {

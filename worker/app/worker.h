@@ -113,6 +113,7 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
 
   // Action thread only.
   bool parked_ = false;
+  std::vector<uint64_t> exited_while_parked_;
   std::vector<std::unique_ptr<snapshot::Snapshotter>>
       former_;  // aborted; may wait for an overdue mount when destroyed
   std::unique_ptr<snapshot::Snapshotter> snapshotter_;

@@ -47,7 +47,10 @@ absl::Status Reaper::Sweep(std::chrono::milliseconds wait) {
   }
   MutexLock lock(&mutex_);
   for (uint64_t id : garbage) items_.insert({id, {start, kFirstPause}});
-  for (auto& [id, item] : items_) item.due = std::min(item.due, start);
+  for (auto& [id, item] : items_) {
+    item.due = std::min(item.due, start);
+    item.asked = start;
+  }
   changed_.SignalAll();
   while (!stopping_ && !AllTriedSince(start)) {
     if (!changed_.WaitUntil(&mutex_, start + wait)) break;
@@ -57,7 +60,7 @@ absl::Status Reaper::Sweep(std::chrono::milliseconds wait) {
 
 bool Reaper::AllTriedSince(Time start) const {
   return std::all_of(items_.begin(), items_.end(),
-                     [start](const auto& item) { return item.second.due > start; });
+                     [start](const auto& item) { return item.second.tried >= start; });
 }
 
 void Reaper::Run() {
@@ -75,6 +78,7 @@ void Reaper::Run() {
       continue;
     }
     uint64_t id = next->first;
+    next->second.tried = now;
     mutex_.Unlock();
     bool done = Done(id);
     mutex_.Lock();
@@ -83,7 +87,10 @@ void Reaper::Run() {
     if (done) {
       items_.erase(item);
     } else {
-      item->second.due = std::chrono::steady_clock::now() + item->second.pause;
+      // A sweep that came during this try wants another one.
+      bool asked_again = item->second.asked > now;
+      item->second.due = std::chrono::steady_clock::now();
+      if (!asked_again) item->second.due += item->second.pause;
       item->second.pause = std::min(item->second.pause * 2, kLongestPause);
     }
     changed_.SignalAll();

@@ -39,7 +39,9 @@ class Reaper {
   using Time = std::chrono::steady_clock::time_point;
   struct Item {
     Time due;
-    std::chrono::milliseconds pause;
+    std::chrono::milliseconds pause;  // after the next failure
+    Time tried{};                     // when the last try began
+    Time asked{};                     // when a sweep last wanted a try
   };
   void Run();
   bool Done(uint64_t id);  // false: try again later

@@ -78,7 +78,6 @@ void Reaper::Run() {
       continue;
     }
     uint64_t id = next->first;
-    next->second.tried = now;
     mutex_.Unlock();
     bool done = Done(id);
     mutex_.Lock();
@@ -87,6 +86,7 @@ void Reaper::Run() {
     if (done) {
       items_.erase(item);
     } else {
+      item->second.tried = now;
       // A sweep that came during this try wants another one.
       bool asked_again = item->second.asked > now;
       item->second.due = std::chrono::steady_clock::now();

@@ -40,7 +40,7 @@ class Reaper {
   struct Item {
     Time due;
     std::chrono::milliseconds pause;  // after the next failure
-    Time tried{};                     // when the last try began
+    Time tried{};                     // when the last try that failed began
     Time asked{};                     // when a sweep last wanted a try
   };
   void Run();

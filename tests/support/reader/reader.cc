@@ -51,6 +51,18 @@ void OnSigbus(int) {
   siglongjmp(mmap_escape, 1);
 }
 
+// False when the pages could not be read. On its own, so that no variable of a caller is lost in the jump.
+[[gnu::noinline]] bool CopyMapped(void* to, const void* from, uint64_t size) {
+  if (sigsetjmp(mmap_escape, 1) != 0) {
+    mmap_armed = 0;
+    return false;
+  }
+  mmap_armed = 1;
+  std::memcpy(to, from, size);
+  mmap_armed = 0;
+  return true;
+}
+
 struct Work {
   size_t file = 0;
   uint64_t block = 0;
@@ -162,13 +174,9 @@ class Reader {
     uint64_t want = file.block_bytes(block);
     void* map = mmap(nullptr, want, PROT_READ, MAP_SHARED, fd, static_cast<off_t>(block * kBlock));
     if (map == MAP_FAILED) return Fail("mmap " + path + ": " + std::strerror(errno));
-    if (sigsetjmp(mmap_escape, 1) == 0) {
-      mmap_armed = 1;
-      std::memcpy(buffer_, map, want);
-      mmap_armed = 0;
+    if (CopyMapped(buffer_, map, want)) {
       Check(file, path, block, buffer_, want);
     } else {
-      mmap_armed = 0;
       Fail("mmap " + path + ": SIGBUS");
     }
     munmap(map, want);

@@ -51,18 +51,6 @@ int PoolThreads(const Config& config) {
   return static_cast<int>(std::clamp<long>(processors, 2, HF_LEDGER_SLOTS));
 }
 
-const char* KindName(metadata::Kind kind) {
-  switch (kind) {
-    case metadata::Kind::kActive:
-      return "active";
-    case metadata::Kind::kView:
-      return "view";
-    case metadata::Kind::kCommitted:
-      return "committed";
-  }
-  return "unknown";
-}
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Worker>> Worker::Create(const Options& options) {
@@ -425,7 +413,7 @@ std::vector<handover::SnapshotInfo> Worker::Snapshots() {
   }
   std::vector<handover::SnapshotInfo> snapshots;
   for (metadata::SnapshotRow& row : rows) {
-    snapshots.push_back({std::move(row.key), std::move(row.parent), KindName(row.kind),
+    snapshots.push_back({std::move(row.key), std::move(row.parent), metadata::KindName(row.kind),
                          std::move(row.lazy_digest), std::move(row.lazy_image), row.id,
                          row.created_wall_nanos});
   }

@@ -9,6 +9,7 @@
 
 #include "common/io.h"
 #include "common/status.h"
+#include "schema/admin_types.h"
 
 namespace holdfast::ctl {
 
@@ -50,25 +51,9 @@ struct LedgerFd {
   bool owner_exited = false;
 };
 
-struct LayerInfo {
-  std::string digest, image, index_digest;
-  uint64_t compressed_bytes = 0, content_bytes = 0, cached_bytes = 0, fetched_bytes = 0, touched_bytes = 0,
-           files = 0;
-  uint32_t mounts = 0;
-  int64_t last_access_wall_nanos = 0;
-};
-
-struct SnapshotInfo {
-  std::string key, parent, kind, lazy_digest, image;
-  uint64_t id = 0;
-  int64_t created_wall_nanos = 0;
-};
-
-struct WorkerStats {
-  uint64_t fetch_requests = 0, fetch_bytes = 0, fetch_failures = 0, fetch_retries = 0, fetch_in_flight = 0;
-  uint64_t cache_bytes = 0, cache_limit_bytes = 0, cache_evicted_bytes = 0, cache_damaged_chunks = 0,
-           cache_unstored_bytes = 0;
-};
+using admin::LayerInfo;
+using admin::SnapshotInfo;
+using admin::WorkerStats;
 
 struct TraceEntry {
   int64_t wall_nanos = 0;

@@ -24,6 +24,8 @@
 namespace holdfast::metadata {
 
 enum class Kind : uint8_t { kActive, kView, kCommitted };
+// "active", "view" or "committed", as containerd writes them.
+const char* KindName(Kind kind);
 
 struct SnapshotRow {
   std::string key;     // backend key, unique over all kinds

@@ -3,12 +3,6 @@
 #include <nlohmann/json.hpp>
 
 namespace holdfast::metadata {
-namespace {
-
-using Json = nlohmann::json;
-
-constexpr int kRowVersion = 1;
-
 const char* KindName(Kind kind) {
   switch (kind) {
     case Kind::kActive:
@@ -20,6 +14,12 @@ const char* KindName(Kind kind) {
   }
   return "active";
 }
+
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr int kRowVersion = 1;
 
 bool ParseKind(const std::string& name, Kind* kind) {
   for (Kind candidate : {Kind::kActive, Kind::kView, Kind::kCommitted}) {

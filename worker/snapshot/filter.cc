@@ -21,18 +21,6 @@ struct Selector {
   std::unique_ptr<re2::RE2> regex;
 };
 
-const char* KindText(metadata::Kind kind) {
-  switch (kind) {
-    case metadata::Kind::kActive:
-      return "active";
-    case metadata::Kind::kView:
-      return "view";
-    case metadata::Kind::kCommitted:
-      return "committed";
-  }
-  return "";
-}
-
 std::string JoinFrom(const std::vector<std::string>& path, size_t first) {
   std::string joined;
   for (size_t i = first; i < path.size(); i++) {
@@ -45,7 +33,7 @@ std::string JoinFrom(const std::vector<std::string>& path, size_t first) {
 std::optional<std::string> FieldOf(const metadata::SnapshotRow& row, const std::vector<std::string>& path) {
   if (path[0] == "name") return row.key;
   if (path[0] == "parent") return row.parent;
-  if (path[0] == "kind") return KindText(row.kind);
+  if (path[0] == "kind") return metadata::KindName(row.kind);
   if (path[0] != "labels" || path.size() < 2) return std::nullopt;
   auto it = row.labels.find(JoinFrom(path, 1));
   if (it == row.labels.end()) return std::nullopt;

@@ -17,6 +17,10 @@ interface Descriptor {
 # something is missing.
 const capServeReads :UInt64 = 1;        # grant, park, resume, the ledger (the first protocol)
 const capMetadataHandover :UInt64 = 2;  # yieldMetadata, takeMetadata
+const capPrepare :UInt64 = 4;           # prepare: a worker can load all mounts long before it is told to serve them
+const capTrial :UInt64 = 8;             # samples, replay, addMounts, serve(trial), endTrial, distrust; answers PROBE_LIVE (probe.h)
+const capHealth :UInt64 = 16;           # ping says which mounts are held back, and knows every loop of the worker
+const capReattach :UInt64 = 32;         # Welcome.state; keeps what it was given and brings it to the next supervisor
 const capNeverSupported :UInt64 = 0x8000000000000000;  # reserved: no build ever announces it (for tests)
 
 struct Hello {
@@ -36,6 +40,8 @@ struct Welcome {
   snapshotListener @5 :Descriptor;  # listening unix socket of the snapshots gRPC API
   stateDir @6 :Text;
   runtimeDir @7 :Text;
+  state @8 :Descriptor;         # the supervisor's state (read-only memfd, opaque to the worker): kept for Control.reattach
+  controlSocket @9 :Text;       # where the next supervisor listens for reattach; empty: it does not
 }
 
 struct PipePair {
@@ -77,6 +83,36 @@ struct OldLedger {
   ledger @1 :Descriptor;
   requestPipes @2 :List(PipePair);
   ownerExited @3 :Bool;         # its pidfd has fired: no thread of it can still write
+  ownerHung @4 :Bool;           # it was killed because it hung: a slot that it was executing is a suspect (one strike more)
+}
+
+struct SampleRequest {
+  # A request that the running worker can answer from what is on this disk, and its answer.
+  mountId @0 :UInt64;
+  request @1 :Data;             # the kernel's bytes, header included
+  replyDigest @2 :Data;         # SHA-256 (32 bytes) of fuse_out_header.error (little-endian) and what follows the header, with
+                                # all times-to-live (entry_valid, attr_valid and their nsec) set to 0
+}
+
+enum SampleKind {
+  file @0;                      # digest of the bytes [offset, offset + length)
+  folder @1;                    # digest of its names without "." and "..", sorted bytewise, each followed by a 0 byte
+  absent @2;                    # there is no such name
+}
+
+struct SampleFile {
+  # Something that a path of a mount must show. Wholly on this disk, so that looking at it needs no network.
+  mountId @0 :UInt64;
+  kind @1 :SampleKind;
+  path @2 :Data;                # relative to the mount's root, no leading slash; "" is the root
+  offset @3 :UInt64;
+  length @4 :UInt64;
+  digest @5 :Data;              # SHA-256
+}
+
+struct HeldMount {
+  mountId @0 :UInt64;
+  device @1 :Descriptor;
 }
 
 interface Supervisor {
@@ -110,9 +146,14 @@ interface Supervisor {
 }
 
 interface Worker {
-  serve @0 () -> ();
+  # The methods from `prepare` on are called only when the capability that they need was agreed on.
+
+  serve @0 (trial :Bool, touched :Descriptor) -> ();
   # Take over reads: fetch the vault's pages and the old ledgers, adopt every record, start reading. Returns when every
   # mount is being read. May be called while the predecessor is being killed.
+  # trial: until endTrial, names and attributes are answered with a time-to-live of 0, nothing is kept over a close
+  # (no KEEP_CACHE), no answer makes the kernel stop asking (ENOSYS) unless the mount's blob says that it was given before,
+  # and every node answered for is noted in `touched` (memory laid out as touched.h).
 
   ownerExited @1 (generation :UInt64) -> ();
   # That worker's exit is proven: walk its ledger once more.
@@ -127,7 +168,7 @@ interface Worker {
 
   resume @4 () -> ();
   # Undo park: adopt what is left in the own ledger and in the other ledgers, read again. Comes also without a park() before
-  # it, or while one is under way, and is followed by takeMetadata() if this worker has yielded.
+  # it, or while one is under way, and is followed by takeMetadata() if this worker has yielded. Ends a trial, too.
 
   yieldMetadata @5 () -> ();
   # Finish the metadata sections under way, close the store, stop accepting. Calls still open on old connections are
@@ -139,5 +180,39 @@ interface Worker {
   mountsGone @7 (mountIds :List(UInt64)) -> ();
   # These mounts exist no more: drop their descriptors, pins and blobs.
 
-  ping @8 () -> (loopAgeNanos :UInt64);
+  ping @8 () -> (loopAgeNanos :UInt64, heldBack :List(UInt64), loop :Text);
+  # Answered on the event loop. loopAgeNanos: how long the worker's most backward loop has been at one turn, or its oldest local
+  # work (not: waiting for the network) under way; `loop` names it. heldBack: mounts that the worker does not read on purpose,
+  # because they have as many unanswered requests as one mount may have.
+
+  prepare @9 () -> ();
+  # (capPrepare) Fetch the vault's pages and get ready to serve them, without reading any: no descriptor may be in an epoll.
+  # May be called again. serve() then needs to fetch only what was mounted since.
+
+  samples @10 (limit :UInt32) -> (requests :List(SampleRequest), files :List(SampleFile));
+  # (capTrial) Of the metadata owner: at most `limit` of each, spread over mounts; recent requests first. Nothing is fetched.
+
+  replay @11 (requests :List(SampleRequest)) -> (different :List(UInt32), skipped :UInt32);
+  # (capTrial) Execute these as if the kernel had sent them, without answering it, and compare. Indexes of those whose reply
+  # differs; skipped: how many need content that is not on this disk (not a difference). Comes after prepare().
+
+  addMounts @12 (entries :List(MountEntry)) -> ();
+  # (capTrial) Serve these mounts now, whatever else was asked: private ones that are not in the vault's pages, over blobs that are.
+
+  endTrial @13 () -> ();
+  # (capTrial) The worker has proved itself: from now on it answers as usual.
+
+  distrust @14 (generation :UInt64, touched :Descriptor, vaultId :Data) -> ();
+  # (capTrial) What `generation` answered and stored in its trial is not to be believed; its exit is proven. Make the kernel forget
+  # every node noted in `touched` (all nodes of all mounts when it overflowed or is missing), and verify content that was stored
+  # before now once more before its first use: marks made under another vault id than this one do not count.
+
+  heldMounts @15 (after :UInt64) -> (mounts :List(HeldMount), more :Bool);
+  # (capReattach) A page, of at most 200 in order of mountId, of the descriptors that this worker was given and still holds.
+
+  heldLedgers @16 (after :UInt64) -> (ledgers :List(OldLedger), more :Bool);
+  # (capReattach) As Supervisor.oldLedgers, of the ledgers that this worker holds, its own included.
+
+  heldListener @17 () -> (snapshotListener :Descriptor);
+  # (capReattach)
 }

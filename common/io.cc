@@ -2,6 +2,7 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -159,6 +160,13 @@ absl::Status SyncDir(const std::string& path) {
 bool PathExists(const std::string& path) {
   struct stat st;
   return lstat(path.c_str(), &st) == 0;
+}
+
+std::string RandomBytes(size_t bytes) {
+  std::string out(bytes, '\0');
+  CHECK_LE(bytes, 256u);  // never short up to there, and never fails once the kernel has booted
+  CHECK_EQ(getrandom(out.data(), bytes, 0), static_cast<ssize_t>(bytes));
+  return out;
 }
 
 TempDir::TempDir() {

@@ -53,6 +53,9 @@ absl::Status RemoveTree(const std::string& path);
 absl::Status SyncDir(const std::string& path);
 bool PathExists(const std::string& path);
 
+// From the kernel's generator: for secrets and ids.
+std::string RandomBytes(size_t bytes);
+
 // A fresh folder under $TMPDIR (or /tmp), removed with all its content by the destructor. For tests and
 // self-tests.
 class TempDir {

@@ -11,11 +11,8 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <iterator>
-#include <sstream>
 #include <utility>
-
-#include "absl/strings/escaping.h"
+#include <vector>
 
 namespace holdfast::supervisor {
 namespace {
@@ -76,11 +73,6 @@ absl::Status SetUp(const InitOptions& options, const std::string& path, FuseMoun
   // Only speed depends on it: a sandbox with a read-only /sys still works.
   if (options.read_ahead_kib != 0) SetReadAhead(path, options.read_ahead_kib).IgnoreError();
   return absl::OkStatus();
-}
-
-std::string Unescape(const std::string& text) {  // mountinfo writes a space as \040
-  std::string out;
-  return absl::CUnescape(text, &out) ? out : text;
 }
 
 }  // namespace
@@ -152,31 +144,6 @@ absl::StatusOr<bool> UnmountFuse(const std::string& path, int device) {
   }
   pollfd state{.fd = device, .events = 0, .revents = 0};
   return poll(&state, 1, 0) == 1 && (state.revents & POLLERR) != 0;
-}
-
-std::vector<MountInfo> ParseMountInfo(const std::string& text) {
-  std::vector<MountInfo> mounts;
-  std::istringstream lines(text);
-  for (std::string line; std::getline(lines, line);) {
-    // id parent major:minor root path options [optional...] - type source super-options
-    std::istringstream words(line);
-    std::vector<std::string> fields{std::istream_iterator<std::string>(words), {}};
-    auto dash = std::find(fields.begin(), fields.end(), "-");
-    if (fields.size() < 6 || fields.end() - dash < 4) continue;
-    mounts.push_back({fields[2], Unescape(fields[4]), dash[1]});
-  }
-  return mounts;
-}
-
-absl::StatusOr<std::vector<MountInfo>> ReadMountInfo() {
-  HF_ASSIGN_OR_RETURN(std::string text, ReadFile("/proc/self/mountinfo"));
-  return ParseMountInfo(text);
-}
-
-bool IsUnder(std::string_view path, std::string_view folder) {
-  if (folder == "/") return path.substr(0, 1) == "/";
-  return path.substr(0, folder.size()) == folder &&
-         (path.size() == folder.size() || path[folder.size()] == '/');
 }
 
 absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir) {

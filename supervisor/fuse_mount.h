@@ -1,13 +1,13 @@
 // Making and ending FUSE mounts. May block: for helper threads. Nothing here opens, stats or lists a path of
-// a mounted file system. Formats: <linux/fuse.h> (FUSE_INIT, protocol 7.x), proc(5) mountinfo.
+// a mounted file system. Format: <linux/fuse.h> (FUSE_INIT, protocol 7.x).
 #pragma once
 
 #include <cstdint>
 #include <string>
 #include <string_view>
-#include <vector>
 
 #include "common/io.h"
+#include "common/mountinfo.h"
 #include "common/status.h"
 
 namespace holdfast::supervisor {
@@ -37,18 +37,6 @@ absl::StatusOr<std::string> BuildInitReply(std::string_view request, const InitO
 
 // Takes the mount out of the file tree. True: it is gone; false: something (an overlay) still uses it.
 absl::StatusOr<bool> UnmountFuse(const std::string& path, int device);
-
-struct MountInfo {
-  std::string device;  // "major:minor"
-  std::string path;
-  std::string type;
-};
-// Parses mountinfo; lines that are none are left out.
-std::vector<MountInfo> ParseMountInfo(const std::string& text);
-absl::StatusOr<std::vector<MountInfo>> ReadMountInfo();
-
-// True when `path` is `folder` or lies below it.
-bool IsUnder(std::string_view path, std::string_view folder);
 
 // Lazily unmounts what a dead predecessor left under `state_dir`, untouched otherwise. Returns how many.
 absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir);

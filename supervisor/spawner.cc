@@ -2,15 +2,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <signal.h>
-#include <spawn.h>
-#include <string.h>
-#include <sys/random.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,15 +12,11 @@
 #include <utility>
 
 #include "common/sha256.h"
-#include "glog/logging.h"
-
-extern char** environ;
 
 namespace holdfast::supervisor {
 namespace {
 
 constexpr char kName[] = "/holdfast-worker";
-constexpr idtype_t kPidfd = static_cast<idtype_t>(3);  // P_PIDFD
 constexpr mode_t kMode = 0555;
 
 absl::Status CheckProgram(int fd, const std::string& path) {
@@ -56,49 +46,6 @@ absl::StatusOr<std::string> WriteCopy(int source, const std::string& path) {
   }
   if (fchmod(copy.get(), kMode) != 0 || fsync(copy.get()) != 0) return ErrnoStatus(errno, "syncing " + path);
   return Sha256OfFile(copy.get());
-}
-
-std::vector<std::string> WorkerEnvironment(const std::string& token) {
-  std::vector<std::string> environment = {"HOLDFAST_TOKEN=" + token};
-  for (char** entry = environ; *entry != nullptr; ++entry) {
-    std::string text = *entry;
-    std::string name = text.substr(0, text.find('='));
-    // The service manager's variables speak to us, not to the worker.
-    bool ours = name == "HOLDFAST_TOKEN" || name == "NOTIFY_SOCKET" || name.substr(0, 7) == "LISTEN_";
-    if (!ours && name.substr(0, 9) != "WATCHDOG_") environment.push_back(text);
-  }
-  return environment;
-}
-
-std::vector<char*> Pointers(std::vector<std::string>& strings) {
-  std::vector<char*> pointers;
-  for (std::string& text : strings) pointers.push_back(text.data());
-  pointers.push_back(nullptr);
-  return pointers;
-}
-
-absl::StatusOr<pid_t> SpawnChild(int program, int socket, std::vector<std::string> args,
-                                 const std::string& token) {
-  std::string path = "/proc/self/fd/" + std::to_string(program);
-  std::vector<std::string> environment = WorkerEnvironment(token);
-  posix_spawn_file_actions_t actions;
-  posix_spawnattr_t attributes;
-  posix_spawn_file_actions_init(&actions);
-  posix_spawnattr_init(&attributes);
-  posix_spawn_file_actions_adddup2(&actions, socket, kWorkerSocket);
-  sigset_t none, all;
-  sigemptyset(&none);
-  sigfillset(&all);
-  posix_spawnattr_setsigmask(&attributes, &none);
-  posix_spawnattr_setsigdefault(&attributes, &all);
-  posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSID);
-  pid_t pid = 0;
-  int error = posix_spawn(&pid, path.c_str(), &actions, &attributes, Pointers(args).data(),
-                          Pointers(environment).data());
-  posix_spawn_file_actions_destroy(&actions);
-  posix_spawnattr_destroy(&attributes);
-  if (error != 0) return ErrnoStatus(error, "starting the worker");
-  return pid;
 }
 
 // Returns the digest, by which the copy is named.
@@ -144,43 +91,23 @@ void RemoveOtherExecutables(const std::string& state_dir, const std::vector<std:
   for (const std::string& path : others) RemoveTree(path).IgnoreError();
 }
 
-absl::StatusOr<Process> Spawn(const Executable& executable, const std::vector<std::string>& args,
-                              const std::string& token) {
+absl::StatusOr<WorkerChild> Spawn(const Executable& executable, const std::vector<std::string>& args,
+                                  const std::string& token) {
   int ends[2];
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) return ErrnoStatus(errno, "socketpair");
-  Process process;
-  process.socket.Reset(ends[0]);
+  WorkerChild child;
+  child.socket.Reset(ends[0]);
   UniqueFd child_end(ends[1]);
-  // Above the worker's socket, so that the child's dup2 cannot hit it.
-  UniqueFd program(fcntl(executable.file.get(), F_DUPFD_CLOEXEC, 16));
-  if (!program.valid()) return ErrnoStatus(errno, "duplicating a descriptor");
-  std::vector<std::string> argv = {"holdfast-worker"};
-  argv.insert(argv.end(), args.begin(), args.end());
-  HF_ASSIGN_OR_RETURN(process.pid, SpawnChild(program.get(), child_end.get(), std::move(argv), token));
-  // Our own child, not reaped before its pidfd fires: the pid cannot have been reused.
-  process.pidfd.Reset(static_cast<int>(syscall(SYS_pidfd_open, process.pid, 0)));
-  if (!process.pidfd.valid()) {
-    absl::Status status = ErrnoStatus(errno, "pidfd_open");
-    kill(process.pid, SIGKILL);
-    waitpid(process.pid, nullptr, 0);
-    return status;
-  }
-  return process;
-}
-
-std::string RandomBytes(size_t bytes) {
-  std::string out(bytes, '\0');
-  // Never short below 257 bytes, and never fails once the kernel has booted.
-  CHECK_EQ(getrandom(out.data(), bytes, 0), static_cast<ssize_t>(bytes));
-  return out;
-}
-
-std::string ReapReason(int pidfd) {
-  siginfo_t info{};
-  // It has exited, so this does not sleep and cannot be interrupted.
-  if (waitid(kPidfd, static_cast<id_t>(pidfd), &info, WEXITED) != 0) return "unknown";
-  if (info.si_code == CLD_EXITED) return "exit " + std::to_string(info.si_status);
-  return "signal " + std::to_string(info.si_status) + " (" + strsignal(info.si_status) + ")";
+  // The service manager's variables speak to us, not to the worker.
+  ProcessSpec spec{
+      .program = executable.file.get(),
+      .argv = {"holdfast-worker"},
+      .environment = EnvironmentWithout({"HOLDFAST_TOKEN=", "NOTIFY_SOCKET=", "LISTEN_", "WATCHDOG_"}),
+      .descriptors = {{child_end.get(), kWorkerSocket}}};
+  spec.argv.insert(spec.argv.end(), args.begin(), args.end());
+  spec.environment.push_back("HOLDFAST_TOKEN=" + token);
+  HF_ASSIGN_OR_RETURN(child.process, StartProcess(spec));
+  return child;
 }
 
 }  // namespace holdfast::supervisor

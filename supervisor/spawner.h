@@ -1,14 +1,12 @@
 // Private copies of worker executables, and starting one. A worker outlives the supervisor, on purpose.
 #pragma once
 
-#include <sys/types.h>
-
-#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "common/io.h"
+#include "common/process.h"
 #include "common/status.h"
 
 namespace holdfast::supervisor {
@@ -26,22 +24,16 @@ absl::StatusOr<std::shared_ptr<const Executable>> CopyExecutable(const std::stri
 // Removes the copies not named in `keep`. Errors are left for the next time.
 void RemoveOtherExecutables(const std::string& state_dir, const std::vector<std::string>& keep);
 
-struct Process {
-  pid_t pid = 0;
-  UniqueFd pidfd;
+struct WorkerChild {
+  Process process;
   UniqueFd socket;  // our end; the worker's is its descriptor 3
 };
 
 inline constexpr int kWorkerSocket = 3;
 
-// Starts it in a session of its own with HOLDFAST_TOKEN=<token>, our descriptors 0, 1 and 2, and the socket;
-// all others must be close-on-exec. The service manager's variables are left out.
-absl::StatusOr<Process> Spawn(const Executable& executable, const std::vector<std::string>& args,
-                              const std::string& token);
-
-std::string RandomBytes(size_t bytes);
-
-// "exit 3", "signal 9 (Killed)"; reaps the process. Call when its pidfd is readable.
-std::string ReapReason(int pidfd);
+// Starts it with HOLDFAST_TOKEN=<token>, our descriptors 0, 1 and 2, and the socket. The service manager's
+// variables are left out.
+absl::StatusOr<WorkerChild> Spawn(const Executable& executable, const std::vector<std::string>& args,
+                                  const std::string& token);
 
 }  // namespace holdfast::supervisor

@@ -141,10 +141,10 @@ void Supervisor::SpawnWorker(Generation generation, Binary binary) {
   absl::Status status = [&]() -> absl::Status {
     HF_RETURN_IF_ERROR(ledgers_.Create(generation).status());
     worker->token = absl::BytesToHexString(RandomBytes(32));
-    HF_ASSIGN_OR_RETURN(Process process, Spawn(*worker->executable, options_.worker_args, worker->token));
-    worker->pid = process.pid;
-    worker->pidfd = std::move(process.pidfd);
-    Connect(worker.get(), std::move(process.socket));
+    HF_ASSIGN_OR_RETURN(WorkerChild child, Spawn(*worker->executable, options_.worker_args, worker->token));
+    worker->pid = child.process.pid;
+    worker->pidfd = std::move(child.process.pidfd);
+    Connect(worker.get(), std::move(child.socket));
     return absl::OkStatus();
   }();
   if (!status.ok()) {

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "common/id_file.h"
 #include "common/io.h"
 #include "common/status.h"
 #include "schema/ledger.h"
@@ -19,22 +20,6 @@
 namespace holdfast::supervisor {
 
 using SharedFd = std::shared_ptr<UniqueFd>;
-
-// Numbers never reused within one state folder: a block is reserved in the file before one of it is given
-// out.
-class IdFile {
- public:
-  // `path` need not exist. DataLoss when it holds anything but a number.
-  static absl::StatusOr<IdFile> Open(const std::string& path, uint64_t block);
-  absl::StatusOr<uint64_t> Next(uint64_t above = 0);  // the next one that is higher
-
- private:
-  IdFile(std::string path, uint64_t next, uint64_t block)
-      : path_(std::move(path)), next_(next), end_(next), block_(block) {}
-  std::string path_;
-  uint64_t next_, end_;  // numbers below end_ are reserved
-  uint64_t block_;
-};
 
 enum class MountState { kMounting, kLive, kDetached, kGone };
 

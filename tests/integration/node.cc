@@ -17,6 +17,7 @@
 #include <fstream>
 #include <sstream>
 #include <thread>
+#include <utility>
 
 #include "glog/logging.h"
 
@@ -66,7 +67,7 @@ bool Refused(const std::string& socket_path) {
 
 }  // namespace
 
-Node::Node(const std::string& config) {
+Node::Node(const std::string& config, Programs programs) : programs_(std::move(programs)) {
   Start(config);
   CHECK(WaitRunning()) << "holdfast did not come up in " << root();
   snapshots_ = SnapshotsClient::Connect(root() + "/run/snapshotter.sock");
@@ -79,9 +80,12 @@ void Node::Start(const std::string& config) {
 }
 
 void Node::Spawn() {
-  std::vector<std::string> words = {Program("holdfast-supervisor"),
+  auto program = [](const std::string& given, const char* name) {
+    return given.empty() ? Program(name) : given;
+  };
+  std::vector<std::string> words = {program(programs_.supervisor, "holdfast-supervisor"),
                                     "--worker",
-                                    Program("holdfast-worker"),
+                                    program(programs_.worker, "holdfast-worker"),
                                     "--state",
                                     root() + "/state",
                                     "--runtime",
@@ -206,7 +210,7 @@ void Node::UnmountAll() {
 int Node::Stop(int seconds) {
   if (supervisor_ == 0) return -1;
   NoteWorkers();
-  kill(supervisor_, SIGTERM);
+  kill(supervisor_, SIGINT);
   int status = 0;
   if (!WaitUntil(seconds, [&] { return waitpid(supervisor_, &status, WNOHANG) == supervisor_; })) return -1;
   supervisor_ = 0;

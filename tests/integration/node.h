@@ -39,8 +39,12 @@ class SnapshotsClient {
 
 class Node {
  public:
+  // Empty: today's build, of the folder HOLDFAST_BIN.
+  struct Programs {
+    std::string supervisor, worker;
+  };
   // `config`: text of config.toml.
-  explicit Node(const std::string& config);
+  explicit Node(const std::string& config, Programs programs = {});
   ~Node();
   Node(const Node&) = delete;
   Node& operator=(const Node&) = delete;
@@ -67,7 +71,7 @@ class Node {
   std::string MountAll(const std::vector<SnapshotsClient::Mount>& mounts);
   void UnmountAll();
 
-  // SIGTERM to the supervisor; its exit status, or -1 when it did not end in time.
+  // Ends everything (SIGINT to the supervisor); its exit status, or -1 when it did not end in time.
   int Stop(int seconds = 30);
   // Paths of mounts under root().
   std::vector<std::string> MountsLeft() const;
@@ -77,6 +81,7 @@ class Node {
   void Spawn();
   void NoteWorkers();
 
+  const Programs programs_;
   TempDir root_;
   pid_t supervisor_ = 0;
   std::vector<pid_t> workers_;  // all seen

@@ -6,99 +6,19 @@
 #include <unistd.h>
 
 #include <atomic>
-#include <cerrno>
-#include <cstring>
 #include <functional>
-#include <map>
-#include <random>
 #include <thread>
 
 #include "common/clock.h"
 #include "common/mutex.h"
 #include "gtest/gtest.h"
+#include "tests/integration/lazy_image.h"
 #include "tests/integration/node.h"
 #include "tests/support/registry_server.h"
 #include "worker/ctl/inflight.h"
-#include "worker/layer/digest.h"
-#include "worker/toc/testing/estargz_writer.h"
 
 namespace holdfast::test {
 namespace {
-
-using toc::testing::Dir;
-using toc::testing::EstargzLayer;
-using toc::testing::File;
-using toc::testing::Hardlink;
-using toc::testing::Symlink;
-using toc::testing::WriteEstargz;
-using toc::testing::WriterEntry;
-
-constexpr int kSmallFiles = 200;
-constexpr size_t kLargeBytes = 6u << 20;
-
-// Bytes that do not compress, so the blob is as large as its content.
-std::string RandomBytes(uint64_t seed, size_t size) {
-  std::mt19937_64 random(seed);
-  std::string bytes(size, '\0');
-  for (char& byte : bytes) byte = static_cast<char>(random());
-  return bytes;
-}
-
-struct Image {
-  EstargzLayer lower, upper;
-  std::map<std::string, std::string> files;  // path -> content, of the merged tree
-};
-
-// The upper layer holds a file in a folder that only the lower one describes, a whiteout, and a replaced
-// file.
-Image MakeImage(uint64_t seed) {
-  Image image;
-  toc::testing::WriterOptions options;
-  options.chunk_size = 256 * 1024;
-  std::vector<WriterEntry> lower = {Dir("etc"), Dir("data")};
-  WriterEntry secret = Dir("private", 0700);
-  secret.uid = 1;
-  secret.gid = 2;
-  lower.push_back(secret);
-  auto add = [&image](std::vector<WriterEntry>* layer, const std::string& name, const std::string& content) {
-    layer->push_back(File(name, content));
-    image.files[name] = content;
-  };
-  for (int i = 0; i < kSmallFiles; ++i) {
-    const uint64_t own = seed * 1000 + static_cast<uint64_t>(i);
-    add(&lower, "data/f" + std::to_string(i), RandomBytes(own, 1000 + own % 20000));
-  }
-  add(&lower, "data/large", RandomBytes(seed, kLargeBytes));
-  add(&lower, "etc/kept", "kept");
-  add(&lower, "etc/empty", "");
-  lower.push_back(File("etc/deleted", "deleted"));
-  lower.push_back(File("etc/replaced", "old"));
-  lower.push_back(Symlink("etc/link", "kept"));
-  lower.push_back(Hardlink("etc/hard", "etc/kept"));
-  image.files["etc/hard"] = "kept";
-  image.lower = WriteEstargz(lower, options);
-
-  std::vector<WriterEntry> upper;
-  add(&upper, "private/file", "in a folder that this layer only implies");
-  upper.push_back(Dir("etc"));
-  upper.push_back(File("etc/.wh.deleted", ""));
-  add(&upper, "etc/replaced", "new");
-  image.upper = WriteEstargz(upper, options);
-  return image;
-}
-
-std::string ReadWhole(const std::string& path, size_t step = 65536) {
-  auto fd = OpenFile(path, O_RDONLY);
-  if (!fd.ok()) return "error: " + fd.status().ToString();
-  std::string content;
-  std::string buffer(step, '\0');
-  while (true) {
-    ssize_t n = read(fd->get(), buffer.data(), buffer.size());
-    if (n < 0) return "error: " + std::string(strerror(errno));
-    if (n == 0) return content;
-    content.append(buffer.data(), static_cast<size_t>(n));
-  }
-}
 
 bool WaitUntil(const std::function<bool()>& condition) {
   for (int i = 0; i < 2000 && !condition(); ++i) usleep(5000);
@@ -109,39 +29,16 @@ class WholePathTest : public ::testing::Test {
  protected:
   WholePathTest() : node_("[cache]\nfree_floor = 0\n[fetch]\nmiss_timeout = \"50s\"\n") {}
 
-  // As containerd's unpacker asks for layer after layer. Returns the merged tree's folder.
+  // Returns the merged tree's folder.
   std::string PullAndMount(const Image& image, const std::string& name) {
-    const std::string first = registry_.AddBlob(image.lower.blob);
-    const std::string second = registry_.AddBlob(image.upper.blob);
-    std::string parent = PrepareLazy(image.lower, "", name, first + "," + second);
-    parent = PrepareLazy(image.upper, parent, name, second);
-    committed_.push_back(parent);
-    auto mounts = node_.snapshots()->Prepare("default/9/" + name, parent, {});
+    auto parent = PullLazily(node_.snapshots(), &registry_, image, name);
+    EXPECT_TRUE(parent.ok()) << parent.status();
+    if (!parent.ok()) return "";
+    committed_.push_back(*parent);
+    auto mounts = node_.snapshots()->Prepare("default/9/" + name, *parent, {});
     EXPECT_TRUE(mounts.ok()) << mounts.status();
     if (!mounts.ok()) return "";
     return node_.MountAll(*mounts);
-  }
-
-  // Returns the name of the committed snapshot.
-  std::string PrepareLazy(const EstargzLayer& layer, const std::string& parent, const std::string& image,
-                          const std::string& layers) {
-    const std::string chain = layer::Sha256Name(parent + layer.diff_id + image);
-    Labels labels = {
-        {"containerd.io/snapshot.ref", chain},
-        {"containerd.io/snapshot/cri.image-ref", registry_.host() + "/test/" + image + ":latest"},
-        {"containerd.io/snapshot/cri.layer-digest", layer.layer_digest},
-        {"containerd.io/snapshot/cri.image-layers", layers},
-        {"containerd.io/snapshot/stargz/toc.digest", layer.toc_digest}};
-    auto prepared = node_.snapshots()->Prepare("default/1/extract-1 " + chain, parent, labels);
-    EXPECT_EQ(prepared.status().code(), absl::StatusCode::kAlreadyExists) << prepared.status();
-    auto found = node_.snapshots()->List("labels.\"containerd.io/snapshot.ref\"==" + chain + ",parent==\"" +
-                                         parent + "\"");
-    EXPECT_TRUE(found.ok()) << found.status();
-    if (!found.ok() || found->size() != 1) {
-      ADD_FAILURE() << "the committed snapshot of " << chain << " is not listed";
-      return "";
-    }
-    return found->front();
   }
 
   // Reads every file of the image from several threads and counts what is wrong.

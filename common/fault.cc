@@ -1,13 +1,17 @@
 #include "common/fault.h"
 
+#include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <csignal>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_split.h"
+#include "common/io.h"
 
 namespace holdfast {
 
@@ -101,6 +105,24 @@ bool FaultPoints::WaitFired(std::string_view point, int count, int seconds) cons
     if (it != points_.end() && it->second.fired >= count) return true;
     if (!changed_.WaitUntil(&mutex_, deadline)) return false;
   }
+}
+
+absl::StatusOr<std::string> FaultSpecFrom(const std::string& value, const std::string& executable) {
+  constexpr size_t kTailBytes = 512;
+  constexpr std::string_view kMark = "HFFAULTS:";
+  if (value != "@exe") return value;
+  HF_ASSIGN_OR_RETURN(UniqueFd file, OpenFile(executable, O_RDONLY));
+  struct stat st {};
+  if (fstat(file.get(), &st) != 0) return ErrnoStatus(errno, executable);
+  const auto size = static_cast<uint64_t>(st.st_size);
+  std::string tail(std::min<uint64_t>(size, kTailBytes), '\0');
+  HF_RETURN_IF_ERROR(PreadFull(file.get(), tail.data(), tail.size(), size - tail.size()));
+  const size_t mark = tail.rfind(kMark);
+  if (mark == std::string::npos) return std::string();
+  const size_t end = tail.find('\n', mark);
+  if (end == std::string::npos)
+    return InvalidArgument("HFFAULTS at the end of " + executable + " has no line end");
+  return tail.substr(mark + kMark.size(), end - mark - kMark.size());
 }
 
 }  // namespace holdfast

@@ -53,6 +53,12 @@ class FaultPoints {
   std::map<std::string, Point, std::less<>> points_ ABSL_GUARDED_BY(mutex_);
 };
 
+// What HOLDFAST_FAULTS says: the specification itself or, for "@exe", what stands behind "HFFAULTS:" in the
+// last 512 bytes of the executable, up to the line's end; nothing there: no faults. So a test makes
+// misbehaving builds by appending to a copy.
+absl::StatusOr<std::string> FaultSpecFrom(const std::string& value,
+                                          const std::string& executable = "/proc/self/exe");
+
 // The usual call site: HF_RETURN_IF_ERROR(PassFault(faults, "cache.write.before_data"));
 inline absl::Status PassFault(FaultPoints* faults, std::string_view point) {
   return faults == nullptr ? absl::OkStatus() : faults->Pass(point);

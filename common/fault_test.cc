@@ -3,6 +3,7 @@
 #include <cerrno>
 #include <thread>
 
+#include "common/io.h"
 #include "gtest/gtest.h"
 
 namespace holdfast {
@@ -37,6 +38,22 @@ TEST(FaultTest, ASpecIsParsedAndABadOneIsNamed) {
 }
 
 TEST(FaultTest, NoFaultPointsMeansNoFaults) { EXPECT_TRUE(PassFault(nullptr, "x").ok()); }
+
+TEST(FaultTest, ABuildCarriesItsFaultsInTheTailOfItsExecutable) {
+  TempDir dir;
+  const std::string program = dir.path() + "/program";
+  EXPECT_EQ(FaultSpecFrom("a=kill", program).value(), "a=kill");
+  ASSERT_TRUE(WriteFileAtomic(program, std::string(4000, 'x')).ok());
+  EXPECT_EQ(FaultSpecFrom("@exe", program).value(), "");
+  ASSERT_TRUE(
+      WriteFileAtomic(program, std::string(4000, 'x') + "HFFAULTS:a=kill;b=eio@0\nHFMODE:good\n").ok());
+  EXPECT_EQ(FaultSpecFrom("@exe", program).value(), "a=kill;b=eio@0");
+  ASSERT_TRUE(WriteFileAtomic(program, "HFFAULTS:a=kill\n" + std::string(4000, 'x')).ok());
+  EXPECT_EQ(FaultSpecFrom("@exe", program).value(), "") << "not at the end";
+  ASSERT_TRUE(WriteFileAtomic(program, "HFFAULTS:a=kill").ok());
+  EXPECT_FALSE(FaultSpecFrom("@exe", program).ok()) << "cut off";
+  EXPECT_FALSE(FaultSpecFrom("@exe", dir.path() + "/absent").ok());
+}
 
 }  // namespace
 }  // namespace holdfast

@@ -34,6 +34,11 @@ absl::StatusOr<std::string> HexOf(const std::string& content_key) {
   return std::string(digest.substr(kDigestPrefix.size()));
 }
 
+absl::Status CheckVaultId(const std::string& vault_id) {
+  if (!vault_id.empty() && vault_id.size() <= sizeof(PresenceHeader::vault_id)) return absl::OkStatus();
+  return InvalidArgument("the vault id must be 1 to 32 characters");
+}
+
 std::vector<std::string> LayersIn(const std::string& root) {
   std::vector<std::string> layers;
   std::unique_ptr<DIR, int (*)(DIR*)> dir(opendir(root.c_str()), closedir);
@@ -88,7 +93,12 @@ class StoreState final : public StoreShared {
   absl::Status Remove(const std::string& hex);
   absl::Status MakeRoom(uint64_t bytes) override;
   void FlushAll();
-  void AllowEviction(bool allow) { may_evict_ = allow; }
+  void AllowEviction(bool allow) {
+    may_evict_ = allow;
+    if (allow) return;
+    MutexLock lock(&evict_mutex_);  // one under way stops at its next layer
+  }
+  absl::Status Renew();
 
  private:
   struct Entry {
@@ -141,7 +151,7 @@ absl::StatusOr<std::shared_ptr<LayerContent>> StoreState::OpenLayer(std::shared_
   if (live == nullptr) {
     account->active_boot_nanos = options.clock->BootNanos();
     if (account->access_hour == 0) account->access_hour = CurrentHour();
-    PresenceIdentity identity{hex, chunk_count, content_bytes, options.vault_id, options.boot_id};
+    PresenceIdentity identity{hex, chunk_count, content_bytes, "", options.boot_id};
     HF_ASSIGN_OR_RETURN(std::shared_ptr<LayerContentImpl> opened,
                         LayerContentImpl::Open(std::move(self), account, std::move(identity)));
     MutexLock lock(&mutex_);
@@ -153,6 +163,7 @@ absl::StatusOr<std::shared_ptr<LayerContent>> StoreState::OpenLayer(std::shared_
       live = std::move(opened);
     }
   }
+  HF_RETURN_IF_ERROR(live->RenewIdentity());  // the vault id may have changed while it was opened
   if (!live->SameShape(chunk_count, content_bytes)) {
     return FailedPrecondition("content " + hex + " is open with another number of chunks");
   }
@@ -209,6 +220,7 @@ bool StoreState::EvictFor(uint64_t bytes) {
   uint64_t now = options.clock->BootNanos();
   for (const Candidate& layer : Candidates()) {
     if (Fits(bytes, /*fresh=*/true)) return true;
+    if (!may_evict_) return false;
     uint64_t before = layer.account->bytes;
     if (layer.held == nullptr) {
       // FailedPrecondition: opened since the list was made.
@@ -264,6 +276,12 @@ std::vector<std::shared_ptr<LayerContentImpl>> StoreState::Held() {
   return held;
 }
 
+absl::Status StoreState::Renew() {
+  absl::Status first;
+  for (const auto& layer : Held()) first.Update(layer->RenewIdentity());
+  return first;
+}
+
 void StoreState::FlushAll() {
   for (const auto& layer : Held()) layer->Flush();
 }
@@ -279,6 +297,12 @@ class ContentStoreImpl final : public ContentStore {
     return state_->OpenLayer(state_, hex, chunk_count, content_bytes);
   }
   void AllowEviction(bool allow) override { state_->AllowEviction(allow); }
+  absl::Status SetVaultId(const std::string& vault_id) override {
+    HF_RETURN_IF_ERROR(CheckVaultId(vault_id));
+    state_->SetVaultId(vault_id);
+    return state_->Renew();
+  }
+  void SetWriting(Writing writing) override { state_->writing = writing; }
   StoreStats stats() const override {
     StoreStats stats;
     stats.bytes = static_cast<uint64_t>(std::max<int64_t>(0, state_->total_bytes));
@@ -299,9 +323,7 @@ class ContentStoreImpl final : public ContentStore {
 
 absl::StatusOr<std::unique_ptr<ContentStore>> ContentStore::Open(const StoreOptions& options) {
   StoreOptions complete = options;
-  if (complete.vault_id.empty() || complete.vault_id.size() > sizeof(PresenceHeader::vault_id)) {
-    return InvalidArgument("the vault id must be 1 to 32 characters");
-  }
+  HF_RETURN_IF_ERROR(CheckVaultId(complete.vault_id));
   if (complete.boot_id.empty()) {
     HF_ASSIGN_OR_RETURN(complete.boot_id, ReadFile("/proc/sys/kernel/random/boot_id"));
     while (!complete.boot_id.empty() && complete.boot_id.back() == '\n') complete.boot_id.pop_back();

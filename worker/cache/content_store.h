@@ -107,11 +107,20 @@ class ContentStore {
   virtual absl::StatusOr<std::shared_ptr<LayerContent>> OpenLayer(const std::string& content_key,
                                                                   uint64_t chunk_count,
                                                                   uint64_t content_bytes) = 0;
-  // From now on this process may evict, in Put: whole layers, those nobody holds first, least recently read
-  // first, then held ones that were neither opened nor read for 60 s. If that does not make room, Put returns
-  // ResourceExhausted.
+  // From now on this process may evict, or (after the return) no longer does. In Put: whole layers, those
+  // nobody holds first, least recently read first, then held ones that were neither opened nor read for 60 s.
+  // If that does not make room, Put returns ResourceExhausted.
   virtual void AllowEviction(bool allow) = 0;
   virtual StoreStats stats() const = 0;
+  // What was stored before now is not to be believed: every mark becomes kUnverified, also in files that are
+  // open, and marks count under `vault_id` (32 hex digits) from now on. Blocks on the disk. Errors: those of
+  // single layers, the first one; their marks are distrusted all the same.
+  virtual absl::Status SetVaultId(const std::string& vault_id) = 0;
+  // How far this process may write. kTrusted: as described above. kOnTrial: chunks are stored as kUnverified
+  // and no mark becomes verified, so what a worker stores that turns out to be bad is quarantined already.
+  // kNone (a parked worker): Put stores nothing and says OK, as if the chunk had been evicted at once.
+  enum class Writing { kTrusted, kOnTrial, kNone };
+  virtual void SetWriting(Writing writing) = 0;
   // Makes stored content durable and writes access times (called every few seconds by the owner, and before
   // it parks).
   virtual void Flush() = 0;

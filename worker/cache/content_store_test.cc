@@ -64,6 +64,91 @@ TEST_F(ContentStoreTest, ANewVaultIdMakesEveryMarkUnverifiedUntilTheBytesWereVer
   EXPECT_EQ(content->StateOf(*content->files(), 2), ChunkState::kUnverified);
 }
 
+TEST_F(ContentStoreTest, AVaultIdThatChangesUnderOpenLayersDistrustsWhatWasStoredBefore) {
+  const std::string second(32, '2');
+  auto store = OpenStore(options_);
+  auto content = OpenLayer(store.get(), 1, 4);
+  for (uint64_t chunk = 0; chunk < 2; chunk++) ASSERT_TRUE(PutChunk(content.get(), chunk).ok());
+  { ASSERT_TRUE(PutChunk(OpenLayer(store.get(), 2, 4).get(), 0).ok()); }  // a layer that nobody holds
+  auto opened_before = content->files();
+  ASSERT_TRUE(store->SetVaultId(second).ok());
+  EXPECT_EQ(content->StateOf(*opened_before, 0), ChunkState::kUnverified);
+  EXPECT_EQ(content->StateOf(*content->files(), 1), ChunkState::kUnverified);
+  EXPECT_EQ(content->StateOf(*content->files(), 2), ChunkState::kAbsent);
+  EXPECT_EQ(ReadChunk(*opened_before, 0), ChunkContent(0)) << "the bytes stay";
+  auto other = OpenLayer(store.get(), 2, 4);
+  EXPECT_EQ(other->StateOf(*other->files(), 0), ChunkState::kUnverified);
+  // Once is enough, and what is stored from now on counts.
+  content->MarkVerified(*content->files(), 0);
+  ASSERT_TRUE(PutChunk(content.get(), 3).ok());
+  EXPECT_EQ(content->StateOf(*content->files(), 0), ChunkState::kPresent);
+  ASSERT_TRUE(store->SetVaultId(second).ok()) << "again: distrusted again";
+  EXPECT_EQ(content->StateOf(*content->files(), 0), ChunkState::kUnverified);
+  content->MarkVerified(*content->files(), 0);
+  content->MarkVerified(*content->files(), 3);
+  // A successor that is given the new id believes those marks; one with the old id does not.
+  content.reset();
+  other.reset();
+  store.reset();
+  options_.vault_id = second;
+  {
+    auto successor = OpenStore(options_);
+    auto again = OpenLayer(successor.get(), 1, 4);
+    EXPECT_EQ(again->StateOf(*again->files(), 0), ChunkState::kPresent);
+    EXPECT_EQ(again->StateOf(*again->files(), 1), ChunkState::kUnverified);
+    EXPECT_EQ(again->StateOf(*again->files(), 3), ChunkState::kPresent);
+  }
+  options_.vault_id = std::string(32, '1');
+  auto old = OpenStore(options_);
+  auto again = OpenLayer(old.get(), 1, 4);
+  EXPECT_EQ(again->StateOf(*again->files(), 0), ChunkState::kUnverified);
+}
+
+TEST_F(ContentStoreTest, AnEvictedLayerIsNamedByTheNewVaultId) {
+  options_.limit_bytes = 6 * kChunkBytes;
+  auto store = OpenStore(options_);
+  store->AllowEviction(true);
+  auto content = OpenLayer(store.get(), 1, 8);
+  ASSERT_TRUE(PutChunk(content.get(), 0).ok());
+  ASSERT_TRUE(store->SetVaultId(std::string(32, '2')).ok());
+  clock_.Advance(120'000'000'000);  // idle
+  auto other = OpenLayer(store.get(), 2, 8);
+  for (uint64_t chunk = 0; chunk < 5; chunk++) ASSERT_TRUE(PutChunk(other.get(), chunk).ok());
+  EXPECT_GT(store->stats().evicted_bytes, 0u);
+  EXPECT_EQ(content->StateOf(*content->files(), 0), ChunkState::kAbsent);
+  clock_.Advance(120'000'000'000);  // now the other one gives way
+  ASSERT_TRUE(PutChunk(content.get(), 1).ok());
+  content.reset();
+  other.reset();
+  store.reset();
+  options_.vault_id = std::string(32, '2');
+  store = OpenStore(options_);
+  content = OpenLayer(store.get(), 1, 8);
+  EXPECT_EQ(content->StateOf(*content->files(), 1), ChunkState::kPresent);
+}
+
+TEST_F(ContentStoreTest, AWorkerOnTrialLeavesNothingThatIsBelievedAndAParkedOneNothingAtAll) {
+  auto store = OpenStore(options_);
+  auto content = OpenLayer(store.get(), 1, 4);
+  ASSERT_TRUE(PutChunk(content.get(), 0).ok());
+  store->SetWriting(ContentStore::Writing::kOnTrial);
+  ASSERT_TRUE(PutChunk(content.get(), 1).ok());
+  EXPECT_EQ(content->StateOf(*content->files(), 0), ChunkState::kPresent);
+  EXPECT_EQ(content->StateOf(*content->files(), 1), ChunkState::kUnverified);
+  content->MarkVerified(*content->files(), 1);
+  EXPECT_EQ(content->StateOf(*content->files(), 1), ChunkState::kUnverified);
+  store->SetWriting(ContentStore::Writing::kNone);
+  ASSERT_TRUE(PutChunk(content.get(), 2).ok());
+  EXPECT_EQ(content->StateOf(*content->files(), 2), ChunkState::kAbsent);
+  content->MarkVerified(*content->files(), 1);
+  EXPECT_EQ(content->StateOf(*content->files(), 1), ChunkState::kUnverified);
+  store->SetWriting(ContentStore::Writing::kTrusted);
+  content->MarkVerified(*content->files(), 1);
+  ASSERT_TRUE(PutChunk(content.get(), 2).ok());
+  EXPECT_EQ(content->StateOf(*content->files(), 1), ChunkState::kPresent);
+  EXPECT_EQ(content->StateOf(*content->files(), 2), ChunkState::kPresent);
+}
+
 TEST_F(ContentStoreTest, AfterAnotherBootNoMarkIsTrustedSyncedOrNot) {
   {
     auto store = OpenStore(options_);

@@ -43,10 +43,12 @@ LayerContentImpl::~LayerContentImpl() {
 
 absl::Status LayerContentImpl::OpenFolder() {
   uint32_t hour = std::max(account_->access_hour.load(), 1u);
+  const StoreShared::Vault vault = shared_->vault();
   auto opened = [&]() -> absl::StatusOr<LayerFolder::Opened> {
     HF_ASSIGN_OR_RETURN(LayerFolder locked, LayerFolder::Lock(folder(), /*create=*/true));
-    return locked.OpenCurrent(identity_, hour);
+    return locked.OpenCurrent(identity(vault), hour);
   }();
+  vault_epoch_ = vault.epoch;
   if (opened.ok()) {
     if (opened->damaged) shared_->damaged_layers++;
     FolderUsage usage = UsageOf(folder());
@@ -105,6 +107,8 @@ absl::Status LayerContentImpl::Store(uint64_t chunk, uint64_t store_offset, std:
       bytes.size() > identity_.content_bytes - store_offset) {
     return InvalidArgument("chunk outside the layer's content");
   }
+  const ContentStore::Writing writing = shared_->writing;
+  if (writing == ContentStore::Writing::kNone) return absl::OkStatus();
   HF_RETURN_IF_ERROR(shared_->MakeRoom(bytes.size()));
   HF_ASSIGN_OR_RETURN(std::shared_ptr<Files> files, WritableFiles());
   if (StateOf(*files, chunk) == ChunkState::kPresent) return absl::OkStatus();
@@ -112,7 +116,8 @@ absl::Status LayerContentImpl::Store(uint64_t chunk, uint64_t store_offset, std:
   absl::Status written = PwriteFull(files->data.get(), bytes.data(), bytes.size(), store_offset);
   if (written.ok()) {
     HF_RETURN_IF_ERROR(PassFault(shared_->options.faults, "cache.before_mark"));
-    files->marks[chunk].store(kMarkVerified, std::memory_order_release);
+    const bool trusted = writing == ContentStore::Writing::kTrusted;
+    files->marks[chunk].store(trusted ? kMarkVerified : kMarkUnverified, std::memory_order_release);
     dirty_ = true;
   }
   CountBytes(*files);
@@ -164,7 +169,7 @@ void LayerContentImpl::CountBytes(const Files& files) {
 }
 
 void LayerContentImpl::MarkVerified(const Files& files, uint64_t chunk) {
-  if (chunk >= identity_.chunk_count) return;
+  if (chunk >= identity_.chunk_count || shared_->writing != ContentStore::Writing::kTrusted) return;
   uint8_t mark = files.marks[chunk].load();
   // Not a plain store: a chunk that another thread dropped meanwhile stays dropped.
   if (mark != kMarkAbsent) files.marks[chunk].compare_exchange_strong(mark, kMarkVerified);
@@ -200,12 +205,32 @@ void LayerContentImpl::WriteAccessHour(const Files& files) {
   if (hour > UnpackAccessHour(stored.load())) stored.store(PackAccessHour(hour));
 }
 
+PresenceIdentity LayerContentImpl::identity(StoreShared::Vault vault) const {
+  PresenceIdentity current = identity_;
+  current.vault_id = std::move(vault.id);
+  return current;
+}
+
+absl::Status LayerContentImpl::RenewIdentity() {
+  MutexLock lock(&reopen_mutex_);
+  StoreShared::Vault vault = shared_->vault();
+  if (vault_epoch_ == vault.epoch) return absl::OkStatus();
+  std::shared_ptr<Files> files = current();
+  DistrustMarks(*files, identity_.chunk_count);  // whatever becomes of the header
+  vault_epoch_ = vault.epoch;
+  if (!files->data.valid()) return absl::OkStatus();
+  HF_ASSIGN_OR_RETURN(LayerFolder locked, LayerFolder::Lock(folder(), /*create=*/true));
+  return cache::RenewIdentity(*files, identity(std::move(vault)));
+}
+
 void LayerContentImpl::Evict() {
   MutexLock lock(&reopen_mutex_);
+  const StoreShared::Vault vault = shared_->vault();
   auto replaced = [&]() -> absl::StatusOr<std::shared_ptr<Files>> {
     HF_ASSIGN_OR_RETURN(LayerFolder locked, LayerFolder::Lock(folder(), /*create=*/true));
-    return locked.Replace(identity_, std::max(account_->access_hour.load(), 1u));
+    return locked.Replace(identity(vault), std::max(account_->access_hour.load(), 1u));
   }();
+  vault_epoch_ = vault.epoch;
   if (!replaced.ok()) {
     LOG(WARNING) << "cache.evict_failed content=" << identity_.layer_hex << " reason=\""
                  << replaced.status().message() << "\"";

@@ -25,7 +25,8 @@ struct LayerAccount {
 // What all layers of a store share; outlives the store while a layer is held.
 class StoreShared {
  public:
-  explicit StoreShared(StoreOptions store_options) : options(std::move(store_options)) {}
+  explicit StoreShared(StoreOptions store_options)
+      : options(std::move(store_options)), vault_id_(options.vault_id) {}
   virtual ~StoreShared() = default;
   // OK when `bytes` more may be stored, after evicting if need be.
   virtual absl::Status MakeRoom(uint64_t bytes) = 0;
@@ -36,12 +37,33 @@ class StoreShared {
   }
   uint32_t CurrentHour() const;
 
-  const StoreOptions options;
+  // The vault id that marks count under; the epoch changes with it.
+  struct Vault {
+    std::string id;
+    uint64_t epoch = 0;
+  };
+  Vault vault() const {
+    MutexLock lock(&vault_mutex_);
+    return {vault_id_, vault_epoch_};
+  }
+  void SetVaultId(const std::string& id) {
+    MutexLock lock(&vault_mutex_);
+    vault_id_ = id;
+    vault_epoch_++;
+  }
+
+  const StoreOptions options;  // vault_id: the first one
+  std::atomic<ContentStore::Writing> writing{ContentStore::Writing::kTrusted};
   std::atomic<int64_t> total_bytes{0};
   std::atomic<uint64_t> evicted_bytes{0};
   std::atomic<uint64_t> damaged_chunks{0};
   std::atomic<uint64_t> damaged_layers{0};
   std::atomic<uint64_t> unstored_bytes{0};
+
+ private:
+  mutable Mutex vault_mutex_;
+  std::string vault_id_ ABSL_GUARDED_BY(vault_mutex_);
+  uint64_t vault_epoch_ ABSL_GUARDED_BY(vault_mutex_) = 0;
 };
 
 class LayerContentImpl final : public LayerContent {
@@ -64,6 +86,8 @@ class LayerContentImpl final : public LayerContent {
   void Evict();
   // Bytes, then marks and access time, to the disk. Cheap when nothing changed.
   void Flush();
+  // Under another vault id than the store's: marks are distrusted and the files named anew.
+  absl::Status RenewIdentity();
   bool SameShape(uint64_t chunk_count, uint64_t content_bytes) const {
     return identity_.chunk_count == chunk_count && identity_.content_bytes == content_bytes;
   }
@@ -82,15 +106,17 @@ class LayerContentImpl final : public LayerContent {
   void RepairIfShort(const Files& files);
   void CountBytes(const Files& files);
   void WriteAccessHour(const Files& files);
+  PresenceIdentity identity(StoreShared::Vault vault) const;
   std::string folder() const { return shared_->options.root + "/" + identity_.layer_hex; }
 
   const std::shared_ptr<StoreShared> shared_;
   const std::shared_ptr<LayerAccount> account_;
-  const PresenceIdentity identity_;
+  const PresenceIdentity identity_;  // but for the vault id, which the store may change: identity()
   std::atomic<bool> dirty_{false};
   std::atomic<bool> touched_{false};
   std::atomic<uint64_t> other_bytes_{0};  // blocks of the folder that are not the content file's
   Mutex reopen_mutex_;
+  uint64_t vault_epoch_ ABSL_GUARDED_BY(reopen_mutex_) = 0;  // of the id that the files are named by
   uint64_t retry_boot_nanos_ ABSL_GUARDED_BY(reopen_mutex_) =
       0;  // files that store nothing: when to try again
   mutable Mutex files_mutex_;

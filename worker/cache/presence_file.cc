@@ -138,14 +138,7 @@ absl::StatusOr<std::shared_ptr<LayerContent::Files>> OpenGeneration(const std::s
   HF_RETURN_IF_ERROR(CheckHeader(*header, generation, identity));
   if (!TextIs(header->vault_id, sizeof header->vault_id, identity.vault_id) ||
       !TextIs(header->boot_id, sizeof header->boot_id, identity.boot_id)) {
-    // Marks first: killed in between, the old header makes the next open do it again. The header in one
-    // write, which a kill does not cut in two.
-    DistrustMarks(*files, identity.chunk_count);
-    PresenceHeader renewed = *header;
-    CopyText(renewed.vault_id, sizeof renewed.vault_id, identity.vault_id);
-    CopyText(renewed.boot_id, sizeof renewed.boot_id, identity.boot_id);
-    Seal(&renewed);
-    HF_RETURN_IF_ERROR(PwriteFull(files->presence.get(), &renewed, offsetof(PresenceHeader, last_access), 0));
+    HF_RETURN_IF_ERROR(RenewIdentity(*files, identity));
   }
   return files;
 }
@@ -154,6 +147,17 @@ absl::StatusOr<std::shared_ptr<LayerContent::Files>> UnstoredGeneration(uint64_t
   auto files = std::make_shared<LayerContent::Files>();
   HF_RETURN_IF_ERROR(Map(files.get(), -1, kPresenceHeaderBytes + chunk_count));
   return files;
+}
+
+absl::Status RenewIdentity(const LayerContent::Files& files, const PresenceIdentity& identity) {
+  // Marks first: killed in between, the old header makes the next open do it again. The header in one write,
+  // which a kill does not cut in two.
+  DistrustMarks(files, identity.chunk_count);
+  PresenceHeader renewed = *HeaderOf(files);
+  CopyText(renewed.vault_id, sizeof renewed.vault_id, identity.vault_id);
+  CopyText(renewed.boot_id, sizeof renewed.boot_id, identity.boot_id);
+  Seal(&renewed);
+  return PwriteFull(files.presence.get(), &renewed, offsetof(PresenceHeader, last_access), 0);
 }
 
 void DistrustMarks(const LayerContent::Files& files, uint64_t chunk_count) {

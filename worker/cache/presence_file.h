@@ -80,6 +80,10 @@ absl::StatusOr<std::shared_ptr<LayerContent::Files>> OpenGeneration(const std::s
 // 0.
 absl::StatusOr<std::shared_ptr<LayerContent::Files>> UnstoredGeneration(uint64_t chunk_count);
 
+// The marks become kMarkUnverified, then the header names the vault and boot of `identity`. Under the
+// folder's lock.
+absl::Status RenewIdentity(const LayerContent::Files& files, const PresenceIdentity& identity);
+
 // Every kMarkVerified becomes kMarkUnverified.
 void DistrustMarks(const LayerContent::Files& files, uint64_t chunk_count);
 

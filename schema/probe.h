@@ -1,5 +1,6 @@
-/* The liveness probe: an ioctl on the root folder of a mount, answered by whichever worker reads it now. It has no name
- * that an image could collide with or a kernel could cache (docs/HANDOVER.md). Frozen; older workers answer ENOTTY.
+/* The liveness probe: an ioctl on the root folder of a mount, answered by whichever worker reads it now. It
+ * has no name that an image could collide with or a kernel could cache (docs/HANDOVER.md). Frozen; older
+ * workers answer ENOTTY.
  */
 #ifndef HOLDFAST_SCHEMA_PROBE_H_
 #define HOLDFAST_SCHEMA_PROBE_H_

@@ -1,10 +1,11 @@
-/* What a worker on trial has answered for: nodes whose cached names, attributes and content the kernel must forget if
- * the swap is rolled back (DESIGN 4.4, handover.capnp serve and distrust). The supervisor creates the memfd (zeroed,
- * sealed against resizing) and fills the header; the worker on trial appends; after a rollback the older worker reads.
+/* What a worker on trial has answered for: nodes whose cached names, attributes and content the kernel must
+ * forget if the swap is rolled back (DESIGN 4.4, handover.capnp serve and distrust). The supervisor creates
+ * the memfd (zeroed, sealed against resizing) and fills the header; the worker on trial appends; after a
+ * rollback the older worker reads.
  *
- * A frozen C ABI, version 1, as ledger.h. Writers take an index by raising `count`, then fill the entry, nodeid first; so
- * an entry below `count` may be incomplete. The reader comes when the writer's exit is proven, and skips one whose
- * mount_id is 0: it is noted before the answer is sent, so that answer never was.
+ * A frozen C ABI, version 1, as ledger.h. Writers take an index by raising `count`, then fill the entry,
+ * nodeid first; so an entry below `count` may be incomplete. The reader comes when the writer's exit is
+ * proven, and skips one whose mount_id is 0: it is noted before the answer is sent, so that answer never was.
  */
 #ifndef HOLDFAST_SCHEMA_TOUCHED_H_
 #define HOLDFAST_SCHEMA_TOUCHED_H_
@@ -22,7 +23,7 @@ struct hf_touched_header {
   uint32_t header_size;
   uint32_t entry_stride;
   uint32_t capacity;
-  uint64_t count; /* atomic; the next index to be written. Above capacity: it overflowed, everything was touched */
+  uint64_t count; /* atomic; the next index to be written. Above capacity: overflowed, all was touched */
   uint8_t reserved[32];
 };
 

@@ -15,6 +15,7 @@
 #include "common/log.h"
 #include "glog/logging.h"
 #include "supervisor/options.h"
+#include "supervisor/probe.h"
 #include "supervisor/supervisor.h"
 
 namespace holdfast::supervisor {
@@ -104,4 +105,7 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace holdfast::supervisor
 
-int main(int argc, char** argv) { return holdfast::supervisor::Main(argc, argv); }
+int main(int argc, char** argv) {
+  using namespace holdfast::supervisor;  // NOLINT
+  return argc == 2 && argv[1] == std::string(kProbeArgument) ? ProbeMain() : Main(argc, argv);
+}

@@ -11,7 +11,6 @@
 #include <map>
 #include <memory>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -21,6 +20,7 @@
 #include "schema/handover.capnp.h"
 #include "supervisor/fuse_mount.h"
 #include "supervisor/handover_machine.h"
+#include "supervisor/offload.h"
 #include "supervisor/options.h"
 #include "supervisor/spawner.h"
 #include "supervisor/vault.h"
@@ -62,17 +62,6 @@ struct Resources {
   std::shared_ptr<const Executable> executable;
   std::vector<std::string> warnings;
 };
-
-// Work that may block, on a thread of its own; the result comes back on the main loop. A job that never ends
-// costs its thread, nothing else: the process leaves by _exit. `job` must not throw.
-template <typename T>
-kj::Promise<kj::Own<T>> Offload(std::function<T()> job) {
-  auto pair = kj::newPromiseAndCrossThreadFulfiller<kj::Own<T>>();
-  // shared_ptr: std::thread wants what it runs to have a destructor that does not throw; kj::Own's may.
-  auto fulfiller = std::make_shared<decltype(pair.fulfiller)>(kj::mv(pair.fulfiller));
-  std::thread([job = std::move(job), fulfiller] { (*fulfiller)->fulfill(kj::heap<T>(job())); }).detach();
-  return kj::mv(pair.promise);
-}
 
 class Supervisor final : private kj::TaskSet::ErrorHandler {
  public:

@@ -526,11 +526,19 @@ int Run() {
   return 0;
 }
 
+int SelfTest() {
+  std::string mode = OwnMode();
+  if (mode == "hang-self-test") pause();
+  printf("self-test of fake %s\n", mode.c_str());
+  return mode == "fail-self-test" ? 1 : 0;
+}
+
 }  // namespace
 }  // namespace holdfast::supervisor::testing
 
-int main() {
+int main(int argc, char** argv) {
   signal(SIGPIPE, SIG_IGN);
+  if (argc > 1 && strcmp(argv[1], "--self-test") == 0) return holdfast::supervisor::testing::SelfTest();
   holdfast::supervisor::testing::NoteInherited();
   try {
     return holdfast::supervisor::testing::Run();

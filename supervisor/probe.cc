@@ -1,0 +1,236 @@
+#include "supervisor/probe.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/openat2.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <iostream>
+#include <memory>
+#include <utility>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/numbers.h"
+#include "common/io.h"
+#include "common/sha256.h"
+#include "schema/probe.h"
+
+namespace holdfast::supervisor {
+namespace {
+
+constexpr uint64_t kAlign = 4'096;        // O_DIRECT: of offsets, sizes and memory
+constexpr uint64_t kReadBytes = 1 << 20;  // at once
+constexpr size_t kDigestBytes = 32;
+constexpr unsigned kLifeSeconds = 300;  // of a helper whose supervisor died
+
+struct Counts {
+  uint64_t checked = 0, skipped = 0;
+};
+
+absl::StatusOr<UniqueFd> OpenBeneath(int root, const std::string& path, uint64_t flags) {
+  open_how how{};
+  how.flags = flags | O_CLOEXEC;
+  how.resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV;
+  const char* name = path.empty() ? "." : path.c_str();
+  UniqueFd fd;
+  do {
+    fd.Reset(static_cast<int>(syscall(SYS_openat2, root, name, &how, sizeof(how))));
+  } while (!fd.valid() && (errno == EINTR || errno == EAGAIN));
+  if (!fd.valid()) return ErrnoStatus(errno, "open");
+  return fd;
+}
+
+absl::StatusOr<std::string> FileDigest(int root, const ProbeFile& file, bool direct) {
+  HF_ASSIGN_OR_RETURN(UniqueFd fd, OpenBeneath(root, file.path, O_RDONLY | (direct ? O_DIRECT : 0)));
+  struct Free {
+    void operator()(void* memory) const { free(memory); }
+  };
+  std::unique_ptr<char, Free> buffer(static_cast<char*>(aligned_alloc(kAlign, kReadBytes)));
+  Sha256 hash;
+  for (uint64_t at = file.offset, end = file.offset + file.length; at < end;) {
+    uint64_t base = at / kAlign * kAlign;
+    ssize_t got = pread(fd.get(), buffer.get(), kReadBytes, static_cast<off_t>(base));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return ErrnoStatus(errno, "read at offset " + std::to_string(base));
+    uint64_t stop = std::min(end, base + static_cast<uint64_t>(got));
+    if (stop <= at) return DataLoss("it ends at offset " + std::to_string(stop));
+    hash.Update(buffer.get() + (at - base), stop - at);
+    at = stop;
+  }
+  return hash.FinishHex();
+}
+
+absl::StatusOr<std::string> FolderDigest(int root, const std::string& path) {
+  HF_ASSIGN_OR_RETURN(UniqueFd fd, OpenBeneath(root, path, O_RDONLY | O_DIRECTORY));
+  std::unique_ptr<DIR, int (*)(DIR*)> folder(fdopendir(fd.get()), closedir);
+  if (folder == nullptr) return ErrnoStatus(errno, "fdopendir");
+  fd.Release();
+  std::vector<std::string> names;
+  errno = 0;
+  while (dirent* entry = readdir(folder.get())) names.emplace_back(entry->d_name);
+  if (errno != 0) return ErrnoStatus(errno, "readdir");
+  std::sort(names.begin(), names.end());
+  Sha256 hash;
+  for (const std::string& name : names) {
+    if (name != "." && name != "..") hash.Update(name.c_str(), name.size() + 1);
+  }
+  return hash.FinishHex();
+}
+
+absl::Status CheckFile(int root, const ProbeFile& file, bool direct) {
+  if (file.kind == ProbeKind::kAbsent) {
+    absl::Status status = OpenBeneath(root, file.path, O_PATH | O_NOFOLLOW).status();
+    if (status.ok()) return DataLoss("it exists and must not");
+    return StatusErrno(status) == ENOENT ? absl::OkStatus() : status;
+  }
+  bool folder = file.kind == ProbeKind::kFolder;
+  HF_ASSIGN_OR_RETURN(std::string digest,
+                      folder ? FolderDigest(root, file.path) : FileDigest(root, file, direct));
+  if (digest == absl::BytesToHexString(ToAbsl(file.digest))) return absl::OkStatus();
+  return DataLoss(folder ? "its names are not those expected" : "its content is not that expected");
+}
+
+absl::Status CheckLive(int root, const ProbeMount& mount, Counts* counts) {
+  hf_probe_live live{};
+  if (ioctl(root, HF_PROBE_LIVE, &live) == 0) {
+    ++counts->checked;
+    if (live.generation == mount.generation) return absl::OkStatus();
+    return FailedPrecondition("generation " + std::to_string(live.generation) + " answers, not " +
+                              std::to_string(mount.generation));
+  }
+  int error = errno;
+  // Somebody may have unmounted it since the request was made: then this is only a folder.
+  struct statx info {};
+  bool is_mount = statx(root, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, &info) != 0 ||
+                  (info.stx_attributes & STATX_ATTR_MOUNT_ROOT) != 0;
+  bool skip = error == ENOTTY && (mount.may_be_unsupported || !is_mount);
+  counts->skipped += skip ? 1 : 0;
+  return skip ? absl::OkStatus() : ErrnoStatus(error, "live probe");
+}
+
+absl::Status CheckMount(const ProbeMount& mount, bool direct, Counts* counts) {
+  UniqueFd root(open(mount.root.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!root.valid()) return ErrnoStatus(errno, "open " + mount.root);
+  if (mount.generation != 0) {
+    HF_RETURN_IF_ERROR(Annotate(CheckLive(root.get(), mount, counts), mount.root));
+  }
+  for (const ProbeFile& file : mount.files) {
+    std::string path = absl::CHexEscape(ToAbsl(mount.root + "/" + file.path));
+    HF_RETURN_IF_ERROR(Annotate(CheckFile(root.get(), file, direct), path));
+    ++counts->checked;
+  }
+  return absl::OkStatus();
+}
+
+// Fields that end with a 0 byte.
+class FieldReader {
+ public:
+  explicit FieldReader(std::string_view text) : text_(text) {}
+  std::string Next() {
+    size_t end = text_.find('\0');
+    ok_ &= end != std::string_view::npos;
+    if (!ok_) return "";
+    std::string field(text_.substr(0, end));
+    text_.remove_prefix(end + 1);
+    return field;
+  }
+  uint64_t Number(uint64_t limit = UINT64_MAX) {
+    uint64_t number = 0;
+    ok_ &= absl::SimpleAtoi(ToAbsl(Next()), &number) && number <= limit;
+    return ok_ ? number : 0;
+  }
+  bool ok() const { return ok_; }
+
+ private:
+  std::string_view text_;
+  bool ok_ = true;
+};
+
+}  // namespace
+
+absl::StatusOr<std::string> EncodeProbe(const ProbeRequest& request) {
+  std::string out;
+  bool ok = true;
+  auto text = [&](const std::string& field) {
+    ok &= field.find('\0') == std::string::npos;
+    out.append(field).push_back('\0');
+  };
+  auto number = [&](uint64_t value) { text(std::to_string(value)); };
+  number(request.direct ? 1 : 0);
+  number(request.mounts.size());
+  for (const ProbeMount& mount : request.mounts) {
+    number(mount.id);
+    text(mount.root);
+    number(mount.generation);
+    number(mount.may_be_unsupported ? 1 : 0);
+    number(mount.files.size());
+    for (const ProbeFile& file : mount.files) {
+      ok &= file.kind == ProbeKind::kAbsent || file.digest.size() == kDigestBytes;
+      number(static_cast<uint64_t>(file.kind));
+      text(file.path);
+      number(file.offset);
+      number(file.length);
+      text(absl::BytesToHexString(ToAbsl(file.digest)));
+    }
+  }
+  if (!ok) return InvalidArgument("a sample's path holds a 0 byte, or its digest has not 32 bytes");
+  return out;
+}
+
+absl::StatusOr<ProbeRequest> DecodeProbe(std::string_view text) {
+  FieldReader in(text);
+  ProbeRequest request;
+  request.direct = in.Number(1) == 1;
+  for (uint64_t mounts = in.Number(); in.ok() && mounts > 0; --mounts) {
+    ProbeMount& mount = request.mounts.emplace_back();
+    mount.id = in.Number();
+    mount.root = in.Next();
+    mount.generation = in.Number();
+    mount.may_be_unsupported = in.Number(1) == 1;
+    for (uint64_t files = in.Number(); in.ok() && files > 0; --files) {
+      ProbeFile& file = mount.files.emplace_back();
+      file.kind = static_cast<ProbeKind>(in.Number(static_cast<uint64_t>(ProbeKind::kAbsent)));
+      file.path = in.Next();
+      file.offset = in.Number();
+      file.length = in.Number();
+      file.digest = absl::HexStringToBytes(ToAbsl(in.Next()));
+    }
+  }
+  if (!in.ok()) return InvalidArgument("the probe request cannot be read");
+  return request;
+}
+
+absl::StatusOr<std::string> CheckMounts(const ProbeRequest& request,
+                                        const std::function<void(uint64_t mount)>& at) {
+  Counts counts;
+  for (const ProbeMount& mount : request.mounts) {
+    at(mount.id);
+    HF_RETURN_IF_ERROR(
+        Annotate(CheckMount(mount, request.direct, &counts), "mount " + std::to_string(mount.id)));
+  }
+  return "checked=" + std::to_string(counts.checked) + " skipped=" + std::to_string(counts.skipped);
+}
+
+int ProbeMain() {
+  alarm(kLifeSeconds);
+  absl::StatusOr<std::string> result = [&]() -> absl::StatusOr<std::string> {
+    HF_ASSIGN_OR_RETURN(std::string text, ReadFile("/proc/self/fd/0"));
+    HF_ASSIGN_OR_RETURN(ProbeRequest request, DecodeProbe(text));
+    return CheckMounts(request, [](uint64_t mount) { std::cout << "at " << mount << std::endl; });
+  }();
+  if (result.ok()) {
+    std::cout << "ok " << *result << std::endl;
+  } else {
+    std::cout << "failed: " << FromAbsl(result.status().message()) << std::endl;
+  }
+  return result.ok() ? 0 : 1;
+}
+
+}  // namespace holdfast::supervisor

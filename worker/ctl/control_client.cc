@@ -4,9 +4,11 @@
 #include <capnp/rpc-twoparty.h>
 #include <capnp/serialize.h>
 #include <kj/async-io.h>
+#include <linux/fuse.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -15,13 +17,18 @@
 #include "schema/control.capnp.h"
 #include "schema/mount_blob.capnp.h"
 
+// Generated server bases have a protected life cycle (kj::Own) and no virtual destructor.
+#pragma GCC diagnostic ignored "-Wnon-virtual-dtor"
+
 namespace holdfast::ctl {
 namespace {
 
 constexpr uint32_t kMaxFdsPerMessage = 253;
 constexpr uint32_t kMountsPerPage = 200;
-constexpr int kReplySeconds = 30;  // of everything but an upgrade
-constexpr int kStatsSeconds = 2;   // a hung worker must not keep status waiting
+constexpr int kReplySeconds = 30;                      // of everything but an upgrade
+constexpr int kStatsSeconds = 2;                       // a hung worker must not keep status waiting
+constexpr int kRollbackCheckSeconds = 6;               // the supervisor allows the self-test 5
+constexpr char kNoImage[] = "127.0.0.1:9/drill:none";  // of a private mount: nobody listens there
 
 std::string TextOf(capnp::Text::Reader text) { return std::string(text.cStr(), text.size()); }
 
@@ -33,6 +40,10 @@ absl::Status FromException(const kj::Exception& exception) {
   if (exception.getType() == kj::Exception::Type::DISCONNECTED) {
     return Unavailable("the supervisor closed the connection: " + message);
   }
+  if (exception.getType() == kj::Exception::Type::UNIMPLEMENTED) {
+    return Unimplemented("the supervisor is older than this command: " + message);
+  }
+  if (exception.getType() == kj::Exception::Type::OVERLOADED) return DeadlineExceeded(message);
   return FailedPrecondition(message);
 }
 
@@ -50,6 +61,10 @@ absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path) {
   return fd;
 }
 
+SwapStep ToStep(schema::SwapStep::Reader from) {
+  return {TextOf(from.getName()), from.getNanos(), TextOf(from.getDetail())};
+}
+
 SwapStatus ToSwap(schema::SwapStatus::Reader from) {
   SwapStatus to;
   to.kind = TextOf(from.getKind());
@@ -59,6 +74,7 @@ SwapStatus ToSwap(schema::SwapStatus::Reader from) {
   to.finished_wall_nanos = from.getFinishedWallNanos();
   to.pause_nanos = from.getPauseNanos();
   to.requests_carried_over = from.getRequestsCarriedOver();
+  for (auto step : from.getSteps()) to.steps.push_back(ToStep(step));
   return to;
 }
 
@@ -82,6 +98,14 @@ SupervisorStatus ToStatus(schema::Status::Reader from) {
                           worker.getStartedWallNanos(), worker.getRequestsReceived(),
                           worker.getRequestsAnswered()});
   }
+  to.hangs = from.getHangs();
+  to.probation_seconds = from.getProbationSeconds();
+  to.supervisor_restarts = from.getSupervisorRestarts();
+  to.last_good = TextOf(from.getLastGood());
+  to.spare = TextOf(from.getSpareState());
+  to.state_source = TextOf(from.getStateSource());
+  to.fd_store = from.getFdStore();
+  for (auto step : from.getInProgress()) to.in_progress.push_back(ToStep(step));
   return to;
 }
 
@@ -99,11 +123,26 @@ const char* StateName(schema::MountState state) {
   return "unknown";
 }
 
+std::string BytesOf(capnp::Data::Reader data) {
+  auto chars = data.asChars();
+  return std::string(chars.begin(), chars.size());
+}
+
+kj::ArrayPtr<const kj::byte> ToBytes(const std::string& text) {
+  return kj::StringPtr(text.c_str(), text.size()).asBytes();
+}
+
+// Aligned, as Cap'n Proto wants it.
+kj::Array<capnp::word> ToWords(const std::string& bytes) {
+  auto words = kj::heapArray<capnp::word>(bytes.size() / sizeof(capnp::word));
+  memcpy(words.begin(), bytes.data(), words.asBytes().size());
+  return words;
+}
+
 // A blob of a build that this holdfastctl does not understand leaves the fields empty.
-void ReadBlob(capnp::Data::Reader data, MountInfo* mount) {
-  if (data.size() == 0 || data.size() % sizeof(capnp::word) != 0) return;
-  auto words = kj::heapArray<capnp::word>(data.size() / sizeof(capnp::word));
-  memcpy(words.begin(), data.begin(), data.size());
+void ReadBlob(MountInfo* mount) {
+  if (mount->blob.empty() || mount->blob.size() % sizeof(capnp::word) != 0) return;
+  auto words = ToWords(mount->blob);
   try {
     capnp::FlatArrayMessageReader message(words);
     auto blob = message.getRoot<schema::MountBlob>();
@@ -112,9 +151,50 @@ void ReadBlob(capnp::Data::Reader data, MountInfo* mount) {
     mount->index_digest = TextOf(blob.getIndexDigest());
     mount->snapshot_id = blob.getSnapshotId();
   } catch (const kj::Exception&) {
-    *mount = MountInfo{mount->mount_id, mount->state, mount->path, {}, {}, {}, 0};
+    mount->layer_digest.clear();
+    mount->image.clear();
+    mount->index_digest.clear();
+    mount->snapshot_id = 0;
   }
 }
+
+// The same blob but for the image; fields of newer builds stay as they are.
+std::string BlobWithoutImage(const std::string& blob) {
+  auto words = ToWords(blob);
+  capnp::FlatArrayMessageReader reader(words);
+  capnp::MallocMessageBuilder builder;
+  builder.setRoot(reader.getRoot<schema::MountBlob>());
+  builder.getRoot<schema::MountBlob>().setImageRef(kNoImage);
+  auto flat = capnp::messageToFlatArray(builder);
+  auto chars = flat.asChars();
+  return std::string(chars.begin(), chars.size());
+}
+
+// What FUSE_INIT was answered with for that mount, asked for again.
+void FillOptions(const std::string& init_reply, schema::InitOptions::Builder options) {
+  fuse_init_out out{};
+  KJ_REQUIRE(init_reply.size() >= sizeof(fuse_out_header) + 24, "the mount has no FUSE_INIT reply");
+  memcpy(&out, init_reply.data() + sizeof(fuse_out_header),
+         std::min(sizeof out, init_reply.size() - sizeof(fuse_out_header)));
+  options.setFlags(out.flags | (uint64_t{out.flags2} << 32));
+  options.setMaxBackground(out.max_background);
+  options.setCongestionThreshold(out.congestion_threshold);
+  options.setMaxPages(out.max_pages);
+  options.setMaxReadahead(out.max_readahead);
+}
+
+class ProgressServer final : public schema::Progress::Server {
+ public:
+  explicit ProgressServer(const OnStep& on_step) : on_step_(on_step) {}
+
+  kj::Promise<void> step(StepContext context) override {
+    on_step_(ToStep(context.getParams().getStep()), context.getParams().getDone());
+    return kj::READY_NOW;
+  }
+
+ private:
+  const OnStep on_step_;
+};
 
 kj::Promise<void> TakeFd(schema::Descriptor::Client descriptor, UniqueFd* out) {
   auto promise = descriptor.getFd();
@@ -156,7 +236,9 @@ class ClientImpl final : public ControlClient {
           mount.mount_id = entry.getMountId();
           mount.state = StateName(entry.getState());
           mount.path = TextOf(entry.getPath());
-          ReadBlob(entry.getBlob(), &mount);
+          mount.blob = BytesOf(entry.getBlob());
+          mount.init_reply = BytesOf(entry.getInitReply());
+          ReadBlob(&mount);
           all.push_back(std::move(mount));
         }
       }
@@ -249,13 +331,43 @@ class ClientImpl final : public ControlClient {
     });
   }
 
-  absl::StatusOr<UpgradeResult> Upgrade(const std::string& worker_path, bool force) override {
+  absl::StatusOr<UpgradeResult> Upgrade(const std::string& worker_path, bool force,
+                                        const OnStep& on_step) override {
     return Guard([&] {
       auto request = control_.upgradeRequest();
       request.setPath(worker_path.c_str());
       request.setForce(force);
+      if (on_step) request.setProgress(kj::heap<ProgressServer>(on_step));
       auto response = request.send().wait(io_.waitScope);
       return UpgradeResult{ToSwap(response.getSwap()), response.getChanged()};
+    });
+  }
+
+  absl::StatusOr<SwapStatus> Rollback(const OnStep& on_step) override {
+    return Guard([&] {
+      auto request = control_.rollbackRequest();
+      if (on_step) request.setProgress(kj::heap<ProgressServer>(on_step));
+      return ToSwap(request.send().wait(io_.waitScope).getSwap());
+    });
+  }
+
+  absl::StatusOr<RollbackCheck> CheckRollback() override {
+    return Guard([&] {
+      auto response = Wait(control_.checkRollbackRequest().send(), kRollbackCheckSeconds);
+      return RollbackCheck{response.getReady(), TextOf(response.getExecutable()),
+                           TextOf(response.getReason())};
+    });
+  }
+
+  absl::StatusOr<PrivateMount> MountPrivate(const std::string& name, const MountInfo& like) override {
+    return Guard([&] {
+      const std::string blob = BlobWithoutImage(like.blob);
+      auto request = control_.mountPrivateRequest();
+      request.setName(name.c_str());
+      request.setBlob(ToBytes(blob));
+      FillOptions(like.init_reply, request.initOptions());
+      auto response = Wait(request.send());
+      return PrivateMount{response.getMountId(), TextOf(response.getPath())};
     });
   }
 
@@ -275,7 +387,8 @@ class ClientImpl final : public ControlClient {
   capnp::Response<T> Wait(capnp::RemotePromise<T>&& promise, int seconds = kReplySeconds) {
     auto timeout =
         io_.provider->getTimer().afterDelay(seconds * kj::SECONDS).then([seconds]() -> capnp::Response<T> {
-          kj::throwFatalException(kj::Exception(kj::Exception::Type::FAILED, __FILE__, __LINE__,
+          // The type marks it as ours.
+          kj::throwFatalException(kj::Exception(kj::Exception::Type::OVERLOADED, __FILE__, __LINE__,
                                                 kj::str("no answer within ", seconds, " s")));
           KJ_UNREACHABLE;
         });

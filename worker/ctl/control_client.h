@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -21,10 +22,17 @@ struct WorkerStatus {
   uint64_t requests_received = 0, requests_answered = 0;
 };
 
+struct SwapStep {
+  std::string name;
+  uint64_t nanos = 0;
+  std::string detail;
+};
+
 struct SwapStatus {
   std::string kind, result, from_build, to_build;
   int64_t finished_wall_nanos = 0;
   uint64_t pause_nanos = 0, requests_carried_over = 0;
+  std::vector<SwapStep> steps;
 };
 
 struct SupervisorStatus {
@@ -35,6 +43,16 @@ struct SupervisorStatus {
   uint64_t mounts_live = 0, mounts_detached = 0, crashes = 0, carried_over_total = 0, swaps = 0;
   SwapStatus last_swap;
   std::vector<std::string> warnings;
+  // Empty or 0 from a supervisor that does not know them yet; then state_source is empty, too.
+  uint64_t hangs = 0, probation_seconds = 0, supervisor_restarts = 0;
+  std::string last_good, spare, state_source;
+  bool fd_store = false;
+  std::vector<SwapStep> in_progress;
+};
+
+struct RollbackCheck {
+  bool ready = false;
+  std::string executable, reason;
 };
 
 struct MountInfo {
@@ -43,6 +61,12 @@ struct MountInfo {
   // From the worker's blob; empty when it cannot be read.
   std::string layer_digest, image, index_digest;
   uint64_t snapshot_id = 0;
+  std::string blob, init_reply;  // as the supervisor keeps them
+};
+
+struct PrivateMount {
+  uint64_t mount_id = 0;
+  std::string path;
 };
 
 struct LedgerFd {
@@ -66,6 +90,9 @@ struct UpgradeResult {
   bool changed = false;
 };
 
+// Called as a step of a swap begins (`done` false) and when it has ended well.
+using OnStep = std::function<void(const SwapStep& step, bool done)>;
+
 class ControlClient {
  public:
   virtual ~ControlClient() = default;
@@ -79,8 +106,16 @@ class ControlClient {
   virtual absl::StatusOr<std::vector<SnapshotInfo>> Snapshots() = 0;
   virtual absl::StatusOr<WorkerStats> Stats() = 0;
   virtual absl::StatusOr<std::vector<TraceEntry>> Trace(uint32_t limit) = 0;
-  // Returns when the swap is over, however long it takes.
-  virtual absl::StatusOr<UpgradeResult> Upgrade(const std::string& worker_path, bool force) = 0;
+  // Both return when the swap is over, however long it takes; `on_step` may be null.
+  virtual absl::StatusOr<UpgradeResult> Upgrade(const std::string& worker_path, bool force,
+                                                const OnStep& on_step) = 0;
+  virtual absl::StatusOr<SwapStatus> Rollback(const OnStep& on_step) = 0;
+  // Starts the build that a rollback would bring back, to see that it still can be. DeadlineExceeded after 6
+  // s, Unimplemented when the supervisor is too old.
+  virtual absl::StatusOr<RollbackCheck> CheckRollback() = 0;
+  // On the private instance of a drill: the layer of `like` once more, under the folder drill/<name>, and
+  // with an image reference that leads nowhere, so that nothing can be fetched.
+  virtual absl::StatusOr<PrivateMount> MountPrivate(const std::string& name, const MountInfo& like) = 0;
 };
 
 }  // namespace holdfast::ctl

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <string_view>
 #include <utility>
 
 namespace holdfast::ctl {
@@ -51,6 +52,11 @@ std::string HumanAge(int64_t then_wall_nanos, int64_t now_wall_nanos) {
   if (then_wall_nanos == 0) return "never";
   if (then_wall_nanos >= now_wall_nanos) return "now";
   return HumanDuration(static_cast<uint64_t>(now_wall_nanos - then_wall_nanos));
+}
+
+std::string Count(uint64_t number, const char* noun) {
+  if (number == 1) return "1 " + std::string(noun);
+  return std::to_string(number) + " " + noun + (std::string_view(noun) == "crash" ? "es" : "s");
 }
 
 std::string Percent(uint64_t part, uint64_t whole) {

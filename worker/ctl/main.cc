@@ -1,14 +1,18 @@
 // holdfastctl: asks the supervisor, and through it the worker, over one unix socket.
-#include <CLI/CLI.hpp>
+#include <unistd.h>
 
+#include <CLI/CLI.hpp>
 #include <cstdio>
+#include <filesystem>
 #include <iostream>
 #include <string>
 
 #include "common/clock.h"
+#include "worker/ctl/candidate_check.h"
 #include "worker/ctl/control_client.h"
 #include "worker/ctl/inflight.h"
 #include "worker/ctl/report.h"
+#include "worker/ctl/swap_report.h"
 
 namespace holdfast::ctl {
 namespace {
@@ -22,9 +26,17 @@ Examples:
   holdfastctl inflight                     which reads wait right now (works when the worker is dead or hangs)
   holdfastctl upgrade                      swap to the worker installed now; containers go on reading
   holdfastctl upgrade --worker ./holdfast-worker
+  holdfastctl rollback                     swap back to the build that ran before
   holdfastctl --json status | jq .last_swap
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the supervisor cannot be reached.)";
+
+constexpr char kConnectionLost[] =
+    "the worker serves on without its supervisor, and the next supervisor takes it over: systemctl status "
+    "holdfast, "
+    "then `holdfastctl status`";
+
+const bool kTerminal = isatty(STDOUT_FILENO) == 1;
 
 struct Options {
   std::string socket = "/run/holdfast/supervisor.sock";
@@ -44,6 +56,9 @@ class Session {
   int Status();
   int Inflight();
   int Upgrade();
+  int Rollback();
+  int Swapped(const absl::Status& status, const StepLog& log);
+  void ShowStep(const SwapStep& step, bool done, StepLog* log) const;
   int Fail(const absl::Status& status, const std::string& advice);
 
   template <typename T, typename Text, typename AsJson>
@@ -70,10 +85,17 @@ int Session::Fail(const absl::Status& status, const std::string& advice) {
 int Session::Status() {
   absl::StatusOr<SupervisorStatus> status = client_->Status();
   if (!status.ok()) return Fail(status.status(), "");
+  NodeStatus node;
+  node.supervisor = std::move(*status);
   // The worker's figures are an extra: a dead worker must not spoil the answer.
-  std::optional<WorkerStats> stats;
-  if (absl::StatusOr<WorkerStats> answer = client_->Stats(); answer.ok()) stats = *answer;
-  std::cout << (options_.json ? StatusJson(*status, stats) : StatusText(*status, stats, now_));
+  if (absl::StatusOr<WorkerStats> answer = client_->Stats(); answer.ok()) node.worker = *answer;
+  absl::StatusOr<RollbackCheck> check = client_->CheckRollback();
+  if (check.ok()) {
+    node.rollback = std::move(*check);
+  } else {
+    node.rollback_unknown = std::string(FromAbsl(check.status().message()));
+  }
+  std::cout << (options_.json ? StatusJson(node) : StatusText(node, now_));
   return kDone;
 }
 
@@ -92,16 +114,50 @@ int Session::Inflight() {
   return kDone;
 }
 
-int Session::Upgrade() {
-  if (!options_.json) std::cerr << "swapping the worker; containers go on reading ...\n";
-  absl::StatusOr<UpgradeResult> result = client_->Upgrade(options_.worker, options_.force);
-  if (!result.ok()) {
-    return Fail(
-        result.status(),
-        "the old worker still serves and nothing was lost; see the worker's log lines in the supervisor's "
-        "journal, try the binary with --self-test, then upgrade again");
+// On a terminal the step under way stands in the last line.
+void Session::ShowStep(const SwapStep& step, bool done, StepLog* log) const {
+  log->Add(step, done);
+  if (options_.json) return;
+  if (done) {
+    std::cout << (kTerminal ? "\r" : "") << StepText(step) << std::flush;
+  } else if (kTerminal) {
+    std::cout << "  " << step.name << " ..." << std::flush;
   }
+}
+
+int Session::Swapped(const absl::Status& status, const StepLog& log) {
+  SwapFailure failure{command_, std::string(FromAbsl(status.message())), log.Unfinished(), options_.worker,
+                      ""};
+  if (!options_.json && !failure.step.empty()) {
+    std::cout << (kTerminal ? "\r" : "") << FailedStepText(failure.step) << std::flush;
+  }
+  std::string advice = kConnectionLost;
+  if (status.code() != absl::StatusCode::kUnavailable) {
+    if (failure.step == "start") {
+      absl::StatusOr<SupervisorStatus> now = client_->Status();
+      if (now.ok()) failure.verdict = TryCandidate(options_.worker, static_cast<pid_t>(now->pid));
+    }
+    advice = SwapAdvice(failure);
+  }
+  if (!options_.json) return Fail(status, advice);
+  std::cout << SwapFailureJson(failure, log, advice);
+  return status.code() == absl::StatusCode::kUnavailable ? kNotReachable : kFailed;
+}
+
+int Session::Upgrade() {
+  StepLog log;
+  auto result = client_->Upgrade(options_.worker, options_.force,
+                                 [&](const SwapStep& step, bool done) { ShowStep(step, done, &log); });
+  if (!result.ok()) return Swapped(result.status(), log);
   std::cout << (options_.json ? UpgradeJson(*result) : UpgradeText(*result));
+  return kDone;
+}
+
+int Session::Rollback() {
+  StepLog log;
+  auto result = client_->Rollback([&](const SwapStep& step, bool done) { ShowStep(step, done, &log); });
+  if (!result.ok()) return Swapped(result.status(), log);
+  std::cout << (options_.json ? RollbackJson(*result) : RollbackText(*result));
   return kDone;
 }
 
@@ -117,6 +173,7 @@ int Session::Run() {
   if (command_ == "status") return Status();
   if (command_ == "inflight") return Inflight();
   if (command_ == "upgrade") return Upgrade();
+  if (command_ == "rollback") return Rollback();
   if (command_ == "mounts") return Show(client_->Mounts(), MountsText, MountsJson);
   if (command_ == "layers") {
     return Show(
@@ -147,8 +204,9 @@ int Main(int argc, char** argv) {
   app.add_subcommand("inflight", "requests that are not answered yet; works without a worker");
   CLI::App* upgrade = app.add_subcommand("upgrade", "swap the worker while containers go on reading");
   upgrade->add_option("--worker", options.worker, "the executable to swap to (default: the installed one)");
-  upgrade->add_flag("--force,--reexec", options.force,
+  upgrade->add_flag("--reexec,--force", options.force,
                     "swap even to the build that runs: for replaced libraries or a changed configuration");
+  app.add_subcommand("rollback", "swap back to the build that ran before, by the same steps");
   CLI::App* trace = app.add_subcommand("trace", "the worker's last trace points, oldest first");
   trace->add_option("--limit", options.limit, "how many at most")->capture_default_str();
   try {
@@ -156,6 +214,8 @@ int Main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? kDone : kUsage;
   }
+  // The supervisor runs in another folder.
+  if (!options.worker.empty()) options.worker = std::filesystem::absolute(options.worker).string();
   return Session(options, app.get_subcommands().front()->get_name()).Run();
 }
 

@@ -17,9 +17,17 @@ struct Inflight {
   std::vector<MountInfo> mounts;  // to name them
 };
 
-// `now` is the wall clock in nanoseconds.
-std::string StatusText(const SupervisorStatus& status, const std::optional<WorkerStats>& stats, int64_t now);
-std::string StatusJson(const SupervisorStatus& status, const std::optional<WorkerStats>& stats);
+// `now` is the wall clock in nanoseconds. `upgrade`, `rollback` and `drill` have reports of their own.
+// Of `status`: what the supervisor said, and what it had to ask for, where an answer came in time.
+struct NodeStatus {
+  SupervisorStatus supervisor;
+  std::optional<WorkerStats> worker;
+  std::optional<RollbackCheck> rollback;
+  std::string rollback_unknown;  // why there is no `rollback`
+};
+
+std::string StatusText(const NodeStatus& status, int64_t now);
+std::string StatusJson(const NodeStatus& status);
 std::string MountsText(const std::vector<MountInfo>& mounts);
 std::string MountsJson(const std::vector<MountInfo>& mounts);
 std::string LayersText(const std::vector<LayerInfo>& layers, int64_t now);
@@ -28,8 +36,6 @@ std::string SnapshotsText(const std::vector<SnapshotInfo>& snapshots, int64_t no
 std::string SnapshotsJson(const std::vector<SnapshotInfo>& snapshots);
 std::string InflightText(const Inflight& inflight);
 std::string InflightJson(const Inflight& inflight);
-std::string UpgradeText(const UpgradeResult& result);
-std::string UpgradeJson(const UpgradeResult& result);
 std::string TraceText(const std::vector<TraceEntry>& events);
 std::string TraceJson(const std::vector<TraceEntry>& events);
 // What to do about a command that failed.

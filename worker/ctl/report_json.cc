@@ -2,6 +2,7 @@
 
 #include "worker/ctl/format.h"
 #include "worker/ctl/report.h"
+#include "worker/ctl/swap_report.h"
 
 namespace holdfast::ctl {
 namespace {
@@ -19,6 +20,14 @@ Json Document() {
 // Names from outside (paths, labels) may hold bytes that are not UTF-8; they are replaced, never an error.
 std::string Dump(const Json& json) { return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n"; }
 
+Json StepsJson(const std::vector<SwapStep>& steps) {
+  Json json = Json::array();
+  for (const SwapStep& step : steps) {
+    json.push_back({{"name", step.name}, {"ns", step.nanos}, {"detail", step.detail}});
+  }
+  return json;
+}
+
 Json SwapJson(const SwapStatus& swap) {
   Json json;
   json["kind"] = swap.kind;
@@ -28,12 +37,15 @@ Json SwapJson(const SwapStatus& swap) {
   json["requests_carried_over"] = swap.requests_carried_over;
   json["from_build"] = swap.from_build;
   json["to_build"] = swap.to_build;
+  json["steps"] = StepsJson(swap.steps);
   return json;
 }
 
 }  // namespace
 
-std::string StatusJson(const SupervisorStatus& status, const std::optional<WorkerStats>& stats) {
+std::string StatusJson(const NodeStatus& node) {
+  const SupervisorStatus& status = node.supervisor;
+  const std::optional<WorkerStats>& stats = node.worker;
   Json json = Document();
   json["supervisor"] = {
       {"build", status.build}, {"pid", status.pid}, {"started_wall_ns", status.started_wall_nanos}};
@@ -71,6 +83,20 @@ std::string StatusJson(const SupervisorStatus& status, const std::optional<Worke
                      {"unstored_bytes", stats->cache_unstored_bytes}};
   }
   json["warnings"] = status.warnings;
+  json["hangs"] = status.hangs;
+  json["probation_seconds"] = status.probation_seconds;
+  json["last_good"] = status.last_good;
+  json["spare"] = status.spare;
+  json["supervisor_restarts"] = status.supervisor_restarts;
+  json["state_source"] = status.state_source;
+  json["fd_store"] = status.fd_store;
+  json["in_progress"] = StepsJson(status.in_progress);
+  json["rollback"] = nullptr;  // not known
+  if (node.rollback.has_value()) {
+    json["rollback"] = {{"ready", node.rollback->ready},
+                        {"executable", node.rollback->executable},
+                        {"reason", node.rollback->reason}};
+  }
   return Dump(json);
 }
 
@@ -148,6 +174,21 @@ std::string UpgradeJson(const UpgradeResult& result) {
   Json json = Document();
   json["changed"] = result.changed;
   json["swap"] = SwapJson(result.swap);
+  return Dump(json);
+}
+
+std::string RollbackJson(const SwapStatus& swap) {
+  Json json = Document();
+  json["changed"] = true;
+  json["swap"] = SwapJson(swap);
+  return Dump(json);
+}
+
+std::string SwapFailureJson(const SwapFailure& failure, const StepLog& log, const std::string& advice) {
+  Json json = Document();
+  json["error"] = {{"command", failure.command}, {"message", failure.message}, {"advice", advice}};
+  json["error"]["step"] = failure.step;
+  json["steps"] = StepsJson(log.steps);
   return Dump(json);
 }
 

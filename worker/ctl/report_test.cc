@@ -7,6 +7,7 @@
 #include "gtest/gtest.h"
 #include "schema/ledger.h"
 #include "worker/ctl/format.h"
+#include "worker/ctl/swap_report.h"
 
 namespace holdfast::ctl {
 namespace {
@@ -45,8 +46,9 @@ TEST(FormatTest, TableColumnsAlignAndNoLineEndsInSpaces) {
   EXPECT_EQ(table.ToString(), "NAME      N  REST\na       100  x\nlönger    7\n");
 }
 
-SupervisorStatus Example() {
-  SupervisorStatus status;
+NodeStatus Example() {
+  NodeStatus node;
+  SupervisorStatus& status = node.supervisor;
   status.build = "0.1.0";
   status.phase = "running";
   status.state_dir = "/var/lib/holdfast";
@@ -54,12 +56,13 @@ SupervisorStatus Example() {
   status.started_wall_nanos = kNow - 60 * kSecond;
   status.mounts_live = 3;
   status.workers.push_back({2, 11, "owner", "0.1.0", std::string(64, 'a'), kNow - 5 * kSecond, 9, 8});
-  status.last_swap = {"upgrade", "done", "0.1.0", "0.1.1", kNow - 5 * kSecond, 1'500'000, 12};
-  return status;
+  status.last_swap = {"upgrade", "done", "0.1.0", "0.1.1", kNow - 5 * kSecond, 1'500'000, 12, {}};
+  node.rollback_unknown = "the supervisor is older than this command";
+  return node;
 }
 
 TEST(ReportTest, StatusShowsTheLastSwapWithPauseAndCarriedRequests) {
-  const std::string text = StatusText(Example(), std::nullopt, kNow);
+  const std::string text = StatusText(Example(), kNow);
   EXPECT_NE(text.find("upgrade, done, 5.0 s ago: pause 1.5 ms, 12 requests carried over, 0.1.0 -> 0.1.1"),
             std::string::npos)
       << text;
@@ -68,13 +71,13 @@ TEST(ReportTest, StatusShowsTheLastSwapWithPauseAndCarriedRequests) {
 }
 
 TEST(ReportTest, StatusWithoutAWorkerSaysSo) {
-  SupervisorStatus status = Example();
-  status.workers.clear();
-  EXPECT_NE(StatusText(status, std::nullopt, kNow).find("no worker is running"), std::string::npos);
+  NodeStatus status = Example();
+  status.supervisor.workers.clear();
+  EXPECT_NE(StatusText(status, kNow).find("no worker is running"), std::string::npos);
 }
 
 TEST(ReportTest, JsonIsVersionedAndHasNullWhereTheWorkerIsSilent) {
-  auto json = nlohmann::json::parse(StatusJson(Example(), std::nullopt));
+  auto json = nlohmann::json::parse(StatusJson(Example()));
   EXPECT_EQ(json["schema"], 1);
   EXPECT_TRUE(json["fetch"].is_null());
   EXPECT_EQ(json["last_swap"]["pause_ns"], 1'500'000);
@@ -88,8 +91,130 @@ TEST(ReportTest, JsonSurvivesNamesThatAreNoUtf8) {
   EXPECT_EQ(json["snapshots"].size(), 1u);
 }
 
-TEST(ReportTest, AnUpgradeToTheRunningBuildExplainsForce) {
-  EXPECT_NE(UpgradeText({}).find("--force"), std::string::npos);
+TEST(ReportTest, AnOldSupervisorIsShownWithoutWhatItDoesNotKnow) {
+  EXPECT_EQ(StatusText(Example(), kNow),
+            "supervisor  0.1.0, pid 10, up 60 s\n"
+            "state       running\n"
+            "folder      /var/lib/holdfast\n"
+            "mounts      3 live, 0 detached\n"
+            "last swap   upgrade, done, 5.0 s ago: pause 1.5 ms, 12 requests carried over, 0.1.0 -> 0.1.1\n"
+            "since start 0 swaps, 0 crashes, 0 requests carried over\n"
+            "rollback    not known: the supervisor is older than this command\n"
+            "\n"
+            "GENERATION  ROLE   PID     UP  ANSWERED  BUILD  EXECUTABLE\n"
+            "         2  owner   11  5.0 s         8  0.1.0  aaaaaaaaaaaa\n");
+  EXPECT_TRUE(nlohmann::json::parse(StatusJson(Example()))["rollback"].is_null());
+}
+
+NodeStatus InProbation() {
+  NodeStatus node = Example();
+  SupervisorStatus& status = node.supervisor;
+  status.state_source = "fd store";
+  status.supervisor_restarts = 2;
+  status.fd_store = true;
+  status.crashes = 3;
+  status.hangs = 1;
+  status.probation_seconds = 42;
+  status.last_good = std::string(64, 'b');
+  status.spare = "ready";
+  status.last_swap.result = "failed: 1 of 128 requests was answered differently";
+  status.last_swap.pause_nanos = 0;
+  status.last_swap.steps = {{"copy", 9'000'000, ""}, {"start", 90'000'000, ""}, {"rehearse", 0, ""}};
+  node.rollback = RollbackCheck{true, std::string(64, 'b'), "holdfast-worker 0.1.0: self-test passed"};
+  return node;
+}
+
+TEST(ReportTest, StatusShowsProbationSpareHangsAndThatARollbackIsReady) {
+  EXPECT_EQ(
+      StatusText(InProbation(), kNow),
+      "supervisor  0.1.0, pid 10, up 60 s, state from the fd store (2 restarts)\n"
+      "state       running\n"
+      "folder      /var/lib/holdfast\n"
+      "mounts      3 live, 0 detached\n"
+      "last swap   upgrade, failed: 1 of 128 requests was answered differently, 5.0 s ago, at step rehearse\n"
+      "since start 0 swaps, 3 crashes (1 hang), 0 requests carried over\n"
+      "build       in probation for 42 s more; deaths in it bring back bbbbbbbbbbbb\n"
+      "spare       ready\n"
+      "fd store    used: a restarted supervisor gets everything back\n"
+      "rollback    ready: bbbbbbbbbbbb: holdfast-worker 0.1.0: self-test passed\n"
+      "\n"
+      "GENERATION  ROLE   PID     UP  ANSWERED  BUILD  EXECUTABLE\n"
+      "         2  owner   11  5.0 s         8  0.1.0  aaaaaaaaaaaa\n");
+  auto json = nlohmann::json::parse(StatusJson(InProbation()));
+  EXPECT_EQ(json["probation_seconds"], 42);
+  EXPECT_EQ(json["hangs"], 1);
+  EXPECT_EQ(json["spare"], "ready");
+  EXPECT_EQ(json["supervisor_restarts"], 2);
+  EXPECT_EQ(json["rollback"]["ready"], true);
+  EXPECT_EQ(json["last_swap"]["steps"][2]["name"], "rehearse");
+}
+
+TEST(ReportTest, ASwapUnderWayShowsItsStep) {
+  NodeStatus node = InProbation();
+  node.supervisor.phase = "rehearsing";
+  node.supervisor.in_progress = {{"copy", 1, ""}, {"rehearse", 0, ""}};
+  node.supervisor.probation_seconds = 0;
+  node.rollback = RollbackCheck{false, "", "no earlier build is kept"};
+  const std::string text = StatusText(node, kNow);
+  EXPECT_NE(text.find("state       rehearsing, step rehearse\n"), std::string::npos) << text;
+  EXPECT_NE(text.find("build       proven: bbbbbbbbbbbb\n"), std::string::npos) << text;
+  EXPECT_NE(text.find("rollback    NOT ready: no earlier build is kept\n"), std::string::npos) << text;
+}
+
+TEST(SwapReportTest, StepsAreOneLineEachWithTheirTime) {
+  EXPECT_EQ(StepText({"prepare", 12'300'000, ""}), "  prepare        12 ms\n");
+  EXPECT_EQ(StepText({"rehearse", 41'000'000, "128 requests and 60 files compared on 3 layers"}),
+            "  rehearse       41 ms  128 requests and 60 files compared on 3 layers\n");
+  EXPECT_EQ(FailedStepText("probe"), "  probe         FAILED\n");
+}
+
+TEST(SwapReportTest, TheStepThatFailedIsTheOneThatDidNotEnd) {
+  StepLog log;
+  log.Add({"copy", 0, ""}, false);
+  log.Add({"copy", 5, "new"}, true);
+  EXPECT_EQ(log.Unfinished(), "");
+  log.Add({"start", 0, ""}, false);
+  EXPECT_EQ(log.Unfinished(), "start");
+  ASSERT_EQ(log.steps.size(), 2u);
+  EXPECT_EQ(log.steps[0].detail, "new");
+}
+
+TEST(SwapReportTest, AnUpgradeShowsPauseAndCarriedRequests) {
+  UpgradeResult result;
+  EXPECT_NE(UpgradeText(result).find("--reexec"), std::string::npos);
+  result.changed = true;
+  result.swap = Example().supervisor.last_swap;
+  EXPECT_EQ(UpgradeText(result),
+            "upgrade     done\n"
+            "build       0.1.0 -> 0.1.1\n"
+            "pause       1.5 ms: so long nobody read; containers waited, none failed\n"
+            "carried     12 requests unanswered by the old worker, answered by the new one\n");
+  result.swap.steps = {{"copy", 7, "what"}};
+  auto json = nlohmann::json::parse(UpgradeJson(result));
+  EXPECT_EQ(json["changed"], true);
+  EXPECT_EQ(json["swap"]["steps"][0]["ns"], 7);
+}
+
+// Every kind of failure leads to another advice.
+TEST(SwapReportTest, AFailureSaysWhatToDo) {
+  auto advice = [](const std::string& step, const std::string& message, const std::string& verdict = "") {
+    return SwapAdvice({"upgrade", message, step, "/w", verdict});
+  };
+  EXPECT_NE(advice("", "an upgrade is under way already").find("Try again when it is over"),
+            std::string::npos);
+  EXPECT_NE(advice("", "the running build is in probation").find("still in probation"), std::string::npos);
+  EXPECT_NE(advice("copy", "worker /w: No such file").find("room for a copy"), std::string::npos);
+  const std::string died = advice("start", "exit 1", "c.toml:3: unknown key 'x'");
+  EXPECT_NE(died.find("tried by hand: c.toml:3: unknown key"), std::string::npos) << died;
+  EXPECT_NE(advice("rehearse", "different").find("a bad build"), std::string::npos);
+  EXPECT_NE(advice("probe", "different").find("rolled back"), std::string::npos);
+  EXPECT_NE(SwapAdvice({"rollback", "none is kept", "", "", ""}).find("--worker PATH"), std::string::npos);
+  StepLog log;
+  log.Add({"start", 0, ""}, false);
+  auto json = nlohmann::json::parse(SwapFailureJson({"upgrade", "why", "start", "", ""}, log, "do"));
+  EXPECT_EQ(json["error"]["step"], "start");
+  EXPECT_EQ(json["error"]["advice"], "do");
+  EXPECT_EQ(json["steps"][0]["name"], "start");
 }
 
 TEST(ReportTest, EmptyListsSayThatTheyAreEmpty) {

@@ -17,22 +17,58 @@ std::string Line(const std::string& name, const std::string& value) {
 
 std::string OrDash(const std::string& text) { return text.empty() ? "-" : text; }
 
-// "1 request", "12 requests", "2 crashes"
-std::string Count(uint64_t number, const char* noun) {
-  if (number == 1) return "1 " + std::string(noun);
-  return std::to_string(number) + " " + noun + (std::string_view(noun) == "crash" ? "es" : "s");
-}
-
 std::string SwapText(const SwapStatus& swap, int64_t now) {
   if (swap.kind.empty() || swap.kind == "none") return "none yet";
   std::string text = swap.kind + ", " + swap.result;
   if (swap.result == "running") return text;
   text += ", " + HumanAge(swap.finished_wall_nanos, now) + " ago";
+  if (swap.result != "done") {
+    // Most fail before anybody stopped reading.
+    if (!swap.steps.empty()) text += ", at step " + swap.steps.back().name;
+    if (swap.pause_nanos != 0) text += ", pause " + HumanDuration(swap.pause_nanos);
+    return text;
+  }
   text += ": pause " + HumanDuration(swap.pause_nanos) + ", " + Count(swap.requests_carried_over, "request") +
           " carried over";
   if (swap.from_build != swap.to_build)
     text += ", " + OrDash(swap.from_build) + " -> " + OrDash(swap.to_build);
   return text;
+}
+
+// Where the state of a supervisor came from; nothing of one that does not say.
+std::string OriginText(const SupervisorStatus& status) {
+  if (status.state_source.empty() || status.state_source == "new") return "";
+  return ", state from the " + status.state_source + " (" + Count(status.supervisor_restarts, "restart") +
+         ")";
+}
+
+std::string StepsText(const std::vector<SwapStep>& steps) {
+  if (steps.empty()) return "";
+  return ", step " + steps.back().name + (steps.back().detail.empty() ? "" : ": " + steps.back().detail);
+}
+
+std::string SafetyText(const SupervisorStatus& status) {
+  std::string proof;
+  if (status.probation_seconds != 0) {
+    proof = "in probation for " + std::to_string(status.probation_seconds) + " s more";
+    if (!status.last_good.empty()) proof += "; deaths in it bring back " + status.last_good.substr(0, 12);
+  } else {
+    proof = status.last_good.empty() ? "none yet" : "proven: " + status.last_good.substr(0, 12);
+  }
+  std::string out = Line("build", proof);
+  out += Line("spare", OrDash(status.spare));
+  out +=
+      Line("fd store", status.fd_store ? "used: a restarted supervisor gets everything back"
+                                       : "none: a restarted supervisor gets everything back from the worker, "
+                                         "if that lives");
+  return out;
+}
+
+std::string RollbackCheckText(const NodeStatus& node) {
+  if (!node.rollback.has_value()) return "not known: " + node.rollback_unknown;
+  const RollbackCheck& check = *node.rollback;
+  const std::string build = check.executable.empty() ? "" : check.executable.substr(0, 12) + ": ";
+  return (check.ready ? "ready: " : "NOT ready: ") + build + check.reason;
 }
 
 std::string ClockTime(int64_t wall_nanos) {
@@ -47,16 +83,21 @@ std::string ClockTime(int64_t wall_nanos) {
 
 }  // namespace
 
-std::string StatusText(const SupervisorStatus& status, const std::optional<WorkerStats>& stats, int64_t now) {
+std::string StatusText(const NodeStatus& node, int64_t now) {
+  const SupervisorStatus& status = node.supervisor;
+  const std::optional<WorkerStats>& stats = node.worker;
   std::string out = Line("supervisor", status.build + ", pid " + std::to_string(status.pid) + ", up " +
-                                           HumanAge(status.started_wall_nanos, now));
-  out += Line("state", status.phase);
+                                           HumanAge(status.started_wall_nanos, now) + OriginText(status));
+  out += Line("state", status.phase + StepsText(status.in_progress));
   out += Line("folder", status.state_dir);
   out += Line("mounts", std::to_string(status.mounts_live) + " live, " +
                             std::to_string(status.mounts_detached) + " detached");
   out += Line("last swap", SwapText(status.last_swap, now));
-  out += Line("since start", Count(status.swaps, "swap") + ", " + Count(status.crashes, "crash") + ", " +
+  out += Line("since start", Count(status.swaps, "swap") + ", " + Count(status.crashes, "crash") +
+                                 (status.hangs == 0 ? "" : " (" + Count(status.hangs, "hang") + ")") + ", " +
                                  Count(status.carried_over_total, "request") + " carried over");
+  if (!status.state_source.empty()) out += SafetyText(status);
+  out += Line("rollback", RollbackCheckText(node));
   if (stats.has_value()) {
     out += Line("fetched", HumanBytes(stats->fetch_bytes) + " in " + Count(stats->fetch_requests, "request") +
                                ", " + Count(stats->fetch_failures, "failure") + ", " +
@@ -154,20 +195,6 @@ std::string InflightText(const Inflight& inflight) {
                mount == mounts.end() ? "-" : OrDash(mount->second->layer_digest)});
   }
   return table.ToString();
-}
-
-std::string UpgradeText(const UpgradeResult& result) {
-  if (!result.changed) {
-    return "nothing to do: that build already runs (--force swaps to it all the same, e.g. for new libraries "
-           "or a "
-           "changed configuration)\n";
-  }
-  std::string out = Line("upgrade", result.swap.result);
-  out += Line("build", OrDash(result.swap.from_build) + " -> " + OrDash(result.swap.to_build));
-  out += Line("pause", HumanDuration(result.swap.pause_nanos));
-  out += Line("carried", Count(result.swap.requests_carried_over, "request") +
-                             " unanswered by the old worker, answered by the new one");
-  return out;
 }
 
 std::string TraceText(const std::vector<TraceEntry>& events) {

@@ -1,0 +1,126 @@
+#include "worker/ctl/swap_report.h"
+
+#include <cstdio>
+#include <string_view>
+
+#include "worker/ctl/format.h"
+
+namespace holdfast::ctl {
+namespace {
+
+std::string Line(const std::string& name, const std::string& value) {
+  char padded[32];
+  snprintf(padded, sizeof padded, "%-12s", name.c_str());
+  return std::string(padded) + value + "\n";
+}
+
+std::string OrDash(const std::string& text) { return text.empty() ? "-" : text; }
+
+bool Has(const std::string& text, std::string_view part) { return text.find(part) != std::string::npos; }
+
+std::string ResultText(const std::string& command, const SwapStatus& swap) {
+  std::string out = Line(command, swap.result);
+  out += Line("build", OrDash(swap.from_build) + " -> " + OrDash(swap.to_build));
+  out += Line("pause",
+              HumanDuration(swap.pause_nanos) + ": so long nobody read; containers waited, none failed");
+  out += Line("carried", Count(swap.requests_carried_over, "request") +
+                             " unanswered by the old worker, answered by the new one");
+  return out;
+}
+
+// Before anything of the running worker was touched.
+std::string RefusedAdvice(const SwapFailure& failure) {
+  if (Has(failure.message, "under way")) {
+    return "another swap is under way and goes on; `holdfastctl status` shows its step. Try again when it is "
+           "over";
+  }
+  if (Has(failure.message, "probation")) {
+    return "the running build is still in probation; `holdfastctl status` says for how long. Wait until it "
+           "is over, or "
+           "go back with `holdfastctl rollback`";
+  }
+  if (Has(failure.message, "shutting down")) return "start the supervisor first: systemctl start holdfast";
+  if (failure.command == "rollback") {
+    return "nothing was changed. Without an earlier build on this node, install one and swap to it: "
+           "holdfastctl upgrade "
+           "--worker PATH";
+  }
+  return "nothing was changed. The file must be a holdfast-worker for this machine that root may read and "
+         "execute, and "
+         "the state folder needs room for a copy of it";
+}
+
+std::string StartAdvice(const SwapFailure& failure) {
+  std::string out =
+      "the new worker died, or did not register, while it started; the old one serves on and was not touched";
+  if (!failure.verdict.empty()) out += "\n  tried by hand: " + failure.verdict;
+  return out + "\n  its log lines: journalctl -u holdfast (or the supervisor's standard error)";
+}
+
+}  // namespace
+
+void StepLog::Add(const SwapStep& step, bool done) {
+  if (done && !last_ended && !steps.empty() && steps.back().name == step.name) {
+    steps.back() = step;
+  } else {
+    steps.push_back(step);
+  }
+  last_ended = done;
+}
+
+std::string StepText(const SwapStep& step) {
+  char text[64];
+  snprintf(text, sizeof text, "  %-11s %8s", step.name.c_str(), HumanDuration(step.nanos).c_str());
+  return text + (step.detail.empty() ? "" : "  " + step.detail) + "\n";
+}
+
+std::string FailedStepText(const std::string& step) {
+  char text[64];
+  snprintf(text, sizeof text, "  %-11s   FAILED\n", step.c_str());
+  return text;
+}
+
+std::string UpgradeText(const UpgradeResult& result) {
+  if (!result.changed) {
+    return "nothing to do: that build already runs (--reexec swaps to it all the same, for new libraries or "
+           "a changed "
+           "configuration)\n";
+  }
+  return ResultText("upgrade", result.swap);
+}
+
+std::string RollbackText(const SwapStatus& swap) { return ResultText("rollback", swap); }
+
+std::string SwapAdvice(const SwapFailure& failure) {
+  const std::string& step = failure.step;
+  if (step.empty() || step == "copy") return RefusedAdvice(failure);
+  if (step == "start") return StartAdvice(failure);
+  if (step == "prepare") {
+    return "the new worker could not load what this node serves; the old one serves on and was not touched\n"
+           "  do not use this build before its log lines are explained: journalctl -u holdfast";
+  }
+  if (step == "rehearse") {
+    return "a bad build: it does not answer as the running one does. No container saw it; the old one serves "
+           "on\n"
+           "  do not use it; keep the message above for a bug report";
+  }
+  if (step == "park") {
+    return "the old worker did not stop in time; it serves on. Look at `holdfastctl inflight` and the "
+           "journal, then try "
+           "again";
+  }
+  if (step == "serve" || step == "probe") {
+    return "rolled back: the new worker failed under the live mounts. The old one serves again, what the new "
+           "one had "
+           "answered was forgotten, what it had stored is verified once more\n"
+           "  do not use this build before its log lines are explained: journalctl -u holdfast";
+  }
+  if (step == "yield") {
+    return "rolled back: the old worker could not close its metadata in time, and serves on. Snapshot calls "
+           "were under "
+           "way for too long, or the disk is slow; try again";
+  }
+  return "see `holdfastctl status` for who serves now, and journalctl -u holdfast for why";
+}
+
+}  // namespace holdfast::ctl

@@ -108,8 +108,8 @@ class ControlClient {
   virtual absl::StatusOr<std::vector<TraceEntry>> Trace(uint32_t limit) = 0;
   // Both return when the swap is over, however long it takes; `on_step` may be null.
   virtual absl::StatusOr<UpgradeResult> Upgrade(const std::string& worker_path, bool force,
-                                                const OnStep& on_step) = 0;
-  virtual absl::StatusOr<SwapStatus> Rollback(const OnStep& on_step) = 0;
+                                                const OnStep& on_step = nullptr) = 0;
+  virtual absl::StatusOr<SwapStatus> Rollback(const OnStep& on_step = nullptr) = 0;
   // Starts the build that a rollback would bring back, to see that it still can be. DeadlineExceeded after 6
   // s, Unimplemented when the supervisor is too old.
   virtual absl::StatusOr<RollbackCheck> CheckRollback() = 0;

@@ -12,6 +12,7 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
+#include "tests/support/reader/load.h"
 #include "tests/support/reader/reader.h"
 
 namespace {
@@ -50,6 +51,80 @@ int Read(const holdfast::reader::Options& options, const std::string& manifest,
   return report.failed == 0 && report.corrupt_bytes == 0 && report.operations > 0 ? 0 : 1;
 }
 
+using holdfast::reader::LoadKind;
+
+// A JSON list of {"root", "warm": manifest, "cold": manifest or "", "programs": [paths]}.
+std::vector<holdfast::reader::LoadTarget> LoadTargets(const std::string& path) {
+  std::ifstream in(path);
+  if (!in) throw std::runtime_error(path + ": cannot be read");
+  std::vector<holdfast::reader::LoadTarget> targets;
+  for (const nlohmann::json& one : nlohmann::json::parse(in)) {
+    holdfast::reader::LoadTarget target;
+    target.root = one.at("root");
+    target.warm = holdfast::reader::Load(one.at("warm"));
+    std::string cold = one.value("cold", "");
+    if (!cold.empty()) target.cold = holdfast::reader::Load(cold);
+    target.programs = one.value("programs", std::vector<std::string>());
+    targets.push_back(std::move(target));
+  }
+  return targets;
+}
+
+std::vector<LoadKind> KindsOf(const std::vector<std::string>& names) {
+  std::vector<LoadKind> kinds;
+  for (const std::string& name : names) {
+    for (int i = 0; i < holdfast::reader::kLoadKinds; i++) {
+      auto kind = static_cast<LoadKind>(i);
+      if (kind != LoadKind::kCold && holdfast::reader::LoadKindName(kind) == name) kinds.push_back(kind);
+    }
+  }
+  if (kinds.empty() || kinds.size() != names.size()) throw std::runtime_error("--kinds: unknown operation");
+  return kinds;
+}
+
+int Finish(holdfast::reader::LoadReport report, const std::string& log) {
+  uint64_t failed = 0, corrupt = 0;
+  std::map<std::string, uint64_t> counts;
+  for (const auto& record : report.records) {
+    counts[holdfast::reader::LoadKindName(static_cast<LoadKind>(record.kind))]++;
+    if (record.result == static_cast<uint16_t>(holdfast::reader::LoadResult::kFailed)) failed++;
+    if (record.result == static_cast<uint16_t>(holdfast::reader::LoadResult::kCorrupt)) corrupt++;
+  }
+  std::ofstream out(log, std::ios::binary);
+  out.write(reinterpret_cast<const char*>(report.records.data()),
+            static_cast<std::streamsize>(report.records.size() * sizeof(holdfast::reader::LoadRecord)));
+  out.close();
+  if (!out) throw std::runtime_error(log + ": cannot be written");
+  for (const std::string& error : report.errors) std::cerr << error << '\n';
+  nlohmann::json json = {{"operations", report.records.size()},
+                         {"failed", failed},
+                         {"corrupt", corrupt},
+                         {"counts", counts},
+                         {"errors", report.errors},
+                         {"cold_used_up", report.cold_used_up}};
+  std::cout << json.dump() << std::endl;
+  return failed == 0 && corrupt == 0 && !report.records.empty() ? 0 : 1;
+}
+
+// Says "ready", then answers each line of standard input; its end, or "end", ends the load.
+int RunLoad(const holdfast::reader::LoadOptions& options, const std::string& log) {
+  auto load = holdfast::reader::MixedLoad::Start(options);
+  std::cout << "ready" << std::endl;
+  for (std::string line; std::getline(std::cin, line) && line != "end";) {
+    std::istringstream words(line);
+    std::string word;
+    int threads = 0;
+    double gap_ms = 0;
+    if (!(words >> word >> threads >> gap_ms) || word != "cold" || threads < 0 || gap_ms < 0) {
+      std::cout << "what? (cold THREADS GAP_MS, or end)" << std::endl;
+      continue;
+    }
+    load->Cold(threads, gap_ms);
+    std::cout << "ok " << load->cold_reads() << std::endl;
+  }
+  return Finish(load->Stop(), log);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -79,6 +154,27 @@ int main(int argc, char** argv) {
   read->add_option("--seed", options.seed);
   read->add_option("--ready-file", options.ready_file, "Created when all files are open");
   read->add_option("--json", json_path);
+
+  holdfast::reader::LoadOptions load_options;
+  std::string targets, log;
+  std::vector<std::string> kinds = {"direct", "absent", "list"};
+  CLI::App* load =
+      app.add_subcommand("load",
+                         "A steady mixed load on many trees; every operation's begin and end go to a log. "
+                         "Says \"ready\", then takes lines on "
+                         "standard input: \"cold THREADS GAP_MS\" (read what was never read), \"end\"");
+  load->add_option("targets", targets,
+                   "JSON list of {root, warm: manifest, cold: manifest or \"\", programs: [path]}")
+      ->required();
+  load->add_option("log", log, "Written at the end: records as in load.h")->required();
+  load->add_option("--kinds", kinds,
+                   "direct, absent, list, cached, mapped, open, unlinked, exec; comma separated; one named "
+                   "twice comes twice "
+                   "as often")
+      ->delimiter(',');
+  load->add_option("--ops-per-second", load_options.ops_per_second, "Of each tree")
+      ->check(CLI::PositiveNumber);
+  load->add_option("--seed", load_options.seed);
   CLI11_PARSE(app, argc, argv);
 
   std::signal(SIGTERM, [](int) { stop = true; });
@@ -91,6 +187,11 @@ int main(int argc, char** argv) {
     if (scan->parsed()) {
       holdfast::reader::Write(holdfast::reader::Scan(root), manifest);
       return 0;
+    }
+    if (load->parsed()) {
+      load_options.kinds = KindsOf(kinds);
+      load_options.targets = LoadTargets(targets);
+      return RunLoad(load_options, log);
     }
     options.modes.clear();
     for (const std::string& mode : modes) options.modes.push_back(kModes.at(mode));

@@ -9,8 +9,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <csetjmp>
-#include <csignal>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -18,6 +16,8 @@
 #include <random>
 #include <stdexcept>
 #include <thread>
+
+#include "tests/support/reader/mapped_copy.h"
 
 extern char** environ;
 
@@ -40,27 +40,6 @@ const char* Name(Mode mode) {
       return "exec";
   }
   return "?";
-}
-
-// A read error under a mapping arrives as SIGBUS in the thread that touched it.
-thread_local sigjmp_buf mmap_escape;
-thread_local volatile sig_atomic_t mmap_armed = 0;
-
-void OnSigbus(int) {
-  if (mmap_armed == 0) _exit(70);
-  siglongjmp(mmap_escape, 1);
-}
-
-// False when the pages could not be read. On its own, so that no variable of a caller is lost in the jump.
-[[gnu::noinline]] bool CopyMapped(void* to, const void* from, uint64_t size) {
-  if (sigsetjmp(mmap_escape, 1) != 0) {
-    mmap_armed = 0;
-    return false;
-  }
-  mmap_armed = 1;
-  std::memcpy(to, from, size);
-  mmap_armed = 0;
-  return true;
 }
 
 struct Work {
@@ -226,12 +205,6 @@ std::vector<Work> AllBlocks(const std::vector<File>& files, uint64_t seed) {
   std::mt19937_64 random(seed);
   std::shuffle(all.begin(), all.end(), random);
   return all;
-}
-
-void InstallSigbus() {
-  struct sigaction action = {};
-  action.sa_handler = OnSigbus;
-  sigaction(SIGBUS, &action, nullptr);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,18 @@ def binary(name: str) -> Path:
 
 
 class Holdfast:
-    """`config` is the text of the worker's configuration file."""
+    """`config` is the text of the worker's configuration file, `options` are further words for the supervisor."""
 
-    def __init__(self, box: Instance, config: str = "", name: str = "holdfast", env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        box: Instance,
+        config: str = "",
+        name: str = "holdfast",
+        env: dict[str, str] | None = None,
+        options: Sequence[str] = (),
+    ):
         self._box = box
+        self._options = list(options)
         self._env = env
         self._name = name
         self.state = box.root / name / "state"
@@ -53,7 +62,8 @@ class Holdfast:
         """Starts supervisor and worker on the state that is there; returns when the snapshots service answers."""
         command = [binary("holdfast-supervisor"), "--worker", binary("holdfast-worker"), "--state", self.state]
         command += ["--runtime", self.runtime, "--snapshotter-socket", self.snapshotter_socket]
-        command += ["--control-socket", self.control_socket, "--", "--config", self.config]
+        command += ["--control-socket", self.control_socket, *self._options]
+        command += ["--", "--config", self.config]
         self._daemon = self._box.daemon(self._name, command, self._env)
         self._daemon.wait_ready(self._serving, timeout)
 
@@ -66,6 +76,11 @@ class Holdfast:
     def wait_end(self, seconds: float = 10) -> None:
         """After a kill: waits until the supervisor is gone."""
         wait_for("the supervisor's end", lambda: not self._daemon.running(), seconds)
+
+    @property
+    def log(self) -> Path:
+        """Of the supervisor and of its workers."""
+        return self._daemon.log
 
     @property
     def supervisor_pid(self) -> int:

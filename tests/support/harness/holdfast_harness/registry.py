@@ -88,7 +88,8 @@ class SlowProxy:
         self.address = f"127.0.0.1:{self.port}"
         self._control = box.root / f"proxy-{self.port}.sock"
         program = Path(__file__).with_name("slow_proxy.py")
-        command = [sys.executable, program, str(self.port), upstream, str(self._control)]
+        self.ranges = box.root / f"proxy-{self.port}.ranges"  # slow_proxy.py says what is in it
+        command = [sys.executable, program, str(self.port), upstream, str(self._control), str(self.ranges)]
         box.daemon("proxy", command).wait_ready(lambda: self._control.exists() and _listening(self.port), 20)
         if delay_ms:
             self.delay(delay_ms)
@@ -111,7 +112,7 @@ class SlowProxy:
         self._ask(hold=holding)
 
     def counters(self) -> dict[str, int]:
-        """`requests` passed on, `bytes` of answers passed back and `held`, the requests kept now."""
+        """`requests` that came, `bytes` of answers passed back, and of the requests: those `delayed` and those `held` now."""
         return {key: int(value) for key, value in self._ask().items()}
 
     def wait_held(self, count: int, seconds: float = 30) -> None:

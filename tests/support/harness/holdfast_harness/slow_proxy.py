@@ -1,25 +1,43 @@
 """A TCP proxy that adds a delay to every HTTP request, counts, and can hold requests. Steered over a unix socket with a
-line of JSON a connection: {"delay_ms": 20}, {"hold": true}; every answer is the counters.
+line of JSON a connection: {"delay_ms": 20}, {"hold": true}; every answer is the counters. Each request for a range of a blob
+becomes a line of RANGES_FILE: monotonic ns, digest, first byte, last byte.
 
-    slow_proxy.py PORT UPSTREAM_HOST:PORT CONTROL_SOCKET
+    slow_proxy.py PORT UPSTREAM_HOST:PORT CONTROL_SOCKET RANGES_FILE
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import re
 import socket
 import sys
+import time
+from collections.abc import Iterator
+
+_BLOB = re.compile(rb"GET /v2/\S+/blobs/(sha256:[0-9a-f]{64})")
+_RANGE = re.compile(rb"\r\nrange: *bytes=(\d+)-(\d+)", re.IGNORECASE)
 
 
 class Proxy:
-    def __init__(self, upstream: str):
+    def __init__(self, upstream: str, ranges: str):
+        self._ranges = open(ranges, "a", buffering=1)
         self._host, _, port = upstream.rpartition(":")
         self._port = int(port)
         self._delay = 0.0
         self._open = asyncio.Event()
         self._open.set()
-        self._counters = {"requests": 0, "bytes": 0, "held": 0}
+        self._counters = {"requests": 0, "bytes": 0, "held": 0, "delayed": 0}
+
+    @contextlib.contextmanager
+    def _counted(self, what: str) -> Iterator[None]:
+        """Also when the connection ends meanwhile."""
+        self._counters[what] += 1
+        try:
+            yield
+        finally:
+            self._counters[what] -= 1
 
     async def control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         words = json.loads(await reader.readline() or b"{}")
@@ -36,10 +54,13 @@ class Proxy:
         while data := await reader.read(1 << 16):
             if data.startswith((b"GET ", b"HEAD ")):
                 self._counters["requests"] += 1
-                await asyncio.sleep(self._delay)
-                self._counters["held"] += 1
-                await self._open.wait()
-                self._counters["held"] -= 1
+                blob, span = _BLOB.match(data), _RANGE.search(data)
+                if blob and span:
+                    self._ranges.write(f"{time.monotonic_ns()} {blob[1].decode()} {int(span[1])} {int(span[2])}\n")
+                with self._counted("delayed"):
+                    await asyncio.sleep(self._delay)
+                with self._counted("held"):
+                    await self._open.wait()
             writer.write(data)
             await writer.drain()
 
@@ -69,12 +90,12 @@ class Proxy:
                     end.close()
 
 
-async def main(port: int, upstream: str, control: str) -> None:
-    proxy = Proxy(upstream)
+async def main(port: int, upstream: str, control: str, ranges: str) -> None:
+    proxy = Proxy(upstream, ranges)
     server = await asyncio.start_server(proxy.connection, "127.0.0.1", port)
     await asyncio.start_unix_server(proxy.control, control)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), sys.argv[2], sys.argv[3]))
+    asyncio.run(main(int(sys.argv[1]), *sys.argv[2:5]))

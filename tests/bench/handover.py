@@ -147,6 +147,14 @@ def by_window(operations: list[Operation], rounds: list[Round]) -> tuple[list[li
     return met, undisturbed
 
 
+def end_of_longest_silence(operations: list[Operation], window: Round) -> int:
+    """When the first answer came: the readers are so many that no other moment passes as long without one."""
+    ends = [window.reads_stopped] + sorted(one.end for one in operations if one.end > window.reads_stopped)
+    if len(ends) == 1:
+        raise HarnessError("no operation was answered after reads had stopped")
+    return max((after - before, after) for before, after in zip(ends, ends[1:]))[1]
+
+
 def refetched_bytes(ranges: Path, faults: list[int]) -> int:
     """Of the bytes asked for, those that were on the disk: asked for before, and no fault within the second after that."""
     total = 0
@@ -183,13 +191,13 @@ def summary(case: str, mounts: int, busy: int, rounds: list[Round], result: Load
         if not timed:
             raise HarnessError(f"no operation met a round of {case}: the figures would mean nothing")
         added.append([max(0.0, (one.end - one.begin) / 1e6 - usual[one.kind]) for one in timed])
+        first_end = end_of_longest_silence(timed, window)
         answered: dict[int, int] = {}
         for one in sorted(timed, key=lambda o: o.end):
-            if one.end > window.reads_stopped:
+            if one.end >= first_end:
                 answered.setdefault(one.target, one.end)
-        if answered:
-            first.append((min(answered.values()) - window.reads_stopped) / 1e6)
-            everyone.append((max(answered.values()) - window.reads_stopped) / 1e6)
+        first.append((first_end - window.reads_stopped) / 1e6)
+        everyone.append((max(answered.values()) - window.reads_stopped) / 1e6)
 
     def middle(values: Sequence[float]) -> float:
         return round(statistics.median(values), 2)

@@ -44,6 +44,43 @@ TEST(LedgerStoreTest, TheHeaderStatesTheFrozenLayoutAndTheMemoryCannotBeResized)
             static_cast<int>(HF_LEDGER_REQUEST_BYTES));
 }
 
+TEST(LedgerStoreTest, WhatIsExecutedAndWhatIsOverdueIsReadAsNumbersWhateverTheWorkerWrote) {
+  LedgerStore store;
+  Ledger* ledger = store.Create(5).value();
+  View view(*ledger);
+  EXPECT_TRUE(ledger->ExecutingSlots().empty());
+  view.slot(3)->state = HF_SLOT_EXECUTING;
+  view.slot(3)->received_ns = 77;
+  view.slot(3)->mount_id = 12;
+  view.slot(3)->request[4] = 15;
+  view.slot(4)->state = HF_SLOT_RECEIVING;
+  auto slots = ledger->ExecutingSlots();
+  ASSERT_EQ(slots.size(), 1u);
+  EXPECT_EQ(slots[0].index, 3u);
+  EXPECT_EQ(slots[0].opcode, 15u);
+  EXPECT_EQ(slots[0].received_ns, 77u);
+  EXPECT_EQ(slots[0].mount, 12u);
+  auto record = [&](uint32_t index, uint32_t owner, uint64_t deadline) {
+    view.record(index)->state = HF_RECORD_PENDING;
+    view.record(index)->owner_generation = owner;
+    view.record(index)->mount_id = index;
+    view.record(index)->deadline_ns = deadline;
+  };
+  record(1, 5, 900);
+  record(2, 5, 800);
+  record(3, 5, 2'000);
+  record(4, 4, 100);  // a successor's to answer, or nobody's
+  uint64_t mount = 0;
+  EXPECT_EQ(ledger->OverdueDeadline(5, 1'000, &mount), 0u) << "never used, says the worker";
+  view.header()->record_high_water = UINT32_MAX;
+  view.header()->record_count = UINT32_MAX;
+  view.header()->record_offset = UINT64_MAX;
+  EXPECT_EQ(ledger->OverdueDeadline(5, 1'000, &mount), 800u);
+  EXPECT_EQ(mount, 2u);
+  EXPECT_EQ(ledger->OverdueDeadline(5, 700, &mount), 0u);
+  EXPECT_EQ(ledger->OverdueDeadline((uint64_t{1} << 32) + 4, 1'000, &mount), 100u);
+}
+
 TEST(LedgerStoreTest, CountsSlotsPipesAndRecordsThatWaitForAnAnswer) {
   LedgerStore store;
   Ledger* ledger = store.Create(1).value();

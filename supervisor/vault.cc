@@ -13,7 +13,8 @@
 namespace holdfast::supervisor {
 namespace {
 
-constexpr int kPipeBytes = 65'536;  // 16 buffers: the 32 KiB of a slot, however the kernel splits them
+constexpr size_t kOpcodeOffset = 4;  // in the kernel's request header
+constexpr int kPipeBytes = 65'536;   // 16 buffers: the 32 KiB of a slot, however the kernel splits them
 
 template <typename T>
 T Load(const void* address) {
@@ -114,8 +115,20 @@ absl::StatusOr<std::unique_ptr<Ledger>> Ledger::Create(uint64_t generation) {
 
 Ledger::~Ledger() { munmap(base_, HF_LEDGER_TOTAL_SIZE); }
 
+const char* Ledger::SlotAt(uint32_t index) const {
+  return base_ + HF_LEDGER_SLOT_OFFSET + size_t{index} * HF_LEDGER_SLOT_STRIDE;
+}
+
+const char* Ledger::RecordAt(uint32_t index) const {
+  return base_ + HF_LEDGER_RECORD_OFFSET + size_t{index} * sizeof(hf_record);
+}
+
+uint32_t Ledger::RecordsUsed() const {
+  return std::min(Load<uint32_t>(base_ + offsetof(hf_ledger_header, record_high_water)), HF_LEDGER_RECORDS);
+}
+
 bool Ledger::SlotIsUnanswered(uint32_t index) const {
-  const char* slot = base_ + HF_LEDGER_SLOT_OFFSET + size_t{index} * HF_LEDGER_SLOT_STRIDE;
+  const char* slot = SlotAt(index);
   auto state = Load<uint32_t>(slot + offsetof(hf_slot, state));
   if (state == HF_SLOT_EXECUTING) return true;
   if (state != HF_SLOT_RECEIVING) return false;
@@ -127,13 +140,37 @@ bool Ledger::SlotIsUnanswered(uint32_t index) const {
 uint64_t Ledger::CountUnanswered() const {
   uint64_t count = 0;
   for (uint32_t i = 0; i < HF_LEDGER_SLOTS; ++i) count += SlotIsUnanswered(i) ? 1 : 0;
-  uint32_t used =
-      std::min(Load<uint32_t>(base_ + offsetof(hf_ledger_header, record_high_water)), HF_LEDGER_RECORDS);
-  for (uint32_t i = 0; i < used; ++i) {
-    const char* record = base_ + HF_LEDGER_RECORD_OFFSET + size_t{i} * sizeof(hf_record);
-    count += Load<uint32_t>(record + offsetof(hf_record, state)) == HF_RECORD_PENDING ? 1 : 0;
+  for (uint32_t i = 0, used = RecordsUsed(); i < used; ++i) {
+    count += Load<uint32_t>(RecordAt(i) + offsetof(hf_record, state)) == HF_RECORD_PENDING ? 1 : 0;
   }
   return count;
+}
+
+std::vector<ExecutingSlot> Ledger::ExecutingSlots() const {
+  std::vector<ExecutingSlot> slots;
+  for (uint32_t i = 0; i < HF_LEDGER_SLOTS; ++i) {
+    const char* slot = SlotAt(i);
+    if (Load<uint32_t>(slot + offsetof(hf_slot, state)) != HF_SLOT_EXECUTING) continue;
+    slots.push_back({i, Load<uint32_t>(slot + offsetof(hf_slot, request) + kOpcodeOffset),
+                     Load<uint64_t>(slot + offsetof(hf_slot, received_ns)),
+                     Load<uint64_t>(slot + offsetof(hf_slot, mount_id))});
+  }
+  return slots;
+}
+
+uint64_t Ledger::OverdueDeadline(uint64_t generation, uint64_t now, uint64_t* mount) const {
+  uint64_t earliest = 0;
+  for (uint32_t i = 0, used = RecordsUsed(); i < used; ++i) {
+    const char* record = RecordAt(i);
+    if (Load<uint32_t>(record + offsetof(hf_record, state)) != HF_RECORD_PENDING) continue;
+    auto owner = Load<uint32_t>(record + offsetof(hf_record, owner_generation));
+    auto deadline = Load<uint64_t>(record + offsetof(hf_record, deadline_ns));
+    if (owner != static_cast<uint32_t>(generation) || deadline >= now) continue;
+    if (earliest != 0 && deadline >= earliest) continue;
+    earliest = deadline;
+    *mount = Load<uint64_t>(record + offsetof(hf_record, mount_id));
+  }
+  return earliest;
 }
 
 uint64_t Ledger::Counter(size_t offset) const { return Load<uint64_t>(base_ + offset); }

@@ -16,6 +16,7 @@
 #include "common/io.h"
 #include "common/status.h"
 #include "schema/ledger.h"
+#include "supervisor/hang_monitor.h"
 
 namespace holdfast::supervisor {
 
@@ -72,13 +73,23 @@ class Ledger {
   uint64_t received() const { return Counter(offsetof(hf_ledger_header, requests_received)); }
   uint64_t answered() const { return Counter(offsetof(hf_ledger_header, requests_answered)); }
 
+  // For the hang monitor. heartbeat: of the pool, 0 when that build has none.
+  uint64_t heartbeat() const { return Counter(offsetof(hf_ledger_header, loop_heartbeat_ns)); }
+  std::vector<ExecutingSlot> ExecutingSlots() const;
+  // The earliest deadline, if before `now`, of a pending record that `generation` must answer; else 0.
+  uint64_t OverdueDeadline(uint64_t generation, uint64_t now, uint64_t* mount) const;
+
   bool owner_exited = false;
+  bool owner_hung = false;  // it was killed because it hung
 
  private:
   Ledger(uint64_t generation, SharedFd memory, char* base)
       : generation_(generation), memory_(std::move(memory)), base_(base) {}
   bool SlotIsUnanswered(uint32_t index) const;
   uint64_t Counter(size_t offset) const;
+  uint32_t RecordsUsed() const;
+  const char* SlotAt(uint32_t index) const;
+  const char* RecordAt(uint32_t index) const;
 
   const uint64_t generation_;
   const SharedFd memory_;

@@ -12,6 +12,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_split.h"
 #include "common/io.h"
+#include "glog/logging.h"
 
 namespace holdfast {
 
@@ -27,13 +28,15 @@ absl::Status FaultPoints::Parse(std::string_view spec) {
       KillAt(parts.first, nth);
     } else if (action.first == "block") {
       BlockAt(parts.first, nth);
+    } else if (action.first == "wrong") {
+      FailAt(parts.first, Internal("injected at " + parts.first), nth);
     } else if (action.first == "eio") {
       FailAt(parts.first, ErrnoStatus(EIO, "injected at " + parts.first), nth);
     } else if (action.first == "enospc") {
       FailAt(parts.first, ErrnoStatus(ENOSPC, "injected at " + parts.first), nth);
     } else {
       return InvalidArgument("fault point '" + std::string(item) +
-                             "': the action is not kill, block, eio or enospc");
+                             "': the action is not kill, block, wrong, eio or enospc");
     }
   }
   return absl::OkStatus();
@@ -62,6 +65,20 @@ void FaultPoints::Release(std::string_view point) {
   changed_.SignalAll();
 }
 
+const char* FaultPoints::NameOf(Kind kind) {
+  switch (kind) {
+    case Kind::kFail:
+      return "fail";
+    case Kind::kBlock:
+      return "block";
+    case Kind::kKill:
+      return "kill";
+    case Kind::kNone:
+      break;
+  }
+  return "none";
+}
+
 absl::Status FaultPoints::Pass(std::string_view point) {
   MutexLock lock(&mutex_);
   Point& p = points_[std::string(point)];
@@ -70,6 +87,11 @@ absl::Status FaultPoints::Pass(std::string_view point) {
   if (p.countdown > 0 && --p.countdown > 0) return absl::OkStatus();
   p.fired++;
   changed_.SignalAll();
+  // An injected fault can always be told from a real one.
+  if (p.fired <= 10 || p.fired % 1000 == 0) {
+    LOG(WARNING) << "fault.fired point=" << point << " action=" << NameOf(p.kind) << " times=" << p.fired;
+    if (p.kind == Kind::kKill) google::FlushLogFiles(google::INFO);
+  }
   switch (p.kind) {
     case Kind::kFail:
       return p.status;

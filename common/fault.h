@@ -14,8 +14,9 @@ namespace holdfast {
 
 class FaultPoints {
  public:
-  // Arms the points of "point=action[@n][;point=action...]" where action is kill, eio, enospc, or block; n is
-  // the pass that fires (default 1; 0 = every pass). The worker takes it from HOLDFAST_FAULTS.
+  // Arms the points of "point=action[@n][;point=action...]" where action is kill, eio, enospc, block, or
+  // wrong (what the point is named for: a wrong byte, a name left out); n is the pass that fires (default 1;
+  // 0 = every pass). The worker takes it from HOLDFAST_FAULTS.
   absl::Status Parse(std::string_view spec);
 
   // The next pass (or n-th from now) through `point` returns `status`.
@@ -26,7 +27,7 @@ class FaultPoints {
   void KillAt(std::string_view point, int nth = 1);
   void Release(std::string_view point);
 
-  // Called by the code under test at the named point.
+  // Called by the code under test at the named point. A fault that fires is logged ("fault.fired").
   absl::Status Pass(std::string_view point);
 
   // How often `point` was passed, and how often a fault fired there: a test that did not see its fault happen
@@ -46,6 +47,7 @@ class FaultPoints {
     int fired = 0;
     bool released = false;
   };
+  static const char* NameOf(Kind kind);
   void Arm(std::string_view point, Kind kind, absl::Status status, int nth);
 
   mutable Mutex mutex_;

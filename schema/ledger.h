@@ -40,7 +40,7 @@ extern "C" {
 #define HF_LEDGER_PAGE 4096u
 
 #define HF_LEDGER_REQUEST_BYTES 32768u /* > the kernel's largest request on a read-only mount (16.5 KiB) */
-#define HF_LEDGER_SLOTS 16u            /* one a pool thread, so the largest pool */
+#define HF_LEDGER_SLOTS 16u /* one a pool thread; the last for requests adopted from older ledgers */
 #define HF_LEDGER_RECORDS 65536u
 
 enum hf_slot_state {
@@ -57,6 +57,8 @@ enum hf_record_state {
 
 enum hf_mark {
   HF_MARK_INTERRUPTED = 1u << 0, /* the kernel sent INTERRUPT: answer EINTR rather than wait */
+  HF_MARK_HANG_STRUCK = 1u << 1, /* of a slot: its worker hung in it, and `strikes` counts that already;
+                                    readers that do not know it ignore it */
 };
 
 enum hf_exit_cause { /* header.exit_cause, written by the worker's own signal handler */

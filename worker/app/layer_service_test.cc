@@ -61,11 +61,17 @@ class FakeFuseServer final : public fuse::FuseServer {
   }
   void RemoveMount(uint64_t mount_id) override { mounts.erase(mount_id); }
   void OnMountEnded(std::function<void(uint64_t)>) override {}
-  absl::StatusOr<uint64_t> AdoptLedger(uint64_t, fuse::LedgerHandle, bool) override { return 0; }
+  absl::StatusOr<uint64_t> AdoptLedger(uint64_t, fuse::LedgerHandle, bool, bool) override { return 0; }
   bool Drained(uint64_t) const override { return true; }
   void Start() override {}
   void Park() override {}
   void Resume() override {}
+  absl::Status BeginTrial(UniqueFd) override { return absl::OkStatus(); }
+  void EndTrial() override {}
+  absl::StatusOr<uint64_t> ForgetCached(UniqueFd) override { return 0; }
+  std::vector<fuse::Sample> Samples(size_t) override { return {}; }
+  absl::StatusOr<std::string> Replay(uint64_t, std::string_view) override { return std::string(); }
+  std::vector<uint64_t> HeldBack() const override { return {}; }
   fuse::ServerStats stats() const override { return {}; }
 
   std::map<uint64_t, fuse::MountSpec> mounts;

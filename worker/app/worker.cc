@@ -198,7 +198,8 @@ absl::Status Worker::AdoptLedgers() {
   size_t failed = 0;
   for (handover::OldLedger& ledger : ledgers) {
     absl::StatusOr<uint64_t> taken = server_->AdoptLedger(
-        ledger.generation, ToHandle(std::move(ledger.memory), std::move(ledger.pipes)), ledger.owner_exited);
+        ledger.generation, ToHandle(std::move(ledger.memory), std::move(ledger.pipes)), ledger.owner_exited,
+        /*owner_hung=*/false);
     if (taken.ok()) {
       // Only now: the housekeeping thread reports it as drained, and a ledger not yet walked looks empty.
       MutexLock lock(&mutex_);
@@ -235,7 +236,10 @@ absl::Status Worker::OwnerExited(uint64_t generation) {
     return absl::OkStatus();
   }
   // The server knows the ledger from the first walk; it needs no new descriptors.
-  HF_RETURN_IF_ERROR(server_->AdoptLedger(generation, fuse::LedgerHandle(), /*final_walk=*/true).status());
+  HF_RETURN_IF_ERROR(server_
+                         ->AdoptLedger(generation, fuse::LedgerHandle(), /*final_walk=*/true,
+                                       /*owner_hung=*/false)
+                         .status());
   MutexLock lock(&mutex_);
   old_ledgers_[generation] = true;  // not before the walk: see AdoptLedgers
   return absl::OkStatus();

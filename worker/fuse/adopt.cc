@@ -13,6 +13,7 @@
 #include <cerrno>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "common/crc32c.h"
 #include "glog/logging.h"
@@ -20,28 +21,22 @@
 
 namespace holdfast::fuse {
 
-// A request found in a slot, copied out; zero bytes follow it.
-struct RecoveredRequest {
-  uint32_t slot = 0;
-  uint64_t mount_id = 0;
-  uint32_t strikes = 0;
-  std::vector<uint8_t> bytes;
-  uint32_t length = 0;
+fuse_in_header RecoveredRequest::header() const {
+  fuse_in_header in;
+  memcpy(&in, bytes.data(), sizeof in);
+  return in;
+}
 
-  fuse_in_header header() const {
-    fuse_in_header in;
-    memcpy(&in, bytes.data(), sizeof in);
-    return in;
-  }
-  bool NeedsAnswer() const {
-    uint32_t opcode = header().opcode;
-    return opcode != FUSE_FORGET && opcode != FUSE_BATCH_FORGET && opcode != FUSE_INTERRUPT;
-  }
-};
+bool RecoveredRequest::NeedsAnswer() const {
+  uint32_t opcode = header().opcode;
+  return opcode != FUSE_FORGET && opcode != FUSE_BATCH_FORGET && opcode != FUSE_INTERRUPT;
+}
 
 namespace {
 
 constexpr uint32_t kPoisonStrikes = 2;
+// What a thread of a hung worker has executed for longer is what it hung in.
+constexpr uint64_t kHungInNanos = 1'000'000'000;
 
 enum class Recovery { kNone, kLater, kBad, kRequest };
 
@@ -85,6 +80,8 @@ Recovery RecoverRequest(const LedgerView& view, uint32_t index, bool final_walk,
   out->mount_id = Shared(slot->mount_id).load(std::memory_order_acquire);
   out->strikes = Shared(slot->strikes).load(std::memory_order_relaxed);
   uint64_t received = Shared(slot->received_ns).load(std::memory_order_acquire);
+  out->received_nanos = received;
+  out->executing = state == HF_SLOT_EXECUTING;
   uint32_t crc = 0;
   if (state == HF_SLOT_RECEIVING) {
     bool by_us = false;
@@ -112,15 +109,22 @@ Recovery RecoverRequest(const LedgerView& view, uint32_t index, bool final_walk,
                                                                              : Recovery::kBad;
 }
 
-// Suspects of a crash last, each alone; INTERRUPTs after the requests they mean.
-int Order(const RecoveredRequest& request) {
-  if (request.header().opcode == FUSE_INTERRUPT) return 1;
-  return request.strikes > 0 ? 2 : 0;
+// INTERRUPTs after the requests they mean.
+int Order(const RecoveredRequest& request) { return request.header().opcode == FUSE_INTERRUPT ? 1 : 0; }
+
+// The slot's strikes, with the one for a hang added: once, however many successors look at it.
+uint32_t StrikesOf(hf_slot* slot, bool hung_in) {
+  if (hung_in && (Shared(slot->marks).fetch_or(HF_MARK_HANG_STRUCK, std::memory_order_acq_rel) &
+                  HF_MARK_HANG_STRUCK) == 0) {
+    return Shared(slot->strikes).fetch_add(1, std::memory_order_acq_rel) + 1;
+  }
+  return Shared(slot->strikes).load(std::memory_order_acquire);
 }
 
 }  // namespace
 
-absl::StatusOr<uint64_t> ServerCore::AdoptLedger(uint64_t generation, LedgerHandle handle, bool final_walk) {
+absl::StatusOr<uint64_t> ServerCore::AdoptLedger(uint64_t generation, LedgerHandle handle, bool final_walk,
+                                                 bool owner_hung) {
   if (generation == options_.generation) return InvalidArgument("a worker does not adopt its own ledger");
   MutexLock walk(&adopt_mutex_);
   Gate gate(this);
@@ -141,13 +145,15 @@ absl::StatusOr<uint64_t> ServerCore::AdoptLedger(uint64_t generation, LedgerHand
   }
   BorrowedPipe pipe(this);
   uint64_t taken = AdoptRecords(old->view, final_walk, pipe.get());
-  taken += AdoptSlots(*old, final_walk, pipe.get());
+  taken += AdoptSlots(*old, final_walk, owner_hung, pipe.get());
+  if (started_) RunSuspects(pipe.get());
   {
     MutexLock lock(&old_mutex_);
     if (final_walk) old->walked_finally = true;
   }
   uint64_t nanos = options_.clock->BootNanos() - start;
-  LOG(INFO) << "fuse.adopted generation=" << generation << " final=" << final_walk << " taken=" << taken
+  LOG(INFO) << "fuse.adopted generation=" << generation << " final=" << final_walk << " hung=" << owner_hung
+            << " taken=" << taken << " suspects=" << suspects_.size() + suspect_records_.size()
             << " us=" << nanos / 1000;
   if (options_.trace != nullptr) {
     options_.trace->Record(
@@ -182,6 +188,11 @@ void ServerCore::Dropped(uint64_t generation, uint64_t mount_id, const char* why
 uint64_t ServerCore::AdoptRecords(const std::shared_ptr<LedgerView>& view, bool final_walk, ReplyPipe* pipe) {
   uint64_t taken = 0;
   for (uint32_t i = 0, end = view->high_water(); i < end; i++) {
+    hf_record* record = view->record(i);
+    if (LoadState(record).state == HF_RECORD_PENDING && Shared(record->strikes).load() > 0) {
+      suspect_records_.push_back({view, i});
+      continue;
+    }
     if (AdoptRecord(view, i, final_walk, pipe)) taken++;
   }
   return taken;
@@ -217,8 +228,14 @@ bool ServerCore::AdoptRecord(const std::shared_ptr<LedgerView>& view, uint32_t i
   if (ours_before && mount->FindPending(copy.unique)) return false;
   read.deadline_nanos = AdoptedDeadline(Shared(record->deadline_ns).load(std::memory_order_relaxed));
   Shared(record->deadline_ns).store(read.deadline_nanos, std::memory_order_relaxed);
+  if (Poisoned(*mount, FUSE_READ, copy.nodeid, copy.strikes)) {
+    pipe->SendError(mount->device(), copy.unique, EIO);
+    pending_++;
+    FinishPending(*mount, read, EIO);
+    return true;
+  }
   pending_++;
-  if (mount->AddPending(read) == Mount::Added::kDuplicate) {
+  if (IsDuplicate(mount->AddPending(read))) {
     pending_--;
     FreeRecord(read);  // the same request waits in another ledger already
     return false;
@@ -228,13 +245,17 @@ bool ServerCore::AdoptRecord(const std::shared_ptr<LedgerView>& view, uint32_t i
   return true;
 }
 
-uint64_t ServerCore::AdoptSlots(OldLedger& old, bool final_walk, ReplyPipe* pipe) {
+uint64_t ServerCore::AdoptSlots(OldLedger& old, bool final_walk, bool owner_hung, ReplyPipe* pipe) {
   const LedgerView& view = *old.view;
+  uint64_t now = options_.clock->BootNanos();
   std::vector<RecoveredRequest> requests;
   for (uint32_t i = 0; i < view.slot_count(); i++) {
     RecoveredRequest request;
     Recovery found = RecoverRequest(view, i, final_walk, &request);
     if (found == Recovery::kRequest) {
+      bool hung_in = owner_hung && request.executing && now > request.received_nanos + kHungInNanos;
+      request.strikes = StrikesOf(view.slot(i), hung_in);
+      request.view = old.view;
       requests.push_back(std::move(request));
     } else if (found == Recovery::kBad && final_walk) {
       Dropped(view.generation(), request.mount_id, "bad CRC or length");
@@ -243,25 +264,87 @@ uint64_t ServerCore::AdoptSlots(OldLedger& old, bool final_walk, ReplyPipe* pipe
   std::stable_sort(requests.begin(), requests.end(),
                    [](const auto& a, const auto& b) { return Order(a) < Order(b); });
   uint64_t taken = 0;
-  for (const RecoveredRequest& request : requests) {
+  for (RecoveredRequest& request : requests) {
     uint64_t unique = request.header().unique;
     auto known = old.taken_slots.find(request.slot);
     if (known != old.taken_slots.end() && known->second == unique) continue;
-    if (AdoptRequest(request, view.slot(request.slot), pipe)) taken++;
     old.taken_slots[request.slot] = unique;
+    if (request.strikes > 0 && request.NeedsAnswer()) {
+      Suspect& suspect = known_suspects_[{request.mount_id, unique}];
+      if (suspect.executed) continue;
+      if (suspect.strikes == 0) taken++;
+      suspect.strikes = std::max(suspect.strikes, request.strikes);
+      suspects_.push_back(std::move(request));
+    } else if (AdoptRequest(request, pipe)) {
+      taken++;
+    }
   }
   if (final_walk) {
     for (uint32_t i = 0; i < view.slot_count(); i++) {
-      Shared(view.slot(i)->state).store(HF_SLOT_FREE, std::memory_order_release);
+      bool waits = std::any_of(suspects_.begin(), suspects_.end(), [&](const RecoveredRequest& suspect) {
+        return suspect.view == old.view && suspect.slot == i;
+      });
+      if (!waits) Shared(view.slot(i)->state).store(HF_SLOT_FREE, std::memory_order_release);
     }
+    old.slots_of_the_dead = true;
   }
   return taken;
 }
 
-bool ServerCore::AdoptRequest(const RecoveredRequest& request, hf_slot* slot, ReplyPipe* pipe) {
+// Requests that may have ended a worker: one at a time, and nothing beside them, so that the next death, too,
+// points at one request only.
+void ServerCore::RunSuspects(ReplyPipe* pipe) {
+  std::vector<RecoveredRequest> requests = std::move(suspects_);
+  std::vector<SuspectRecord> records = std::move(suspect_records_);
+  suspects_.clear();
+  suspect_records_.clear();
+  if (requests.empty() && records.empty()) return;
+  Alone alone(this);
+  for (RecoveredRequest& request : requests) {
+    Suspect& suspect = known_suspects_[{request.mount_id, request.header().unique}];
+    if (std::exchange(suspect.executed, true)) {
+      FreeSuspectSlot(request);  // a copy
+      continue;
+    }
+    request.strikes = suspect.strikes;
+    LOG(WARNING) << "fuse.suspect generation=" << request.view->generation() << " slot=" << request.slot
+                 << " mount=" << request.mount_id << " opcode=" << request.header().opcode
+                 << " node=" << request.header().nodeid << " strikes=" << request.strikes;
+    AdoptRequest(request, pipe);
+    FreeSuspectSlot(request);
+  }
+  for (const SuspectRecord& suspect : records) {
+    LOG(WARNING) << "fuse.suspect generation=" << suspect.view->generation() << " record=" << suspect.index;
+    AdoptRecord(suspect.view, suspect.index, /*final_walk=*/false, pipe);
+  }
+}
+
+// Its slot was kept for a successor in case that we die over it. (Only slots of the dead are ever freed.)
+void ServerCore::FreeSuspectSlot(const RecoveredRequest& request) {
+  bool owner_is_dead = false;
+  {
+    MutexLock lock(&old_mutex_);
+    auto it = old_.find(request.view->generation());
+    owner_is_dead = it != old_.end() && it->second->slots_of_the_dead;
+  }
+  if (owner_is_dead) {
+    Shared(request.view->slot(request.slot)->state).store(HF_SLOT_FREE, std::memory_order_release);
+  }
+}
+
+bool ServerCore::Poisoned(Mount& mount, uint32_t opcode, uint64_t nodeid, uint32_t strikes) {
+  if (strikes < kPoisonStrikes) return false;
+  LOG(ERROR) << "fuse.poison mount=" << mount.id() << " layer=" << mount.description() << " opcode=" << opcode
+             << " node=" << nodeid << " strikes=" << strikes << " answer=EIO";
+  poisoned_++;
+  return true;
+}
+
+bool ServerCore::AdoptRequest(const RecoveredRequest& request, ReplyPipe* pipe) {
+  hf_slot* origin = request.view->slot(request.slot);
   std::shared_ptr<Mount> mount = FindMount(request.mount_id);
   if (mount == nullptr || ready_session_.load() == nullptr) {
-    Dropped(slot->owner_generation, request.mount_id, "unknown mount");
+    Dropped(request.view->generation(), request.mount_id, "unknown mount");
     return false;
   }
   fuse_in_header in = request.header();
@@ -271,17 +354,31 @@ bool ServerCore::AdoptRequest(const RecoveredRequest& request, hf_slot* slot, Re
   x.pipe = pipe;
   x.unique = in.unique;
   x.opcode = in.opcode;
-  x.slot = slot;
   x.adopted = true;
-  if (request.strikes >= kPoisonStrikes && request.NeedsAnswer()) {
-    LOG(ERROR) << "fuse.poison mount=" << request.mount_id << " layer=" << mount->description()
-               << " opcode=" << in.opcode << " node=" << in.nodeid << " strikes=" << request.strikes;
+  if (request.NeedsAnswer() && Poisoned(*mount, in.opcode, in.nodeid, request.strikes)) {
     ReplyError(x, EIO);
     return true;
   }
-  mount->BeginExecute(in.unique, &slot->marks);
+  // A copy in our own ledger says what we execute: to the supervisor, should it take too long, and to our
+  // successor.
+  uint32_t index = ledger_->slot_count() - 1;
+  hf_slot* copy = ledger_->slot(index);
+  copy->mount_id = request.mount_id;
+  copy->owner_generation = generation32_;
+  Shared(copy->strikes).store(request.strikes);
+  Shared(copy->marks).store(Shared(origin->marks).load() & HF_MARK_INTERRUPTED);
+  Shared(copy->received_ns).store(options_.clock->BootNanos());
+  memcpy(copy->request, request.bytes.data(), request.length);
+  copy->length = request.length;
+  copy->crc = Crc32c(copy->request, request.length);
+  Shared(copy->state).store(HF_SLOT_EXECUTING, std::memory_order_release);
+  x.strikes[0] = &copy->strikes;
+  x.strikes[1] = &origin->strikes;
+  x.own_slot = index + 1;
+  mount->BeginExecute(in.unique, &origin->marks);
   Execute(x, request.bytes.data(), request.length);
   mount->EndExecute(in.unique);
+  Shared(copy->state).store(HF_SLOT_FREE, std::memory_order_release);
   if (x.waits) Fetch(mount, x.layer, *x.waits);
   return request.NeedsAnswer() && !x.duplicate;
 }

@@ -22,8 +22,12 @@ void Record(int signal) {
   hf_ledger_header* header = crash_header.load();
   if (header == nullptr) return;
   Exchange* x = CurrentExchange();
-  if (x != nullptr && x->slot != nullptr)
-    Shared(x->slot->strikes).fetch_add(1);  // only this slot is a suspect
+  // Only this request is a suspect. An adopted one lies in two ledgers, and a successor may come upon either.
+  if (x != nullptr) {
+    for (uint32_t* strikes : x->strikes) {
+      if (strikes != nullptr) Shared(*strikes).fetch_add(1);
+    }
+  }
   uint32_t none = 0;
   if (!Shared(header->exit_signal).compare_exchange_strong(none, static_cast<uint32_t>(signal))) return;
   Shared(header->exit_slot).store(x == nullptr ? 0 : x->own_slot);

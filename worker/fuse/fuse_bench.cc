@@ -274,7 +274,10 @@ class ServerMain {
       uint64_t generation = 0;
       int final_walk = 0;
       in >> generation >> final_walk;
-      auto taken = server_->AdoptLedger(generation, DupLedger(*bench_.ledgers[generation]), final_walk != 0);
+      int hung = 0;
+      in >> hung;
+      auto taken = server_->AdoptLedger(generation, DupLedger(*bench_.ledgers[generation]), final_walk != 0,
+                                        hung != 0);
       return taken.ok() ? "ok " + std::to_string(*taken) : taken.status().ToString();
     } else if (verb == "drained") {
       uint64_t generation = 0;

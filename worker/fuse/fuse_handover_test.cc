@@ -389,7 +389,8 @@ TEST_F(FuseHandoverTest, AFatalSignalNamesItsSlotAndARequestThatKillsTwiceIsEio)
 
   setup.generation = 2;
   auto second = std::make_unique<ServerProcess>(bench_, setup);
-  second->Send("adopt 1 1");  // blocks in the request
+  second->Send("adopt 1 1");
+  second->Send("start");  // executes the suspect first, and blocks in it
   pid_t main_thread = second->process().pid();
   ASSERT_TRUE(Eventually([&] {
     auto wchan = ReadFile("/proc/" + std::to_string(main_thread) + "/wchan");

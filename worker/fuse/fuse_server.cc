@@ -22,13 +22,24 @@ class ServerImpl final : public FuseServer {
   void OnMountEnded(std::function<void(uint64_t)> callback) override {
     core_->OnMountEnded(std::move(callback));
   }
-  absl::StatusOr<uint64_t> AdoptLedger(uint64_t generation, LedgerHandle ledger, bool final_walk) override {
-    return core_->AdoptLedger(generation, std::move(ledger), final_walk);
+  absl::StatusOr<uint64_t> AdoptLedger(uint64_t generation, LedgerHandle ledger, bool final_walk,
+                                       bool owner_hung) override {
+    return core_->AdoptLedger(generation, std::move(ledger), final_walk, owner_hung);
   }
   bool Drained(uint64_t generation) const override { return core_->Drained(generation); }
   void Start() override { core_->Start(); }
   void Park() override { core_->Park(); }
   void Resume() override { core_->Resume(); }
+  absl::Status BeginTrial(UniqueFd touched) override { return core_->BeginTrial(std::move(touched)); }
+  void EndTrial() override { core_->EndTrial(); }
+  absl::StatusOr<uint64_t> ForgetCached(UniqueFd touched) override {
+    return core_->ForgetCached(std::move(touched));
+  }
+  std::vector<Sample> Samples(size_t limit) override { return core_->Samples(limit); }
+  absl::StatusOr<std::string> Replay(uint64_t mount_id, std::string_view request) override {
+    return core_->Replay(mount_id, request);
+  }
+  std::vector<uint64_t> HeldBack() const override { return core_->HeldBack(); }
   ServerStats stats() const override { return core_->stats(); }
 
   const LedgerView& ledger() const { return core_->ledger(); }
@@ -46,6 +57,7 @@ absl::StatusOr<std::unique_ptr<FuseServer>> FuseServer::Create(const ServerOptio
   if (options.threads < 1 || static_cast<uint32_t>(options.threads) > ledger->slot_count()) {
     return InvalidArgument("threads must be from 1 to " + std::to_string(ledger->slot_count()));
   }
+  if (ledger->slot_count() < 2) return InvalidArgument("a ledger with a single slot");
   auto core = std::make_shared<ServerCore>(options, std::move(ledger));
   HF_RETURN_IF_ERROR(core->Initialize());
   return std::make_unique<ServerImpl>(std::move(core));

@@ -1,5 +1,5 @@
 // Serves all mounts of this worker: takes FUSE requests through the ledger, answers from layers
-// (DESIGN 4.2, 4.3).
+// (DESIGN 4.2, 4.3), and lets a build prove itself before and while it serves (4.4).
 //
 // Threads: `threads` pool threads share one epoll over all mounts; none of them ever waits for the network. A
 // READ whose content is missing becomes a pending record; the layer's completion thread answers it. INTERRUPT
@@ -12,6 +12,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "common/clock.h"
@@ -44,6 +45,9 @@ struct MountSpec {
   std::string init_request;  // header included, as the kernel sent it
   MountFlags flags;
   std::string description;  // layer digest, for the log
+  // Read from AddMount on, also before Start: a private mount on which a candidate is tried. The others stay
+  // unread.
+  bool serve_now = false;
   // Opens the layer on the mount's first request; called once, off no lock, on a pool thread or in
   // AdoptLedger/Resume. Other requests of the mount wait for it, so it must not wait for the network. An
   // error makes the mount answer EIO (logged once) and is tried again after a second.
@@ -52,14 +56,14 @@ struct MountSpec {
 
 struct ServerOptions {
   uint64_t generation = 0;
-  int threads = 2;                               // <= HF_LEDGER_SLOTS
+  std::string build;  // of this worker; what HF_PROBE_LIVE answers
+  int threads = 2;    // <= HF_LEDGER_SLOTS. The last slot is for adopted requests: one thread less than slots
   uint64_t miss_timeout_nanos = 60'000'000'000;  // then EIO
   uint32_t max_pending_per_mount = 128;          // max_background + 64; at it the mount leaves the epoll
   uint64_t entry_ttl_seconds = 86400;
   const Clock* clock = Clock::Real();
   TraceRing* trace = nullptr;
-  FaultPoints* faults = nullptr;  // fuse.received, fuse.record_filled, fuse.before_reply,
-                                  // fuse.before_splice_out: kill and block; the first also fails
+  FaultPoints* faults = nullptr;  // fuse.*, see docs/FAILURES.md
 };
 
 struct ServerStats {
@@ -69,6 +73,14 @@ struct ServerStats {
   uint64_t interrupted = 0;  // answered EINTR
   uint64_t errors = 0;       // answered EIO
   uint64_t dropped = 0;      // of older ledgers: bad CRC, unknown mount
+  uint64_t poisoned = 0;     // of older ledgers: answered EIO because they had ended two workers
+};
+
+// A request and the digest of its answer (SampleRequest in handover.capnp).
+struct Sample {
+  uint64_t mount_id = 0;
+  std::string request;       // the kernel's bytes, header included
+  std::string reply_digest;  // SHA-256, 32 bytes
 };
 
 class FuseServer {
@@ -77,7 +89,8 @@ class FuseServer {
   static absl::StatusOr<std::unique_ptr<FuseServer>> Create(const ServerOptions& options,
                                                             LedgerHandle own_ledger);
 
-  // Begins to serve a mount (from any state but parked: its requests are read at once).
+  // Takes a mount. Its requests are read once the server is started (at once if it is, or with serve_now) and
+  // not parked; until then it is in no epoll and costs nothing, neither here nor in the kernel.
   virtual absl::Status AddMount(MountSpec spec) = 0;
   // The connection is gone: forget it. Pending records of it are dropped.
   virtual void RemoveMount(uint64_t mount_id) = 0;
@@ -88,18 +101,49 @@ class FuseServer {
   // records and answers them. Call after AddMount of all mounts, and again when the owner's exit is proven
   // (`final_walk`): nothing can be left behind by a thread of the dying worker. Returns how many were taken.
   // Requests of unknown mounts or with a bad CRC are dropped, logged and counted, never guessed at.
-  virtual absl::StatusOr<uint64_t> AdoptLedger(uint64_t generation, LedgerHandle ledger, bool final_walk) = 0;
+  // A request that was executed when its worker crashed, or for more than a second when its worker was killed
+  // because it hung (`owner_hung`), has a strike. Requests with strikes are executed last, one at a time and
+  // with nothing beside them: before Start in Start, else at the end of this call. With two strikes they get
+  // EIO.
+  virtual absl::StatusOr<uint64_t> AdoptLedger(uint64_t generation, LedgerHandle ledger, bool final_walk,
+                                               bool owner_hung) = 0;
   // Nothing unanswered is left in that generation's ledger, and nothing can come: it was walked finally, too.
   // Its mapping and pipes are then given up. An empty ledger whose owner may live, even parked, is not
   // drained.
   virtual bool Drained(uint64_t generation) const = 0;
 
-  virtual void Start() = 0;  // start the pool
+  virtual void Start() = 0;  // start the pool, read all mounts
   // Stops reading and answering; on return no thread holds a request, and all unanswered ones are in the
   // ledger. Fetches that finish later only fill the cache.
   virtual void Park() = 0;
-  // Reads again; unanswered records of the own ledger, and of adopted ones, are taken up.
+  // Reads again; unanswered records of the own ledger, and of adopted ones, are taken up. Ends a trial. Also
+  // without a Park before it.
   virtual void Resume() = 0;
+
+  // On trial the kernel is told to keep nothing: times-to-live are 0, nothing stays over a close. Every node
+  // answered for is noted in `touched` (schema/touched.h) before the answer is sent; an invalid descriptor is
+  // no log. Before Start. After an error there is no trial.
+  virtual absl::Status BeginTrial(UniqueFd touched) = 0;
+  virtual void EndTrial() = 0;
+  // A worker on trial has ended and is not to be believed: makes the kernel forget attributes, listings and
+  // content of every node it noted in `touched`; without a readable log, or when it overflowed, of all nodes
+  // of all mounts. Pages that a READ is filling now are waited for, so at worst this takes the READs' time
+  // limit. Names need nothing: they were given no time-to-live. Returns how many nodes the kernel was told
+  // of. May be repeated. Needs a running pool, and a thread that is none of it. FailedPrecondition: not
+  // started, or parked.
+  virtual absl::StatusOr<uint64_t> ForgetCached(UniqueFd touched) = 0;
+
+  // Up to `limit` requests with the digests of their answers, spread over mounts, the most recent of each
+  // first: those the kernel sent, and then some made up from the indexes. Only such as can be answered from
+  // this disk; nothing is fetched. Reads what it digests: not for an event loop.
+  virtual std::vector<Sample> Samples(size_t limit) = 0;
+  // Executes a request as if the kernel had sent it, answers nobody and returns the digest of the answer. In
+  // every state, also before Start and parked. NotFound: unknown mount. Unavailable: its content is not on
+  // this disk (nothing is fetched, no record is made). InvalidArgument: not a request that Samples returns.
+  virtual absl::StatusOr<std::string> Replay(uint64_t mount_id, std::string_view request) = 0;
+
+  // Mounts that are not read just now because as many of their READs wait as may. Cheap; waits for nobody.
+  virtual std::vector<uint64_t> HeldBack() const = 0;
 
   virtual ServerStats stats() const = 0;
 };

@@ -57,14 +57,14 @@ void Mount::EndExecute(uint64_t unique) {
 
 Mount::Added Mount::AddPending(const PendingRead& read) {
   MutexLock lock(&mutex);
-  if (!pending_.emplace(read.unique, read).second) return Added::kDuplicate;
+  bool added = pending_.emplace(read.unique, read).second;
   for (const Executing& e : executing_) {
     if (e.unique == read.unique &&
         (Shared(*e.marks).load(std::memory_order_acquire) & HF_MARK_INTERRUPTED) != 0) {
-      return Added::kInterrupted;
+      return added ? Added::kInterrupted : Added::kDuplicateInterrupted;
     }
   }
-  return Added::kWaits;
+  return added ? Added::kWaits : Added::kDuplicate;
 }
 
 std::optional<PendingRead> Mount::TakePending(uint64_t unique) {

@@ -15,6 +15,7 @@
 #include "common/mutex.h"
 #include "worker/fuse/fuse_server.h"
 #include "worker/fuse/ledger_view.h"
+#include "worker/fuse/sampler.h"
 
 namespace holdfast::fuse {
 
@@ -37,6 +38,9 @@ class Mount {
   int device() const { return spec_.device.get(); }
   const MountFlags& flags() const { return spec_.flags; }
   const std::string& description() const { return spec_.description; }
+  bool serve_now() const { return spec_.serve_now; }
+
+  Sampler::Seen seen;
 
   // The layer, opened on the first call. Threads that come meanwhile wait for it (a local file is mapped);
   // after a failure the error holds for a second.
@@ -48,9 +52,9 @@ class Mount {
   void BeginExecute(uint64_t unique, uint32_t* marks);
   void EndExecute(uint64_t unique);
 
-  enum class Added { kWaits, kInterrupted, kDuplicate };
-  // Registers a READ that waits. kInterrupted: its INTERRUPT came while it executed (it is registered all the
-  // same).
+  enum class Added { kWaits, kInterrupted, kDuplicate, kDuplicateInterrupted };
+  // Registers a READ that waits. ...Interrupted: its INTERRUPT came while it executed (it is registered all
+  // the same).
   Added AddPending(const PendingRead& read);
   // Whoever takes it answers it.
   std::optional<PendingRead> TakePending(uint64_t unique);
@@ -88,5 +92,9 @@ class Mount {
   std::vector<Executing> executing_ ABSL_GUARDED_BY(mutex);
   int receiving_ ABSL_GUARDED_BY(mutex) = 0;
 };
+
+inline bool IsDuplicate(Mount::Added added) {
+  return added == Mount::Added::kDuplicate || added == Mount::Added::kDuplicateInterrupted;
+}
 
 }  // namespace holdfast::fuse

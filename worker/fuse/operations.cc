@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "schema/probe.h"
 #include "worker/fuse/server_core.h"
 
 namespace holdfast::fuse {
@@ -62,7 +63,24 @@ struct stat Attributes(uint64_t nodeid, const NodeRecord& node) {
   return st;
 }
 
-double Ttl() { return static_cast<double>(Current().core->options().entry_ttl_seconds); }
+double Ttl() {
+  const ServerCore& core = *Current().core;
+  return core.on_trial() ? 0 : static_cast<double>(core.options().entry_ttl_seconds);
+}
+
+// Fault points of tests: does one want this answer to be wrong? Those of a trial fire only on trial, and
+// never in a replay.
+bool TrialFaults() { return Current().core->on_trial() && Current().capture == nullptr; }
+bool WrongEnoent() {
+  FaultPoints* faults = Current().core->options().faults;
+  if (!PassFault(faults, "fuse.wrong_enoent").ok()) return true;
+  return TrialFaults() && !PassFault(faults, "fuse.trial_wrong_enoent").ok();
+}
+bool WrongListing() {
+  FaultPoints* faults = Current().core->options().faults;
+  if (!PassFault(faults, "fuse.wrong_listing").ok()) return true;
+  return TrialFaults() && !PassFault(faults, "fuse.trial_wrong_listing").ok();
+}
 
 fuse_entry_param Entry(uint64_t nodeid) {
   fuse_entry_param entry{};
@@ -80,11 +98,13 @@ void Lookup(fuse_req_t req, fuse_ino_t parent, const char* name) {
     return;
   }
   uint64_t nodeid = Index().Lookup(parent, name);
+  if (nodeid != 0 && WrongEnoent()) nodeid = 0;
   if (nodeid != 0 && Index().node(nodeid) == nullptr) {
     fuse_reply_err(req, EIO);
     return;
   }
   fuse_entry_param entry = Entry(nodeid);
+  Current().core->NoteTouched(Current(), nodeid);
   fuse_reply_entry(req, &entry);
 }
 
@@ -115,7 +135,8 @@ void Open(fuse_req_t req, fuse_ino_t ino, fuse_file_info* info) {
     fuse_reply_err(req, EROFS);
     return;
   }
-  OpenOut out{ino, kOpenKeepCache | kOpenNoFlush, 0};
+  OpenOut out{ino, kOpenNoFlush, 0};
+  if (!Current().core->on_trial()) out.open_flags |= kOpenKeepCache;
   char bytes[sizeof out];
   memcpy(bytes, &out, sizeof out);
   fuse_reply_buf(req, bytes, sizeof bytes);
@@ -162,6 +183,7 @@ void ReadFolder(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, bool 
     uint64_t nodeid = row == 0 ? ino : row == 1 ? folder->parent : children[row - 2].nodeid;
     std::string name = row == 0 ? "." : row == 1 ? ".." : std::string(index.name(children[row - 2]));
     if (index.node(nodeid) == nullptr) continue;
+    if (row == 2 && WrongListing()) continue;
     fuse_entry_param entry = Entry(nodeid);
     if (row < 2) entry.ino = 0;  // no lookup of "." and ".."
     auto next = static_cast<off_t>(row + 1);
@@ -171,6 +193,7 @@ void ReadFolder(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, bool 
                         : fuse_add_direntry(req, buffer.data() + used, left, name.c_str(), &entry.attr, next);
     if (needed > left) break;
     used += needed;
+    if (plus) Current().core->NoteTouched(Current(), nodeid);
   }
   fuse_reply_buf(req, buffer.data(), used);
 }
@@ -235,13 +258,22 @@ void StatFs(fuse_req_t req, fuse_ino_t) {
   fuse_reply_statfs(req, &st);
 }
 
-void Ioctl(fuse_req_t req, fuse_ino_t, unsigned int, void*, fuse_file_info*, unsigned, const void*, size_t,
-           size_t) {
-  fuse_reply_err(req, ENOTTY);
+// The kernel hands the command over as it came, and expects at most _IOC_SIZE bytes.
+void Ioctl(fuse_req_t req, fuse_ino_t ino, unsigned int command, void*, fuse_file_info*, unsigned,
+           const void*, size_t, size_t out_size) {
+  if (ino != layer::kRootNode || command != HF_PROBE_LIVE || out_size < sizeof(hf_probe_live)) {
+    fuse_reply_err(req, ENOTTY);
+    return;
+  }
+  const ServerOptions& options = Current().core->options();
+  hf_probe_live live{};
+  live.generation = options.generation;
+  options.build.copy(live.build, sizeof live.build - 1);
+  fuse_reply_ioctl(req, 0, &live, sizeof live);
 }
 
 void Init(void* initialized, fuse_conn_info* conn) {
-  conn->want = 0;
+  conn->want = conn->capable & FUSE_CAP_IOCTL_DIR;  // else libfuse itself refuses ioctls on folders
   *static_cast<bool*>(initialized) = true;
 }
 

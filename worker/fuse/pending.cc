@@ -15,16 +15,39 @@ namespace {
 
 constexpr uint64_t kAdoptedGraceNanos = 10'000'000'000;
 
+// The same content with one byte changed: what a test asks for at the fault points of wrong bytes.
+layer::ReadResult Spoiled(const layer::ReadResult& content) {
+  auto bytes = std::make_shared<std::string>(content.length, '\0');
+  if (!CopyContent(content, bytes->data()) || bytes->empty()) return content;
+  (*bytes)[bytes->size() / 2] = static_cast<char>((*bytes)[bytes->size() / 2] ^ 0x20);
+  layer::ReadResult result;
+  result.length = content.length;
+  result.segments.push_back({nullptr, 0, bytes, 0, content.length});
+  return result;
+}
+
 }  // namespace
+
+bool ServerCore::WrongBytes(bool captured) const {
+  if (options_.faults == nullptr) return false;
+  if (!PassFault(options_.faults, "fuse.wrong_bytes").ok()) return true;
+  return on_trial() && !captured && !PassFault(options_.faults, "fuse.trial_wrong_bytes").ok();
+}
 
 void ServerCore::Read(Exchange& x, uint64_t nodeid, uint64_t offset, uint64_t size) {
   std::optional<layer::ReadResult> content = x.layer->ReadNow(nodeid, offset, size);
   if (content && content->length == size) {
-    if (x.pipe->SendContent(x.mount->device(), x.unique, *content) == SendResult::kSent) {
+    if (WrongBytes(x.capture != nullptr)) content = Spoiled(*content);
+    if (x.pipe->SendContent(x.target(), x.unique, *content) == SendResult::kSent) {
+      if (x.capture != nullptr) return;
       if (x.adopted) adopted_++;
       return CountAnswer();
     }
-    x.layer->Distrust(nodeid, offset, size);
+    if (x.capture == nullptr) x.layer->Distrust(nodeid, offset, size);
+  }
+  if (x.capture != nullptr) {
+    x.capture->not_on_disk = true;
+    return;
   }
   MakeRecord(x, nodeid, offset, size);
 }
@@ -51,11 +74,14 @@ void ServerCore::MakeRecord(Exchange& x, uint64_t nodeid, uint64_t offset, uint6
   StoreState(record, {HF_RECORD_PENDING, generation32_});
   (void)PassFault(options_.faults, "fuse.record_filled");
   pending_++;
-  switch (x.mount->AddPending(read)) {
+  Mount::Added added = x.mount->AddPending(read);
+  switch (added) {
     case Mount::Added::kDuplicate:  // an older ledger's record of the same request is being answered
+    case Mount::Added::kDuplicateInterrupted:  // and nobody waits for it
       pending_--;
       FreeRecord(read);
       x.duplicate = true;
+      if (added == Mount::Added::kDuplicateInterrupted) AnswerInterrupted(*x.mount, x.unique, x.pipe);
       return;
     case Mount::Added::kInterrupted:
       Shared(record->marks).fetch_or(HF_MARK_INTERRUPTED, std::memory_order_acq_rel);
@@ -89,6 +115,10 @@ void ServerCore::Fetched(uint64_t mount_id, uint64_t unique, uint64_t attempt,
   read = mount->TakePending(unique);
   if (!read) return;
   BorrowedPipe pipe(this);
+  Exchange x;
+  x.strikes[0] = &read->ledger->record(read->record)->strikes;
+  ExchangeScope scope(&x);
+  if (on_trial()) NoteTouched(mount_id, read->nodeid);
   if (!result.ok()) {
     LOG_EVERY_T(WARNING, 1) << "fuse.read_failed mount=" << mount_id << " layer=" << mount->description()
                             << " node=" << read->nodeid << " offset=" << read->offset
@@ -102,14 +132,16 @@ void ServerCore::Fetched(uint64_t mount_id, uint64_t unique, uint64_t attempt,
 // Answers a READ that was taken from the mount's table. Content that turns out damaged is fetched again once.
 void ServerCore::SendPending(const std::shared_ptr<Mount>& mount, const PendingRead& read,
                              const layer::ReadResult& content, ReplyPipe* pipe) {
-  if (content.length == read.size &&
-      pipe->SendContent(mount->device(), read.unique, content) == SendResult::kSent) {
-    return FinishPending(*mount, read, 0);
+  if (content.length == read.size) {
+    SendResult sent = WrongBytes(/*captured=*/false)
+                          ? pipe->SendContent(mount->device(), read.unique, Spoiled(content))
+                          : pipe->SendContent(mount->device(), read.unique, content);
+    if (sent == SendResult::kSent) return FinishPending(*mount, read, 0);
   }
   absl::StatusOr<std::shared_ptr<layer::Layer>> layer = mount->GetLayer(*options_.clock);
   if (layer.ok() && content.length == read.size && read.tries < 2) {
     (*layer)->Distrust(read.nodeid, read.offset, read.size);
-    if (mount->AddPending(read) != Mount::Added::kDuplicate) return Fetch(mount, *layer, read.unique);
+    if (!IsDuplicate(mount->AddPending(read))) return Fetch(mount, *layer, read.unique);
   }
   LOG(ERROR) << "fuse.content_damaged mount=" << mount->id() << " layer=" << mount->description()
              << " node=" << read.nodeid << " offset=" << read.offset << " size=" << read.size;
@@ -124,6 +156,10 @@ void ServerCore::TakeUp(const std::shared_ptr<Mount>& mount, uint64_t unique, Re
        HF_MARK_INTERRUPTED) != 0) {
     return AnswerInterrupted(*mount, unique, pipe);
   }
+  Exchange x;
+  x.strikes[0] = &read->ledger->record(read->record)->strikes;
+  ExchangeScope scope(&x);
+  if (on_trial()) NoteTouched(mount->id(), read->nodeid);
   absl::StatusOr<std::shared_ptr<layer::Layer>> layer = mount->GetLayer(*options_.clock);
   const layer::NodeRecord* node = layer.ok() ? (*layer)->index().node(read->nodeid) : nullptr;
   bool sane = node != nullptr && (node->mode & S_IFMT) == S_IFREG && read->offset <= node->size &&

@@ -88,7 +88,7 @@ void ServerCore::Tick(uint32_t slot_index, ReplyPipe* pipe) {
     Received got = Received::kInterrupt;
     for (int i = 0; i < kInterruptsATick && got == Received::kInterrupt; i++) {
       Gate gate(this);
-      if (!gate || TableFull()) break;
+      if (!gate || TableNearlyFull()) break;
       {
         MutexLock lock(&mount->mutex);
         if (!mount->throttled) break;
@@ -117,8 +117,7 @@ void ServerCore::MountEnded(Mount& mount, bool report) {
     MutexLock lock(&mount.mutex);
     if (mount.ended) return;
     mount.ended = true;
-    if (mount.throttled) throttled_mounts_--;
-    mount.throttled = false;
+    HoldBack(mount, false);
   }
   UpdateArmed(mount);
   if (!report) return;
@@ -179,13 +178,15 @@ ServerCore::Received ServerCore::ReceiveAndExecute(uint32_t slot_index, const st
   mount->EndReceive(got == Received::kRequest ? in->unique : 0, &slot->marks);
   Exchange x;
   if (got == Received::kRequest) {
+    sampler_.Offer(mount->id(), mount->seen, in->opcode, slot->request, slot->length, slot->received_ns);
     x.core = this;
     x.mount = mount.get();
     x.pipe = pipe;
     x.unique = in->unique;
     x.opcode = in->opcode;
-    x.slot = slot;
+    x.strikes[0] = &slot->strikes;
     x.own_slot = slot_index + 1;
+    (void)PassFault(options_.faults, "fuse.stuck");
     Execute(x, slot->request, slot->length);
     mount->EndExecute(x.unique);
     if (in->opcode == FUSE_INTERRUPT || in->opcode == FUSE_FORGET || in->opcode == FUSE_BATCH_FORGET) {
@@ -199,7 +200,7 @@ ServerCore::Received ServerCore::ReceiveAndExecute(uint32_t slot_index, const st
 
 void ServerCore::Execute(Exchange& x, const uint8_t* request, uint32_t length) {
   ExchangeScope scope(&x);
-  absl::Status fault = PassFault(options_.faults, "fuse.received");
+  absl::Status fault = x.capture == nullptr ? PassFault(options_.faults, "fuse.received") : absl::OkStatus();
   switch (x.opcode) {
     case FUSE_FORGET:
     case FUSE_BATCH_FORGET:
@@ -220,6 +221,7 @@ void ServerCore::Execute(Exchange& x, const uint8_t* request, uint32_t length) {
       break;
   }
   if (!fault.ok()) return ReplyError(x, StatusErrno(fault));
+  NoteTouched(x, reinterpret_cast<const fuse_in_header*>(request)->nodeid);
   absl::StatusOr<std::shared_ptr<layer::Layer>> layer = x.mount->GetLayer(*options_.clock);
   if (!layer.ok()) return ReplyError(x, EIO);
   x.layer = *std::move(layer);
@@ -255,6 +257,7 @@ void ServerCore::ReplyError(Exchange& x, int error) {
 
 void ServerCore::ReplyParts(Exchange& x, const iovec* parts, int count) {
   if (x.mount == nullptr) return;  // the reply to the replayed INIT
+  if (x.capture != nullptr) return x.pipe->SendMemory(x.target(), parts, count);
   if (reinterpret_cast<const fuse_out_header*>(parts[0].iov_base)->error == -EIO) errors_++;
   x.pipe->SendMemory(x.mount->device(), parts, count);
   if (x.adopted) adopted_++;

@@ -71,10 +71,16 @@ bool CopySegment(const Segment& segment, char* out) {
 }
 
 // Last resort where no pipe of the size can be had: the kernel copies from this process's pages.
-void WriteDirectly(int device, const iovec* parts, int count) {
+void WriteDirectly(const ReplyTarget& to, const iovec* parts, int count) {
+  if (to.capture != nullptr) {
+    for (int i = 0; i < count; i++) {
+      to.capture->append(static_cast<const char*>(parts[i].iov_base), parts[i].iov_len);
+    }
+    return;
+  }
   ssize_t n;
   do {
-    n = writev(device, parts, count);
+    n = writev(to.device, parts, count);
   } while (n < 0 && errno == EINTR);
   int error = n < 0 ? errno : 0;
   if (error != 0 && !NobodyWaits(error)) {
@@ -83,6 +89,15 @@ void WriteDirectly(int device, const iovec* parts, int count) {
 }
 
 }  // namespace
+
+bool CopyContent(const layer::ReadResult& content, char* out) {
+  uint64_t at = 0;
+  for (const Segment& s : content.segments) {
+    if (s.length > content.length - at || !CopySegment(s, out + at)) return false;
+    at += s.length;
+  }
+  return at == content.length;
+}
 
 bool ReplyPipe::EnsurePipe() {
   if (read_end_.valid()) return true;
@@ -105,13 +120,23 @@ bool ReplyPipe::Fill(const iovec* parts, int count, uint64_t total) {
   return n >= 0 && static_cast<uint64_t>(n) == total;
 }
 
-void ReplyPipe::SpliceOut(int device, uint64_t total) {
-  (void)PassFault(faults_, "fuse.before_splice_out");
+void ReplyPipe::SpliceOut(const ReplyTarget& to, uint64_t total) {
   ssize_t n;
   int left = 0;
+  if (to.capture != nullptr) {
+    size_t at = to.capture->size();
+    to.capture->resize(at + total);
+    for (uint64_t done = 0; done < total;) {
+      n = read(read_end_.get(), to.capture->data() + at + done, total - done);
+      PCHECK(n > 0 || (n < 0 && errno == EINTR)) << "a reply pipe gave less than went in";
+      if (n > 0) done += static_cast<uint64_t>(n);
+    }
+    return;
+  }
+  (void)PassFault(faults_, "fuse.before_splice_out");
   do {
     // Not SPLICE_F_MOVE: it would take the pages out of the content file's page cache.
-    n = splice(read_end_.get(), nullptr, device, nullptr, total, 0);
+    n = splice(read_end_.get(), nullptr, to.device, nullptr, total, 0);
   } while (n < 0 && (errno == EINTR || errno == EAGAIN) && ioctl(read_end_.get(), FIONREAD, &left) == 0 &&
            static_cast<uint64_t>(left) == total);
   if (n >= 0 && static_cast<uint64_t>(n) == total) return;
@@ -126,22 +151,22 @@ void ReplyPipe::SpliceOut(int device, uint64_t total) {
   }
 }
 
-void ReplyPipe::SendMemory(int device, const iovec* parts, int count) {
-  (void)PassFault(faults_, "fuse.before_reply");
+void ReplyPipe::SendMemory(const ReplyTarget& to, const iovec* parts, int count) {
+  if (to.capture == nullptr) (void)PassFault(faults_, "fuse.before_reply");
   uint64_t total = Total(parts, count);
-  if (!EnsurePipe() || total / kPage + 2 > capacity_pages_) return WriteDirectly(device, parts, count);
+  if (!EnsurePipe() || total / kPage + 2 > capacity_pages_) return WriteDirectly(to, parts, count);
   if (!Fill(parts, count, total)) {
     read_end_.Reset();
     write_end_.Reset();
-    return WriteDirectly(device, parts, count);
+    return WriteDirectly(to, parts, count);
   }
-  SpliceOut(device, total);
+  SpliceOut(to, total);
 }
 
-void ReplyPipe::SendError(int device, uint64_t unique, int error) {
+void ReplyPipe::SendError(const ReplyTarget& to, uint64_t unique, int error) {
   fuse_out_header header = Header(unique, error, 0);
   iovec part{&header, sizeof header};
-  SendMemory(device, &part, 1);
+  SendMemory(to, &part, 1);
 }
 
 bool ReplyPipe::FillSegment(const Segment& segment, bool* damaged) {
@@ -177,26 +202,21 @@ bool ReplyPipe::FillSegment(const Segment& segment, bool* damaged) {
   return true;
 }
 
-SendResult ReplyPipe::SendCopied(int device, uint64_t unique, const layer::ReadResult& content) {
+SendResult ReplyPipe::SendCopied(const ReplyTarget& to, uint64_t unique, const layer::ReadResult& content) {
   copy_.resize(content.length);
-  uint64_t at = 0;
-  bool ok = true;
-  for (const Segment& s : content.segments) {
-    ok = ok && s.length <= content.length - at && CopySegment(s, copy_.data() + at);
-    at += s.length;
-  }
-  if (ok && at == content.length) {
+  bool ok = CopyContent(content, copy_.data());
+  if (ok) {
     fuse_out_header header = Header(unique, 0, content.length);
     iovec parts[2] = {{&header, sizeof header}, {copy_.data(), copy_.size()}};
-    SendMemory(device, parts, 2);
+    SendMemory(to, parts, 2);
   }
   std::vector<char>().swap(copy_);  // rare and large
-  return ok && at == content.length ? SendResult::kSent : SendResult::kDamaged;
+  return ok ? SendResult::kSent : SendResult::kDamaged;
 }
 
-SendResult ReplyPipe::SendContent(int device, uint64_t unique, const layer::ReadResult& content) {
-  (void)PassFault(faults_, "fuse.before_reply");
-  if (!EnsurePipe() || PagesFor(content) > capacity_pages_) return SendCopied(device, unique, content);
+SendResult ReplyPipe::SendContent(const ReplyTarget& to, uint64_t unique, const layer::ReadResult& content) {
+  if (to.capture == nullptr) (void)PassFault(faults_, "fuse.before_reply");
+  if (!EnsurePipe() || PagesFor(content) > capacity_pages_) return SendCopied(to, unique, content);
   fuse_out_header header = Header(unique, 0, content.length);
   iovec part{&header, sizeof header};
   bool damaged = false;
@@ -210,9 +230,9 @@ SendResult ReplyPipe::SendContent(int device, uint64_t unique, const layer::Read
   if (!filled || damaged) {
     read_end_.Reset();  // with the half reply in it
     write_end_.Reset();
-    return damaged ? SendResult::kDamaged : SendCopied(device, unique, content);
+    return damaged ? SendResult::kDamaged : SendCopied(to, unique, content);
   }
-  SpliceOut(device, sizeof header + total);
+  SpliceOut(to, sizeof header + total);
   return SendResult::kSent;
 }
 

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "common/fault.h"
@@ -24,25 +25,36 @@ enum class SendResult {
   kDamaged,  // the content file is shorter than its index says or cannot be read; nothing was sent
 };
 
+// Where a reply goes: to the kernel or, of a replayed request, into a string.
+struct ReplyTarget {
+  ReplyTarget(int device_fd, std::string* capture_into = nullptr)  // NOLINT: a descriptor is a target
+      : device(device_fd), capture(capture_into) {}
+  int device;
+  std::string* capture;
+};
+
+// The bytes of `content` as one piece; false when they are not all there.
+bool CopyContent(const layer::ReadResult& content, char* out);
+
 class ReplyPipe {
  public:
   explicit ReplyPipe(FaultPoints* faults) : faults_(faults) {}
 
   // Sends a reply that lies in memory; the first 16 bytes are a fuse_out_header with its length set.
-  void SendMemory(int device, const iovec* parts, int count);
+  void SendMemory(const ReplyTarget& to, const iovec* parts, int count);
   // A reply that is only a header. `error` is an errno or 0.
-  void SendError(int device, uint64_t unique, int error);
+  void SendError(const ReplyTarget& to, uint64_t unique, int error);
   // Answers a READ.
-  SendResult SendContent(int device, uint64_t unique, const layer::ReadResult& content);
+  SendResult SendContent(const ReplyTarget& to, uint64_t unique, const layer::ReadResult& content);
 
  private:
   bool EnsurePipe();
   // All bytes of the parts into the pipe; false leaves an unknown rest in it.
   bool Fill(const iovec* parts, int count, uint64_t total);
   bool FillSegment(const layer::ReadResult::Segment& segment, bool* damaged);
-  // Splices `total` bytes from the pipe to the kernel.
-  void SpliceOut(int device, uint64_t total);
-  SendResult SendCopied(int device, uint64_t unique, const layer::ReadResult& content);
+  // Splices `total` bytes from the pipe to the kernel (or reads them into the string).
+  void SpliceOut(const ReplyTarget& to, uint64_t total);
+  SendResult SendCopied(const ReplyTarget& to, uint64_t unique, const layer::ReadResult& content);
 
   FaultPoints* const faults_;
   UniqueFd read_end_, write_end_;

@@ -5,6 +5,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 
@@ -16,6 +17,7 @@ namespace {
 constexpr uint64_t kWakeToken = ~uint64_t{0};
 
 thread_local Exchange* current_exchange = nullptr;
+thread_local int gates = 0;  // that this thread is inside of
 
 }  // namespace
 
@@ -48,59 +50,108 @@ void ServerCore::Shutdown() {
   stop_ = true;
   uint64_t one = 1;
   (void)!write(wake_.get(), &one, sizeof one);
-  for (std::thread& thread : pool_) thread.join();
-  pool_.clear();
+  std::vector<std::thread> pool;
+  {
+    MutexLock lock(&pool_mutex_);
+    pool.swap(pool_);
+  }
+  for (std::thread& thread : pool) thread.join();
 }
 
 bool ServerCore::Enter() {
-  busy_.fetch_add(1);
-  if (!parked_.load()) return true;
-  Leave();
-  return false;
+  while (true) {
+    busy_.fetch_add(1);
+    gates++;
+    if (!parked_.load() && (!alone_.load() || gates > 1)) return true;
+    Leave();
+    if (parked_.load()) return false;
+    MutexLock lock(&park_mutex_);
+    while (alone_.load() && !parked_.load()) park_changed_.Wait(&park_mutex_);
+  }
 }
 
 void ServerCore::Leave() {
-  if (busy_.fetch_sub(1) != 1 || !parked_.load()) return;
+  gates--;
+  busy_.fetch_sub(1);
+  if (!parked_.load() && !alone_.load()) return;
   MutexLock lock(&park_mutex_);
   park_changed_.SignalAll();
 }
 
+ServerCore::Alone::Alone(ServerCore* core) : core_(core) {
+  core->alone_ = true;
+  MutexLock lock(&core->park_mutex_);
+  while (core->busy_.load() > gates) core->park_changed_.Wait(&core->park_mutex_);
+}
+
+ServerCore::Alone::~Alone() {
+  core_->alone_ = false;
+  MutexLock lock(&core_->park_mutex_);
+  core_->park_changed_.SignalAll();
+}
+
 void ServerCore::Park() {
   parked_ = true;
+  {
+    MutexLock lock(&park_mutex_);
+    park_changed_.SignalAll();
+  }
   for (const auto& mount : AllMounts()) UpdateArmed(*mount);
   MutexLock lock(&park_mutex_);
-  while (busy_.load() != 0) {
+  while (busy_.load() != 0 && parked_) {  // not for ever should Resume overtake it
     park_changed_.WaitUntil(&park_mutex_, std::chrono::steady_clock::now() + std::chrono::milliseconds(50));
   }
 }
 
 void ServerCore::Resume() {
+  EndTrial();
+  if (!parked_) return Start();  // nobody else has answered our READs
+  Park();                        // if one is under way, it must end first
   // What the server knew of its pending READs is read anew from the ledger: a successor may have answered
   // some.
   for (const auto& mount : AllMounts()) {
     pending_ -= mount->TakeAllPending().size();
     MutexLock lock(&mount->mutex);
-    if (mount->throttled) throttled_mounts_--;
-    mount->throttled = false;
+    HoldBack(*mount, false);
   }
   records_.Rebuild();
   parked_ = false;
   {
+    MutexLock walk(&adopt_mutex_);
     Gate gate(this);
     if (!gate) return;
     BorrowedPipe pipe(this);
     AdoptRecords(ledger_, false, pipe.get());
     for (const auto& view : OldLedgers()) AdoptRecords(view, false, pipe.get());
+    RunSuspects(pipe.get());
   }
+  started_ = true;
+  StartPool();
   for (const auto& mount : AllMounts()) UpdateArmed(*mount);
 }
 
 void ServerCore::Start() {
-  if (started_.exchange(true)) return;
-  for (int i = 0; i < options_.threads; i++) {
-    pool_.emplace_back([this, i] { PoolThread(static_cast<uint32_t>(i)); });
+  {
+    MutexLock walk(&adopt_mutex_);
+    Gate gate(this);
+    if (gate) {
+      BorrowedPipe pipe(this);
+      RunSuspects(pipe.get());
+    }
   }
+  started_ = true;
+  StartPool();
   for (const auto& mount : AllMounts()) UpdateArmed(*mount);
+}
+
+void ServerCore::StartPool() {
+  MutexLock lock(&pool_mutex_);
+  if (!pool_.empty() || stop_) return;
+  // The last slot is for adopted requests.
+  uint32_t threads = std::min(static_cast<uint32_t>(options_.threads), ledger_->slot_count() - 1);
+  for (uint32_t i = 0; i < threads; i++) {
+    pool_.emplace_back([this, i] { PoolThread(i); });
+  }
 }
 
 absl::Status ServerCore::AddMount(MountSpec spec) {
@@ -125,7 +176,9 @@ absl::Status ServerCore::AddMount(MountSpec spec) {
     if (!mounts_.emplace(mount->id(), mount).second) {
       return AlreadyExists("mount " + std::to_string(mount->id()) + " is being served already");
     }
+    sampler_.SetMounts(mounts_.size());
   }
+  if (mount->serve_now()) StartPool();
   UpdateArmed(*mount);
   return absl::OkStatus();
 }
@@ -138,12 +191,12 @@ void ServerCore::RemoveMount(uint64_t mount_id) {
     if (it == mounts_.end()) return;
     mount = it->second;
     mounts_.erase(it);
+    sampler_.SetMounts(mounts_.size());
   }
   {
     MutexLock lock(&mount->mutex);
     mount->ended = true;
-    if (mount->throttled) throttled_mounts_--;
-    mount->throttled = false;
+    HoldBack(*mount, false);
   }
   UpdateArmed(*mount);
   for (const PendingRead& read : mount->TakeAllPending()) {
@@ -173,7 +226,7 @@ std::vector<std::shared_ptr<Mount>> ServerCore::AllMounts() const {
 
 void ServerCore::UpdateArmed(Mount& mount) {
   MutexLock lock(&mount.mutex);
-  bool wanted = started_ && !parked_ && !mount.ended && !mount.throttled;
+  bool wanted = (started_ || mount.serve_now()) && !parked_ && !mount.ended && !mount.throttled;
   if (wanted == mount.armed) return;
   epoll_event event{};
   event.events = EPOLLIN;
@@ -189,9 +242,8 @@ void ServerCore::Throttle(Mount& mount) {
   {
     MutexLock lock(&mount.mutex);
     if (mount.throttled || mount.ended) return;
-    if (mount.PendingLocked() < options_.max_pending_per_mount && !TableFull()) return;
-    mount.throttled = true;
-    throttled_mounts_++;
+    if (mount.PendingLocked() < PendingLimit() && !TableFull()) return;
+    HoldBack(mount, true);
   }
   UpdateArmed(mount);
 }
@@ -199,16 +251,61 @@ void ServerCore::Throttle(Mount& mount) {
 void ServerCore::Unthrottle(Mount& mount) {
   {
     MutexLock lock(&mount.mutex);
-    if (!mount.throttled || TableFull() || mount.PendingLocked() > options_.max_pending_per_mount / 2) return;
-    mount.throttled = false;
-    throttled_mounts_--;
+    if (!mount.throttled || TableFull() || mount.PendingLocked() > PendingLimit() / 2) return;
+    HoldBack(mount, false);
   }
   UpdateArmed(mount);
+}
+
+void ServerCore::HoldBack(Mount& mount, bool hold) {
+  if (mount.throttled == hold) return;
+  mount.throttled = hold;
+  throttled_mounts_ += hold ? 1 : -1;
+  MutexLock lock(&held_back_mutex_);
+  if (hold) {
+    held_back_.insert(mount.id());
+  } else {
+    held_back_.erase(mount.id());
+  }
+}
+
+std::vector<uint64_t> ServerCore::HeldBack() const {
+  MutexLock lock(&held_back_mutex_);
+  return {held_back_.begin(), held_back_.end()};
 }
 
 bool ServerCore::TableFull() const {
   // What is left suffices for every thread that may hold a request, and for an adopted ledger's slots.
   return records_.used() + 4 * HF_LEDGER_SLOTS >= ledger_->record_count();
+}
+
+bool ServerCore::TableNearlyFull() const { return records_.used() >= ledger_->record_count() / 4 * 3; }
+
+uint32_t ServerCore::PendingLimit() const {
+  return records_.used() < ledger_->record_count() / 2 ? options_.max_pending_per_mount : 1;
+}
+
+absl::Status ServerCore::BeginTrial(UniqueFd touched) {
+  if (started_) return FailedPrecondition("a trial begins before the server is started");
+  std::unique_ptr<TouchedLog> log;
+  if (touched.valid()) {
+    HF_ASSIGN_OR_RETURN(log, TouchedLog::Map(touched));
+  }
+  MutexLock lock(&trial_mutex_);
+  touched_ = std::move(log);
+  on_trial_ = true;
+  return absl::OkStatus();
+}
+
+void ServerCore::EndTrial() {
+  MutexLock lock(&trial_mutex_);
+  on_trial_ = false;
+  touched_.reset();
+}
+
+void ServerCore::NoteTouched(uint64_t mount_id, uint64_t nodeid) {
+  MutexLock lock(&trial_mutex_);
+  if (touched_ != nullptr) touched_->Note(mount_id, nodeid);
 }
 
 ServerStats ServerCore::stats() const {
@@ -219,6 +316,7 @@ ServerStats ServerCore::stats() const {
   s.interrupted = interrupted_;
   s.errors = errors_;
   s.dropped = dropped_;
+  s.poisoned = poisoned_;
   return s;
 }
 

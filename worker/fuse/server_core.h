@@ -1,9 +1,12 @@
 // The server behind fuse_server.h. Kept by std::shared_ptr, because completions of the layers may come after
 // the server is gone: they hold a weak_ptr.
 //
-// Files: server_core.cc (set-up, mounts, parking), receive.cc (the pool), pending.cc (READs that wait),
-// adopt.cc (older ledgers), operations.cc (the file system). Locks: README.md.
+// Files: server_core.cc (set-up, mounts, parking, trial), receive.cc (the pool), pending.cc (READs that
+// wait), adopt.cc (older ledgers), replay.cc (samples and replays), forget.cc (the kernel's caches),
+// operations.cc (the file system). Locks: README.md.
 #pragma once
+
+#include <linux/fuse.h>
 
 #include <atomic>
 #include <cstdint>
@@ -13,6 +16,7 @@
 #include <optional>
 #include <set>
 #include <span>
+#include <string_view>
 #include <thread>
 #include <unordered_map>
 #include <vector>
@@ -24,10 +28,25 @@
 #include "worker/fuse/mount.h"
 #include "worker/fuse/operations.h"
 #include "worker/fuse/reply_pipe.h"
+#include "worker/fuse/sampler.h"
+#include "worker/fuse/touched_log.h"
 
 namespace holdfast::fuse {
 
-struct RecoveredRequest;  // adopt.cc
+// A request found in a slot of an older ledger, copied out; zero bytes follow it.
+struct RecoveredRequest {
+  std::shared_ptr<LedgerView> view;
+  uint32_t slot = 0;
+  uint64_t mount_id = 0;
+  uint32_t strikes = 0;
+  uint64_t received_nanos = 0;
+  bool executing = false;  // else it was still being received
+  std::vector<uint8_t> bytes;
+  uint32_t length = 0;
+
+  fuse_in_header header() const;
+  bool NeedsAnswer() const;
+};
 
 class ServerCore : public std::enable_shared_from_this<ServerCore> {
  public:
@@ -38,11 +57,18 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   absl::Status AddMount(MountSpec spec);
   void RemoveMount(uint64_t mount_id);
   void OnMountEnded(std::function<void(uint64_t)> callback);
-  absl::StatusOr<uint64_t> AdoptLedger(uint64_t generation, LedgerHandle handle, bool final_walk);
+  absl::StatusOr<uint64_t> AdoptLedger(uint64_t generation, LedgerHandle handle, bool final_walk,
+                                       bool owner_hung);
   bool Drained(uint64_t generation);
   void Start();
   void Park();
   void Resume();
+  absl::Status BeginTrial(UniqueFd touched);
+  void EndTrial();
+  absl::StatusOr<uint64_t> ForgetCached(UniqueFd touched);
+  std::vector<Sample> Samples(size_t limit);
+  absl::StatusOr<std::string> Replay(uint64_t mount_id, std::string_view request);
+  std::vector<uint64_t> HeldBack() const;
   ServerStats stats() const;
 
   const ServerOptions& options() const { return options_; }
@@ -54,6 +80,12 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   void ReplyError(Exchange& x, int error);
   // For libfuse's replies.
   void ReplyParts(Exchange& x, const iovec* parts, int count);
+
+  bool on_trial() const { return on_trial_.load(std::memory_order_acquire); }
+  // On trial: what is about to be answered makes the kernel know this node. Before the answer is sent.
+  void NoteTouched(const Exchange& x, uint64_t nodeid) {
+    if (on_trial() && x.capture == nullptr) NoteTouched(x.mount->id(), nodeid);
+  }
 
  private:
   // While one is held, Park waits. Refused once parked.
@@ -70,6 +102,17 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
    private:
     ServerCore* const core_;
     const bool open_;
+  };
+  // While one lives, no other thread is inside a Gate. The caller is inside one, and holds adopt_mutex_.
+  class Alone {
+   public:
+    explicit Alone(ServerCore* core);
+    ~Alone();
+    Alone(const Alone&) = delete;
+    Alone& operator=(const Alone&) = delete;
+
+   private:
+    ServerCore* const core_;
   };
   // A pipe from the free list for as long as one reply takes.
   class BorrowedPipe {
@@ -89,6 +132,12 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
     std::map<uint32_t, uint64_t>
         taken_slots;  // slot -> unique that was executed while its owner might still live
     bool walked_finally = false;
+    bool slots_of_the_dead = false;  // its slots were walked after its owner's exit
+  };
+  // A record that was executed when its worker crashed.
+  struct SuspectRecord {
+    std::shared_ptr<LedgerView> view;
+    uint32_t index = 0;
   };
   enum class Received { kNothing, kRequest, kInterrupt, kEnded, kBroken };
 
@@ -98,6 +147,9 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   std::shared_ptr<Mount> FindMount(uint64_t mount_id) const;
   std::vector<std::shared_ptr<Mount>> AllMounts() const;
   void UpdateArmed(Mount& mount);
+  void StartPool();
+  void HoldBack(Mount& mount, bool hold) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mount.mutex);
+  void NoteTouched(uint64_t mount_id, uint64_t nodeid);
   void Throttle(Mount& mount);    // stop reading it when it is at its cap
   void Unthrottle(Mount& mount);  // read it again when it has drained
 
@@ -113,7 +165,11 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   void HandleInterrupt(Exchange& x, uint64_t target);
   void MountEnded(Mount& mount, bool report);
   void CountAnswer();
-  bool TableFull() const;
+  // How many READs of one mount may wait now: fewer once the table is half full, so that the rest of it is
+  // there for the mounts that have none waiting.
+  uint32_t PendingLimit() const;
+  bool TableFull() const;        // no mount may be read
+  bool TableNearlyFull() const;  // a mount held back is not even looked at for INTERRUPTs
 
   // pending.cc
   void MakeRecord(Exchange& x, uint64_t nodeid, uint64_t offset, uint64_t size);
@@ -129,13 +185,29 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   void TakeUp(const std::shared_ptr<Mount>& mount, uint64_t unique, ReplyPipe* pipe);
   void FinishPending(Mount& mount, const PendingRead& read, int error);
   void FreeRecord(const PendingRead& read);
+  // Fault points of tests: a content or a name that is wrong.
+  bool WrongBytes(bool captured) const;
 
   // adopt.cc
-  uint64_t AdoptRecords(const std::shared_ptr<LedgerView>& view, bool final_walk, ReplyPipe* pipe);
-  bool AdoptRecord(const std::shared_ptr<LedgerView>& view, uint32_t index, bool final_walk, ReplyPipe* pipe);
-  uint64_t AdoptSlots(OldLedger& old, bool final_walk, ReplyPipe* pipe);
-  bool AdoptRequest(const RecoveredRequest& request, hf_slot* slot, ReplyPipe* pipe);
+  uint64_t AdoptRecords(const std::shared_ptr<LedgerView>& view, bool final_walk, ReplyPipe* pipe)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  bool AdoptRecord(const std::shared_ptr<LedgerView>& view, uint32_t index, bool final_walk, ReplyPipe* pipe)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  uint64_t AdoptSlots(OldLedger& old, bool final_walk, bool owner_hung, ReplyPipe* pipe)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  bool AdoptRequest(const RecoveredRequest& request, ReplyPipe* pipe)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  void FreeSuspectSlot(const RecoveredRequest& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  void RunSuspects(ReplyPipe* pipe) ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  bool Poisoned(Mount& mount, uint32_t opcode, uint64_t nodeid, uint32_t strikes);
   std::vector<std::shared_ptr<LedgerView>> OldLedgers() const;
+
+  // replay.cc
+  absl::StatusOr<std::string> Replay(const std::shared_ptr<Mount>& mount, std::string_view request,
+                                     int* error);
+  // forget.cc
+  uint64_t ForgetNode(Mount& mount, uint64_t nodeid);
+
   void Dropped(uint64_t generation, uint64_t mount_id, const char* why);
 
   const ServerOptions options_;
@@ -156,6 +228,15 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   std::vector<std::unique_ptr<ReplyPipe>> pipes_ ABSL_GUARDED_BY(pipes_mutex_);
 
   Mutex adopt_mutex_;  // one walk at a time
+  std::vector<RecoveredRequest> suspects_ ABSL_GUARDED_BY(adopt_mutex_);
+  std::vector<SuspectRecord> suspect_records_ ABSL_GUARDED_BY(adopt_mutex_);
+  struct Suspect {
+    uint32_t strikes = 0;  // the most seen on any copy of the request
+    bool executed = false;
+  };
+  // By mount and unique: a request may lie in the ledger of its first owner and in those of successors that
+  // died over it.
+  std::map<std::pair<uint64_t, uint64_t>, Suspect> known_suspects_ ABSL_GUARDED_BY(adopt_mutex_);
   mutable Mutex old_mutex_;
   std::map<uint64_t, std::shared_ptr<OldLedger>> old_ ABSL_GUARDED_BY(old_mutex_);
   std::set<uint64_t> drained_ ABSL_GUARDED_BY(old_mutex_);  // walked finally and found empty
@@ -164,13 +245,24 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   CondVar park_changed_;
   std::atomic<int> busy_{0};
   std::atomic<bool> parked_{false};
+  std::atomic<bool> alone_{false};  // one suspect is executed, all others wait
   std::atomic<bool> started_{false};
   std::atomic<bool> stop_{false};
-  std::vector<std::thread> pool_;
+  Mutex pool_mutex_;
+  std::vector<std::thread> pool_ ABSL_GUARDED_BY(pool_mutex_);
   std::atomic<uint64_t> next_tick_nanos_{0};
   std::atomic<int> throttled_mounts_{0};
+  mutable Mutex held_back_mutex_;
+  std::set<uint64_t> held_back_ ABSL_GUARDED_BY(held_back_mutex_);
 
-  std::atomic<uint64_t> requests_{0}, pending_{0}, adopted_{0}, interrupted_{0}, errors_{0}, dropped_{0};
+  std::atomic<bool> on_trial_{false};
+  Mutex trial_mutex_;
+  std::unique_ptr<TouchedLog> touched_ ABSL_GUARDED_BY(trial_mutex_);
+
+  Sampler sampler_;
+
+  std::atomic<uint64_t> requests_{0}, pending_{0}, adopted_{0}, interrupted_{0}, errors_{0}, dropped_{0},
+      poisoned_{0};
   std::atomic<uint64_t> attempts_{0};  // ReadAsync calls
 };
 

@@ -16,6 +16,7 @@ struct LayerInfo {
   indexDigest @8 :Text;        # SHA-256 of the LayerIndex
   files @9 :UInt64;
   touchedBytes @10 :UInt64;    # compressed bytes of the distinct chunks that applications read, since the worker started
+  folders @11 :List(Text);     # below the state folder: with the mount's blob, all that serving what is cached of it needs
 }
 
 struct SnapshotInfo {

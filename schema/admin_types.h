@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace holdfast::admin {
 
@@ -13,6 +14,7 @@ struct LayerInfo {
            files = 0;
   uint32_t mounts = 0;
   int64_t last_access_wall_nanos = 0;
+  std::vector<std::string> folders;
 };
 
 struct SnapshotInfo {

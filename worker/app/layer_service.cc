@@ -50,6 +50,8 @@ std::string ContentKey(const layer::LayerIndex& index) {
                            std::to_string(index.numbering_version()));
 }
 
+std::string HexOf(const std::string& digest) { return digest.substr(digest.find(':') + 1); }
+
 }  // namespace
 
 absl::StatusOr<LayerService::IndexPtr> LayerService::OpenIndex(const std::string& layer_digest,
@@ -337,6 +339,8 @@ std::vector<handover::LayerInfo> LayerService::Layers() const {
     if (index.ok()) {
       info.content_bytes = (*index)->content_bytes();
       info.files = (*index)->regular_files();
+      info.folders = {kLayersFolder + ("/" + HexOf(digest)),
+                      kContentFolder + ("/" + HexOf(ContentKey(**index)))};
       auto content =
           parts_.store->OpenLayer(ContentKey(**index), (*index)->chunk_count(), (*index)->content_bytes());
       if (content.ok()) {

@@ -34,6 +34,10 @@
 
 namespace holdfast::app {
 
+// Below the state folder: the roots of LayerFiles and ContentStore.
+inline constexpr char kLayersFolder[] = "layers";
+inline constexpr char kContentFolder[] = "content";
+
 struct LayerServiceParts {
   LayerFiles* files = nullptr;
   LayerResolver* resolver = nullptr;

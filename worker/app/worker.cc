@@ -130,14 +130,14 @@ void Worker::Warm() {
 absl::Status Worker::BuildLayers(const std::string& state_dir, const std::string& vault_id) {
   const Config& config = options_.config;
   cache::StoreOptions store_options;
-  store_options.root = state_dir + "/content";
+  store_options.root = state_dir + "/" + kContentFolder;
   store_options.vault_id = vault_id;
   store_options.limit_bytes = config.cache.limit_bytes;
   store_options.free_floor_bytes = config.cache.free_floor_bytes;
   store_options.faults = faults_;
   HF_RETURN_IF_ERROR(MakeDirs(store_options.root));
   HF_ASSIGN_OR_RETURN(content_, cache::ContentStore::Open(store_options));
-  files_ = std::make_unique<LayerFiles>(state_dir + "/layers");
+  files_ = std::make_unique<LayerFiles>(state_dir + "/" + kLayersFolder);
   ResolverOptions resolver_options;
   resolver_options.trace = &trace_;
   resolver_ = std::make_unique<LayerResolver>(resolver_options, files_.get(), client_.get());

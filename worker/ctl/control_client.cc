@@ -278,6 +278,7 @@ class ClientImpl final : public ControlClient {
         to.files = from.getFiles();
         to.mounts = from.getMounts();
         to.last_access_wall_nanos = from.getLastAccessWallNanos();
+        for (auto folder : from.getFolders()) to.folders.push_back(TextOf(folder));
         layers.push_back(std::move(to));
       }
       return layers;

@@ -43,7 +43,7 @@ struct SupervisorStatus {
   uint64_t mounts_live = 0, mounts_detached = 0, crashes = 0, carried_over_total = 0, swaps = 0;
   SwapStatus last_swap;
   std::vector<std::string> warnings;
-  // Empty or 0 from a supervisor that does not know them yet; then state_source is empty, too.
+  // Empty or 0 from a supervisor that does not know them yet; then `spare` is empty, too.
   uint64_t hangs = 0, probation_seconds = 0, supervisor_restarts = 0;
   std::string last_good, spare, state_source;
   bool fd_store = false;

@@ -10,6 +10,7 @@
 #include "common/clock.h"
 #include "worker/ctl/candidate_check.h"
 #include "worker/ctl/control_client.h"
+#include "worker/ctl/drill.h"
 #include "worker/ctl/inflight.h"
 #include "worker/ctl/report.h"
 #include "worker/ctl/swap_report.h"
@@ -26,6 +27,7 @@ Examples:
   holdfastctl inflight                     which reads wait right now (works when the worker is dead or hangs)
   holdfastctl upgrade                      swap to the worker installed now; containers go on reading
   holdfastctl upgrade --worker ./holdfast-worker
+  holdfastctl drill                        prove on this node that nothing is lost when a worker dies
   holdfastctl rollback                     swap back to the build that ran before
   holdfastctl --json status | jq .last_swap
 
@@ -57,6 +59,7 @@ class Session {
   int Inflight();
   int Upgrade();
   int Rollback();
+  int Drill();
   int Swapped(const absl::Status& status, const StepLog& log);
   void ShowStep(const SwapStep& step, bool done, StepLog* log) const;
   int Fail(const absl::Status& status, const std::string& advice);
@@ -161,6 +164,25 @@ int Session::Rollback() {
   return kDone;
 }
 
+int Session::Drill() {
+  if (!options_.json) std::cerr << "a private instance is being set up ...\n";
+  auto begin = [&](const DrillReport& report) {
+    if (!options_.json) std::cout << DrillBeginText(report) << std::flush;
+  };
+  auto one_case = [&](const DrillCase& one) {
+    if (!options_.json) std::cout << DrillCaseText(one) << std::flush;
+  };
+  absl::StatusOr<DrillReport> report = RunDrill(client_.get(), options_.socket, begin, one_case);
+  if (!report.ok()) {
+    const absl::Status& status = report.status();
+    return Fail(status, status.code() == absl::StatusCode::kNotFound
+                            ? "start a container from a lazily pulled image and let it read, then try again"
+                            : "nothing of this node was touched, and nothing was left behind");
+  }
+  std::cout << (options_.json ? DrillJson(*report) : DrillEndText(*report));
+  return report->ok() ? kDone : kFailed;
+}
+
 int Session::Run() {
   auto client = ControlClient::Connect(options_.socket);
   if (!client.ok()) {
@@ -174,6 +196,7 @@ int Session::Run() {
   if (command_ == "inflight") return Inflight();
   if (command_ == "upgrade") return Upgrade();
   if (command_ == "rollback") return Rollback();
+  if (command_ == "drill") return Drill();
   if (command_ == "mounts") return Show(client_->Mounts(), MountsText, MountsJson);
   if (command_ == "layers") {
     return Show(
@@ -207,6 +230,9 @@ int Main(int argc, char** argv) {
   upgrade->add_flag("--reexec,--force", options.force,
                     "swap even to the build that runs: for replaced libraries or a changed configuration");
   app.add_subcommand("rollback", "swap back to the build that ran before, by the same steps");
+  app.add_subcommand(
+      "drill",
+      "prove swap, crash, hang and rollback on this node, on a private instance; touches no container");
   CLI::App* trace = app.add_subcommand("trace", "the worker's last trace points, oldest first");
   trace->add_option("--limit", options.limit, "how many at most")->capture_default_str();
   try {

@@ -67,6 +67,11 @@ std::string SafetyText(const SupervisorStatus& status) {
 std::string RollbackCheckText(const NodeStatus& node) {
   if (!node.rollback.has_value()) return "not known: " + node.rollback_unknown;
   const RollbackCheck& check = *node.rollback;
+  for (const WorkerStatus& worker : node.supervisor.workers) {
+    if (worker.role != "owner" || worker.executable != check.executable) continue;
+    return std::string("no other build is kept; the running one ") +
+           (check.ready ? "can be started again: " : "can NOT be started again: ") + check.reason;
+  }
   const std::string build = check.executable.empty() ? "" : check.executable.substr(0, 12) + ": ";
   return (check.ready ? "ready: " : "NOT ready: ") + build + check.reason;
 }
@@ -96,7 +101,7 @@ std::string StatusText(const NodeStatus& node, int64_t now) {
   out += Line("since start", Count(status.swaps, "swap") + ", " + Count(status.crashes, "crash") +
                                  (status.hangs == 0 ? "" : " (" + Count(status.hangs, "hang") + ")") + ", " +
                                  Count(status.carried_over_total, "request") + " carried over");
-  if (!status.state_source.empty()) out += SafetyText(status);
+  if (!status.spare.empty()) out += SafetyText(status);
   out += Line("rollback", RollbackCheckText(node));
   if (stats.has_value()) {
     out += Line("fetched", HumanBytes(stats->fetch_bytes) + " in " + Count(stats->fetch_requests, "request") +

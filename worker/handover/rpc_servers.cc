@@ -141,6 +141,8 @@ class AdminServer final : public schema::WorkerAdmin::Server {
     out.setTouchedBytes(layer.touched_bytes);
     out.setIndexDigest(layer.index_digest.c_str());
     out.setFiles(layer.files);
+    auto folders = out.initFolders(static_cast<unsigned>(layer.folders.size()));
+    for (unsigned i = 0; i < folders.size(); ++i) folders.set(i, layer.folders[i].c_str());
   }
   static void Fill(const SnapshotInfo& snapshot, schema::SnapshotInfo::Builder out) {
     out.setKey(snapshot.key.c_str());

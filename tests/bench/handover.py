@@ -32,8 +32,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support" / "harness"))
-sys.path.insert(0, str(Path(__file__).parent))
-import bench_handover_fleet as fleets  # noqa: E402
+from holdfast_harness import fleet as fleets  # noqa: E402
 from holdfast_harness.containerd import Containerd  # noqa: E402
 from holdfast_harness.errors import HarnessError  # noqa: E402
 from holdfast_harness.holdfast import Holdfast  # noqa: E402

@@ -228,8 +228,10 @@ class Containerd:
         wait_for(f"containerd's connection to {snapshotter}", reached, seconds)
 
     @contextlib.contextmanager
-    def mounted_view(self, chain_id: str, snapshotter: str, namespace: str | None = None) -> Iterator[Path]:
-        """A read-only mount of the snapshot `chain_id`, gone at the end of the block.
+    def mounted_view(
+        self, chain_id: str, snapshotter: str, namespace: str | None = None, writable: bool = False
+    ) -> Iterator[Path]:
+        """A mount of the snapshot `chain_id`, read-only unless `writable`, gone at the end of the block.
 
         Of an active snapshot: `ctr snapshots view` makes one that the next garbage collection removes.
         """
@@ -242,7 +244,7 @@ class Containerd:
             line = self.ctr(*words, "mounts", target, key, namespace=namespace).stdout
             if not line.startswith("mount "):
                 raise HarnessError(f"no mount command for {key}: {line}")
-            run(["mount", "--read-only", *shlex.split(line)[1:]])
+            run(["mount", *([] if writable else ["--read-only"]), *shlex.split(line)[1:]])
             yield target
         finally:
             mounts.unmount(str(target))

@@ -107,7 +107,7 @@ def _make(name: str, folder: Path, say: Say) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -118,7 +118,7 @@ def ensure(name: str, say: Say = quiet) -> Image:
     """The image "demo" or "every-object", made now if the cache does not hold it. Safe to call in parallel."""
     base = cache_folder() / "images"
     folder = base / f"{name}-{_recipe(name)}"
-    with _locked(base / f"{name}.lock"):
+    with locked(base / f"{name}.lock"):
         if folder.exists():
             say(f"image {name} is in the cache ({folder})")
         else:

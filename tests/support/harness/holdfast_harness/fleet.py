@@ -1,7 +1,8 @@
-"""Images for the handover benchmark, from a fixed seed, kept in the cache folder as a registry's store.
+"""Images for load tests and benchmarks of the handover, from a fixed seed, kept in the cache folder as a registry's store.
 
 Each image's busy layers hold small files, to be read at first, and cold ones of more than 64 KiB, so that a read brings nothing
-but the file itself: content that nobody has read lasts for every round. Idle layers hold three tiny files: they are mounts.
+but the file itself: content that nobody has read lasts for every round. They may hold programs as well, each with content of its
+own, so that its first run reads what nobody has read. Idle layers hold three tiny files: they are mounts.
 """
 
 from __future__ import annotations
@@ -12,18 +13,16 @@ import io
 import json
 import random
 import shutil
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support" / "harness"))
-from holdfast_harness import images  # noqa: E402
-from holdfast_harness.containerd import Containerd  # noqa: E402
-from holdfast_harness.instance import Instance  # noqa: E402
-from holdfast_harness.oci_layout import Layout, chain_id  # noqa: E402
-from holdfast_harness.process import run  # noqa: E402
-from holdfast_harness.registry import get_json  # noqa: E402
+from . import images
+from .containerd import Containerd
+from .instance import Instance
+from .oci_layout import Layout, chain_id
+from .process import run
+from .registry import get_json
 
 BLOCK = 65536  # of holdfast-reader's manifests
 COLD_BYTES = 72 * 1024
@@ -37,6 +36,7 @@ class Shape:
     busy_layers: int  # of each image, the topmost ones
     warm_files: int  # of a busy layer
     cold_files: int
+    programs: int = 0
 
 
 SEVENTY = Shape(images=12, layers=(6,) * 10 + (5,) * 2, busy_layers=6, warm_files=30, cold_files=60)
@@ -54,6 +54,7 @@ class FleetImage:
     chain_id: str
     warm: Path  # manifests
     cold: Path
+    programs: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,9 @@ def _line(path: str, content: bytes) -> str:
     return f"{len(content)} {','.join(digests)} {path}"
 
 
-def _layer(seed: str, index: int, warm: int, cold: int, lines: dict[str, list[str]]) -> Callable[[tarfile.TarFile], None]:
+def _layer(
+    seed: str, index: int, warm: int, cold: int, programs: int, lines: dict[str, list[str]]
+) -> Callable[[tarfile.TarFile], None]:
     def write(tar: tarfile.TarFile) -> None:
         rng = random.Random(f"{seed}/{index}")
 
@@ -80,10 +83,10 @@ def _layer(seed: str, index: int, warm: int, cold: int, lines: dict[str, list[st
             entry.type, entry.mode = tarfile.DIRTYPE, 0o755
             tar.addfile(entry)
 
-        def file(name: str, size: int) -> str:
-            content = rng.randbytes(size)  # noise: so its size in the blob is known
+        def file(name: str, size: int, begin: bytes = b"", mode: int = 0o644) -> str:
+            content = begin + rng.randbytes(size)  # noise: so its size in the blob is known
             entry = tarfile.TarInfo(name)
-            entry.size, entry.mode = size, 0o644
+            entry.size, entry.mode = len(content), mode
             tar.addfile(entry, io.BytesIO(content))
             return _line(name, content)
 
@@ -96,6 +99,10 @@ def _layer(seed: str, index: int, warm: int, cold: int, lines: dict[str, list[st
             if number % 20 == 0:
                 folder(f"layer{index}/cold{number // 20}")
             lines["cold"].append(file(f"layer{index}/cold{number // 20}/file{number}", COLD_BYTES))
+        for number in range(programs):
+            # This machine's own, which ends with 0; what follows it makes each of them another file.
+            file(f"layer{index}/program{number}", COLD_BYTES, Path("/bin/true").read_bytes(), 0o755)
+            lines["programs"].append(f"layer{index}/program{number}")
 
     return write
 
@@ -103,11 +110,11 @@ def _layer(seed: str, index: int, warm: int, cold: int, lines: dict[str, list[st
 def _make_image(box: Instance, containerd: Containerd, address: str, name: str, number: int, shape: Shape, folder: Path) -> str:
     """Into the registry, converted; its chain id."""
     layers = shape.layers[number % len(shape.layers)]
-    lines: dict[str, list[str]] = {"warm": [], "cold": []}
+    lines: dict[str, list[str]] = {"warm": [], "cold": [], "programs": []}
     layout = Layout(box.root / name)
     for index in range(layers):
         busy = index >= layers - shape.busy_layers
-        sizes = (shape.warm_files, shape.cold_files) if busy else (0, 0)
+        sizes = (shape.warm_files, shape.cold_files, shape.programs) if busy else (0, 0, 0)
         layout.add_layer(_layer(name, index, *sizes, lines), level=1)
     layout.finish([], ["/none"])
     for kind, rows in lines.items():
@@ -126,26 +133,40 @@ def _make_image(box: Instance, containerd: Containerd, address: str, name: str, 
     return chain_id(config["rootfs"]["diff_ids"])
 
 
-def ensure(shape: Shape, say: Say) -> Fleet:
+def _make(shape: Shape, folder: Path, say: Say) -> None:
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "store").mkdir(parents=True)
+    chains = {}
+    with Instance("fleet") as box:
+        registry = box.registry(store=partial / "store")
+        containerd = box.containerd()
+        for number in range(shape.images):
+            name = f"busy{number:02}"
+            say(f"making image {name} ({number + 1} of {shape.images}, kept for later runs)")
+            chains[name] = _make_image(box, containerd, registry.address, name, number, shape, partial)
+    (partial / "fleet.json").write_text(json.dumps(chains))
+    partial.rename(folder)
+
+
+def ensure(shape: Shape, say: Say = images.quiet) -> Fleet:
+    """Made now if the cache does not hold it. Safe to call in parallel."""
     recipe = hashlib.sha256(Path(__file__).read_bytes() + repr(shape).encode()).hexdigest()[:12]
     base = images.cache_folder() / "images"
-    folder = base / f"handover-{recipe}"
-    if not folder.exists():
-        base.mkdir(parents=True, exist_ok=True)
-        partial = base / f"handover-{recipe}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "store").mkdir(parents=True)
-        chains = {}
-        with Instance("fleet") as box:
-            registry = box.registry(store=partial / "store")
-            containerd = box.containerd()
-            for number in range(shape.images):
-                name = f"busy{number:02}"
-                say(f"making image {name} ({number + 1} of {shape.images}, kept for later runs)")
-                chains[name] = _make_image(box, containerd, registry.address, name, number, shape, partial)
-        (partial / "fleet.json").write_text(json.dumps(chains))
-        partial.rename(folder)
+    folder = base / f"fleet-{recipe}"
+    with images.locked(base / f"fleet-{recipe}.lock"):
+        if not folder.exists():
+            _make(shape, folder, say)
     chains = json.loads((folder / "fleet.json").read_text())
-    found = [FleetImage(name, chain, folder / f"{name}.warm", folder / f"{name}.cold") for name, chain in chains.items()]
+    found = [
+        FleetImage(
+            name,
+            chain,
+            folder / f"{name}.warm",
+            folder / f"{name}.cold",
+            tuple((folder / f"{name}.programs").read_text().split()),
+        )
+        for name, chain in chains.items()
+    ]
     layers = sum(shape.layers[number % len(shape.layers)] for number in range(shape.images))
     return Fleet(folder / "store", found, layers)

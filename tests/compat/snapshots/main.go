@@ -4,7 +4,8 @@
 //
 //	long KEY JSON     Prepare KEY with these labels, which is expected to end with "already exists" (a remote snapshot)
 //	long              answers "long N": how many such calls are under way
-//	end               (or its end) waits for all calls and prints the report as one line of JSON
+//	report            prints the report on the calls since the last one, as one line of JSON, and begins a new one
+//	end               (or its end) waits for all calls and prints the last report
 package main
 
 import (
@@ -64,6 +65,8 @@ func (n *notes) call(name string, function func() error) {
 }
 
 func (n *notes) report() report {
+	n.mutex.Lock()
+	defer n.mutex.Unlock()
 	out := report{map[string]int{}, map[string]float64{}, map[string]float64{}, n.failed, n.errors}
 	for name, times := range n.times {
 		sort.Slice(times, func(a, b int) bool { return times[a] < times[b] })
@@ -72,7 +75,14 @@ func (n *notes) report() report {
 		out.MaxMillis[name] = millis(len(times) - 1)
 		out.P99Millis[name] = millis(len(times) * 99 / 100)
 	}
+	n.times, n.failed, n.errors = map[string][]time.Duration{}, 0, nil
 	return out
+}
+
+func (n *notes) print() {
+	if err := json.NewEncoder(os.Stdout).Encode(n.report()); err != nil {
+		log.Fatal(err)
+	}
 }
 
 // As containerd connects to a proxy plugin.
@@ -146,6 +156,10 @@ func main() {
 		if words[0] == "end" {
 			break
 		}
+		if words[0] == "report" {
+			n.print()
+			continue
+		}
 		if words[0] != "long" {
 			log.Fatalf("what? %q", lines.Text())
 		}
@@ -172,7 +186,5 @@ func main() {
 	}
 	end.Store(true)
 	all.Wait()
-	if err := json.NewEncoder(os.Stdout).Encode(n.report()); err != nil {
-		log.Fatal(err)
-	}
+	n.print()
 }

@@ -15,13 +15,16 @@ struct Wait {
   Call call;
   bool of_owner;
 };
-constexpr std::array<Wait, 7> kWaits = {{{Phase::kParking, Call::kPark, true},
-                                         {Phase::kServing, Call::kServe, false},
-                                         {Phase::kYielding, Call::kYield, true},
-                                         {Phase::kCommitting, Call::kTake, false},
-                                         {Phase::kResuming, Call::kResume, true},
-                                         {Phase::kReclaiming, Call::kTake, true},
-                                         {Phase::kStopYielding, Call::kYield, true}}};
+constexpr std::array<Wait, 10> kWaits = {{{Phase::kPreparing, Call::kPrepare, false},
+                                          {Phase::kRehearsing, Call::kRehearse, false},
+                                          {Phase::kParking, Call::kPark, true},
+                                          {Phase::kServing, Call::kServe, false},
+                                          {Phase::kProbing, Call::kProbe, false},
+                                          {Phase::kYielding, Call::kYield, true},
+                                          {Phase::kCommitting, Call::kTake, false},
+                                          {Phase::kResuming, Call::kResume, true},
+                                          {Phase::kReclaiming, Call::kTake, true},
+                                          {Phase::kStopYielding, Call::kYield, true}}};
 
 // One run of Step: the state being changed and the actions collected so far.
 class Stepper {
@@ -30,14 +33,15 @@ class Stepper {
 
   StepResult Run(const Event& event) {
     if (event.type == EventType::kStart && s_.phase == Phase::kIdle) SpawnSuccessor(Binary::kRunning);
-    if (event.type == EventType::kRegistered) OnRegistered(event.generation);
+    if (event.type == EventType::kRegistered) OnRegistered(event);
     if (event.type == EventType::kDied) OnDied(event.generation, event.reason);
     if (event.type == EventType::kExited) OnExited(event.generation, event.reason);
     if (event.type == EventType::kReplied) OnReplied(event.generation, event.call);
     if (event.type == EventType::kFailed) OnFailed(event.generation, event.call, event.reason);
     if (event.type == EventType::kTimer) OnTimer();
-    if (event.type == EventType::kUpgrade) OnUpgrade();
+    if (event.type == EventType::kUpgrade) OnUpgrade(event.proven);
     if (event.type == EventType::kStop) OnStop();
+    DistrustIfDue();
     return {std::move(s_), std::move(actions_)};
   }
 
@@ -77,23 +81,54 @@ class Stepper {
     actions_.push_back({.type = Type::kSpawn, .generation = s_.successor, .binary = binary});
   }
 
-  // No worker is left: the running binary is started again.
-  void Restart() {
-    s_.owner = s_.successor = 0;
+  // No worker is left: the spare takes over, or the running binary is started again.
+  void Restart(const std::string& reason) {
+    s_.owner = s_.successor = s_.trial = 0;
     s_.upgrade = false;
     uint64_t wait = BackoffMillis(s_.quick_deaths++);
-    if (wait == 0) return SpawnSuccessor(Binary::kRunning);
+    Binary binary = Binary::kRunning;
+    if (s_.reverted) Fail(Type::kDataFault, reason);
+    if (s_.probation && (++s_.probation_deaths >= kProbationDeaths || s_.spare_ready)) {
+      s_.probation = false;
+      s_.reverted = true;
+      binary = Binary::kLastGood;
+      Fail(Type::kReverted, reason);
+    } else {
+      s_.reverted = false;  // told once
+    }
+    if (s_.spare_ready) {
+      s_.successor = std::exchange(s_.spare, 0);
+      s_.spare_ready = false;
+      return BeginServing();
+    }
+    if (wait == 0 || binary == Binary::kLastGood) return SpawnSuccessor(binary);
     EnterTimed(Phase::kBackoff, wait);
   }
 
-  void OnRegistered(Generation generation) {
+  void OnRegistered(const Event& event) {
+    Generation generation = event.generation;
+    if (generation == 0) return;
+    if (generation == s_.spare) {
+      if (event.verifiable) return Invoke(generation, Call::kPrepare);
+      s_.spare_ready = true;
+      return;
+    }
     if (s_.phase != Phase::kStarting || generation != s_.successor) return;
     if (s_.owner == 0) return BeginServing();
-    Enter(Phase::kParking, s_.owner, Call::kPark, limits_.park_ms);
+    if (event.verifiable) {
+      s_.trial = generation;
+      return Enter(Phase::kPreparing, generation, Call::kPrepare, limits_.prepare_ms);
+    }
+    BeginParking();
   }
+  void BeginParking() { Enter(Phase::kParking, s_.owner, Call::kPark, limits_.park_ms); }
   void BeginServing() { Enter(Phase::kServing, s_.successor, Call::kServe, limits_.serve_ms); }
 
   void AfterServing() {
+    if (s_.trial != 0) return Enter(Phase::kProbing, s_.successor, Call::kProbe, limits_.probe_ms);
+    AfterProbing();
+  }
+  void AfterProbing() {
     if (s_.owner == 0 || s_.holders.count(s_.owner) == 0) return CommitIfFree();
     Enter(Phase::kYielding, s_.owner, Call::kYield, limits_.yield_ms);
   }
@@ -105,11 +140,39 @@ class Stepper {
   void Committed() {
     if (s_.owner != 0) Invoke(s_.owner, Call::kRetire);
     s_.owner = std::exchange(s_.successor, 0);
-    s_.upgrade = false;
+    if (std::exchange(s_.trial, 0) != 0) Invoke(s_.owner, Call::kEndTrial);
+    if (std::exchange(s_.upgrade, false)) {
+      s_.probation = !s_.candidate_proven;
+      s_.probation_deaths = 0;
+      s_.reverted = false;
+    }
     EnterRunning();
     Do(Type::kSwapDone, s_.owner);
   }
-  void EnterRunning() { EnterTimed(Phase::kRunning, limits_.stable_ms); }
+  void EnterRunning() {
+    s_.stable = false;
+    EnterTimed(Phase::kRunning, limits_.stable_ms);
+  }
+  // It has run for stable_ms, or for its probation, or it is time for a spare again.
+  void RunningOn() {
+    s_.quick_deaths = 0;
+    if (s_.stable && s_.probation) {
+      s_.probation = false;
+      Do(Type::kProven, s_.owner);
+      if (s_.spare != 0) Do(Type::kKill, s_.spare);  // of the build before
+      s_.spare = 0;
+      s_.spare_ready = false;
+    } else if (s_.stable) {
+      s_.reverted = false;
+    }
+    if (limits_.spare && s_.spare == 0) {
+      s_.spare = s_.next_generation++;
+      s_.spare_ready = false;
+      actions_.push_back({.type = Type::kSpawn, .generation = s_.spare, .binary = Binary::kLastGood});
+    }
+    s_.stable = true;
+    if (s_.probation || s_.reverted) return Timer(limits_.probation_ms);
+  }
 
   // The owner, which serves reads, (again) needs the metadata.
   void Reclaim() {
@@ -124,33 +187,69 @@ class Stepper {
 
   // The successor is of no use. With no owner alive it is a crash.
   void SuccessorLost(const std::string& reason) {
-    bool parked = s_.phase != Phase::kStarting;
-    if (s_.upgrade) Fail(Type::kSwapFailed, reason);
+    bool parked = s_.phase >= Phase::kParking;
+    SwapLost(reason);
     s_.successor = 0;
-    s_.upgrade = false;
-    if (s_.owner == 0) return Restart();
+    if (s_.owner == 0) return Restart(reason);
     if (parked) return Enter(Phase::kResuming, s_.owner, Call::kResume, limits_.resume_ms);
     AfterResuming();
   }
-  void KillOwner() {
+  void KillOwner(const std::string& reason) {
     Do(Type::kKill, s_.owner);
-    Restart();
+    Restart(reason);
+  }
+  // The upgrade under way, if one is, failed.
+  void SwapLost(const std::string& reason) {
+    bool served = s_.trial != 0 && s_.phase >= Phase::kServing;
+    if (served) {
+      s_.tainted = s_.trial;
+      s_.tainted_exited = false;
+      s_.failure = reason;
+    } else if (s_.upgrade) {
+      Fail(Type::kSwapFailed, reason);
+    }
+    s_.trial = 0;
+    s_.upgrade = false;
+  }
+
+  // As soon as the tainted candidate is gone for good and somebody serves: it can answer nothing any more, so
+  // what it answered can be taken back.
+  void DistrustIfDue() {
+    bool serves =
+        s_.phase == Phase::kRunning || (s_.phase >= Phase::kReclaimWait && s_.phase <= Phase::kNoMetadata);
+    if (s_.tainted == 0 || !s_.tainted_exited || !serves || s_.distrusting == s_.owner) return;
+    s_.distrusting = s_.owner;
+    actions_.push_back(
+        {.type = Type::kCall, .generation = s_.owner, .subject = s_.tainted, .call = Call::kDistrust});
+  }
+  void Distrusted(Generation generation, const std::string& trouble) {
+    if (generation == 0 || generation != s_.distrusting) return;
+    Fail(Type::kSwapFailed, s_.failure + trouble);
+    s_.tainted = s_.distrusting = 0;
+    s_.failure.clear();
+  }
+  void SpareLost() {
+    s_.spare = 0;
+    s_.spare_ready = false;
+    if (s_.phase == Phase::kRunning && s_.stable && !s_.probation) Timer(limits_.spare_retry_ms);
   }
 
   void OnDied(Generation generation, const std::string& reason) {
     if (generation == 0 || (s_.phase >= Phase::kStopYielding && generation != s_.owner)) return;
+    if (generation == s_.spare) return SpareLost();
     if (generation == s_.successor) return SuccessorLost("the new worker died: " + reason);
-    if (generation == s_.owner) OwnerDied();
+    if (generation == s_.owner) OwnerDied(reason);
   }
 
-  void OwnerDied() {
+  void OwnerDied(const std::string& reason) {
+    if (s_.distrusting == s_.owner) s_.distrusting = 0;  // its successor shall do it
     if (s_.phase >= Phase::kStopRetiring) return;
     if (s_.phase == Phase::kStopYielding) return EnterTimed(Phase::kStopKilling, limits_.stop_kill_ms);
-    if (s_.phase == Phase::kStarting) {  // the candidate is not even up: the running binary is back sooner
+    if (s_.phase >= Phase::kStarting && s_.phase < Phase::kParking) {  // the candidate has proved nothing yet
       Do(Type::kKill, s_.successor);
-      if (s_.upgrade) Fail(Type::kSwapFailed, "the running worker died while the new one started");
+      SwapLost("the running worker died while the new one started");
     }
-    if (s_.phase < Phase::kParking || s_.phase > Phase::kCommitting) return Restart();
+    if (s_.phase < Phase::kParking || s_.phase > Phase::kCommitting) return Restart(reason);
     s_.owner = 0;  // the successor goes on
     if (s_.phase == Phase::kParking) return BeginServing();
     if (s_.phase == Phase::kYielding) return CommitIfFree();
@@ -160,6 +259,7 @@ class Stepper {
     if (generation == 0) return;
     OnDied(generation, reason);
     s_.holders.erase(generation);
+    if (generation == s_.tainted) s_.tainted_exited = true;
     TellReader(generation);
     if (s_.phase == Phase::kAwaitingExit) return CommitIfFree();
     if (s_.phase == Phase::kReclaimWait) return Reclaim();
@@ -185,13 +285,19 @@ class Stepper {
   }
 
   void OnReplied(Generation generation, Call call) {
+    if (call == Call::kDistrust) return Distrusted(generation, "");
+    if (call == Call::kPrepare && generation != 0 && generation == s_.spare) s_.spare_ready = true;
     // Also after its time limit, in a rolled-back swap: the owner then has to take the metadata back.
     bool yielded = call == Call::kYield && generation == s_.owner && s_.phase != Phase::kReclaiming;
     if (yielded) s_.holders.erase(generation);
     if (yielded && s_.phase == Phase::kRunning) return Reclaim();
     if (!IsAwaited(generation, call)) return;
+    if (s_.phase == Phase::kPreparing)
+      return Enter(Phase::kRehearsing, s_.successor, Call::kRehearse, limits_.rehearse_ms);
+    if (s_.phase == Phase::kRehearsing) return BeginParking();
     if (s_.phase == Phase::kParking) return BeginServing();
     if (s_.phase == Phase::kServing) return AfterServing();
+    if (s_.phase == Phase::kProbing) return AfterProbing();
     if (s_.phase == Phase::kYielding) return CommitIfFree();
     if (s_.phase == Phase::kCommitting) return Committed();
     if (s_.phase == Phase::kResuming) return AfterResuming();
@@ -200,13 +306,20 @@ class Stepper {
   }
 
   void OnFailed(Generation generation, Call call, const std::string& reason) {
+    if (call == Call::kDistrust)
+      return Distrusted(generation, "; what it had answered could not be taken back: " + reason);
+    if (call == Call::kPrepare && generation != 0 && generation == s_.spare) {
+      Do(Type::kKill, generation);
+      return SpareLost();
+    }
     if (!IsAwaited(generation, call)) return;
     if (s_.phase == Phase::kReclaiming) return WithoutMetadata();
     std::string why = std::string(CallName(call)) + " failed: " + reason;
     if (s_.phase != Phase::kCommitting || s_.owner != 0) return StepFailed(why);
     // With nobody to go back to, reads go on without the metadata, which is tried again and again.
-    Fail(Type::kSwapFailed, why);
+    if (s_.tainted == 0 || s_.upgrade) Fail(Type::kSwapFailed, why);
     s_.owner = std::exchange(s_.successor, 0);
+    if (std::exchange(s_.trial, 0) != 0) Invoke(s_.owner, Call::kEndTrial);
     s_.upgrade = false;
     WithoutMetadata();
   }
@@ -218,14 +331,14 @@ class Stepper {
   // The step under way came to nothing: back to the owner, or to a fresh worker.
   void StepFailed(const std::string& reason) {
     if (s_.phase == Phase::kStopYielding) return RetireOwner();
-    if (s_.phase == Phase::kResuming || s_.phase == Phase::kReclaiming) return KillOwner();
+    if (s_.phase == Phase::kResuming || s_.phase == Phase::kReclaiming) return KillOwner(reason);
     Do(Type::kKill, s_.successor);
     SuccessorLost(reason);
   }
 
   void OnTimer() {
     if (s_.phase == Phase::kBackoff) return SpawnSuccessor(Binary::kRunning);
-    if (s_.phase == Phase::kRunning) s_.quick_deaths = 0;
+    if (s_.phase == Phase::kRunning) return RunningOn();
     if (s_.phase == Phase::kNoMetadata) return Reclaim();
     if (s_.phase == Phase::kStopKilling) return Stopped();
     if (s_.phase == Phase::kStopRetiring) {
@@ -239,7 +352,10 @@ class Stepper {
     }
   }
 
-  void OnUpgrade() {
+  void OnUpgrade(bool proven) {
+    if (s_.tainted != 0)
+      return Fail(Type::kRefused, "what a failed new worker did is still being taken back");
+    s_.candidate_proven = proven;
     // Also while the running binary does not start: the candidate may be the cure.
     if (s_.phase == Phase::kRunning || s_.phase == Phase::kNoMetadata || s_.phase == Phase::kBackoff)
       return SpawnSuccessor(Binary::kCandidate);
@@ -249,9 +365,14 @@ class Stepper {
 
   void OnStop() {
     if (s_.phase >= Phase::kStopYielding) return;
+    if (s_.spare != 0) Do(Type::kKill, s_.spare);
+    s_.spare = 0;
+    if (s_.tainted != 0) Fail(Type::kSwapFailed, s_.failure);
+    s_.tainted = 0;
     if (s_.successor != 0) {
       Do(Type::kKill, s_.successor);
       if (s_.upgrade) Fail(Type::kSwapFailed, "the supervisor is shutting down");
+      s_.trial = 0;
       s_.upgrade = false;
     }
     if (s_.owner != 0) {
@@ -285,15 +406,17 @@ uint64_t BackoffMillis(uint32_t quick_deaths) {
 
 const char* PhaseName(Phase phase) {
   static constexpr std::array<const char*, kPhaseCount> kNames = {
-      "idle",          "backoff",       "starting",      "parking",      "serving",      "yielding",
-      "awaiting-exit", "committing",    "running",       "resuming",     "reclaim-wait", "reclaiming",
-      "no-metadata",   "stop-yielding", "stop-retiring", "stop-killing", "stopped"};
+      "idle",        "backoff",       "starting",      "preparing",    "rehearsing",
+      "parking",     "serving",       "probing",       "yielding",     "awaiting-exit",
+      "committing",  "running",       "resuming",      "reclaim-wait", "reclaiming",
+      "no-metadata", "stop-yielding", "stop-retiring", "stop-killing", "stopped"};
   return kNames[static_cast<size_t>(phase)];
 }
 
 const char* CallName(Call call) {
-  static constexpr std::array<const char*, 6> kNames = {"serve",         "park",         "resume",
-                                                        "yieldMetadata", "takeMetadata", "retire"};
+  static constexpr std::array<const char*, kCallCount> kNames = {
+      "serve",   "park",     "resume", "yieldMetadata", "takeMetadata", "retire",
+      "prepare", "rehearse", "probe",  "endTrial",      "distrust"};
   return kNames[static_cast<size_t>(call)];
 }
 

@@ -5,6 +5,11 @@
 // upgrade an *owner* parks and yields meanwhile and can have all back; at a start or after a crash there is
 // none. Reads are granted at once, the metadata when no other worker can hold it: by a yield or a proven
 // exit, never by a time limit.
+//
+// A candidate touches no container before it has been compared with the owner (rehearsing). It serves on
+// trial until it has the metadata; a failure until then gives all back to the owner, who is told to distrust
+// what the candidate did, once its exit is proven. After that it is in probation: deaths bring the build that
+// proved itself last (last-good) back. A spare is a worker of the last-good build that waits, prepared.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +25,11 @@ enum class Phase {
   kIdle,          // before the first start
   kBackoff,       // no worker; the next one is spawned when the timer fires
   kStarting,      // the successor is spawned and not yet registered
+  kPreparing,     // prepare() of the candidate is under way; the owner serves
+  kRehearsing,    // the candidate is compared with the owner, which serves
   kParking,       // park() of the owner is under way
   kServing,       // serve() of the successor is under way
+  kProbing,       // the candidate serves on trial; a helper process reads through the kernel
   kYielding,      // yieldMetadata() of the owner is under way
   kAwaitingExit,  // the successor serves reads; a dead worker may still hold the metadata
   kCommitting,    // takeMetadata() of the successor is under way
@@ -35,24 +43,45 @@ enum class Phase {
   kStopKilling,   // shutting down: waits for a killed worker's exit
   kStopped,
 };
-inline constexpr int kPhaseCount = 17;
+inline constexpr int kPhaseCount = 20;
 const char* PhaseName(Phase phase);
 
-enum class Call { kServe, kPark, kResume, kYield, kTake, kRetire };
+// Calls of workers, but for kRehearse and kProbe: what the supervisor does with the successor in these
+// phases.
+enum class Call {
+  kServe,
+  kPark,
+  kResume,
+  kYield,
+  kTake,
+  kRetire,
+  kPrepare,
+  kRehearse,
+  kProbe,
+  kEndTrial,
+  kDistrust
+};
+inline constexpr int kCallCount = 11;
 const char* CallName(Call call);
 
-enum class Binary { kRunning, kCandidate };
+enum class Binary { kRunning, kCandidate, kLastGood };
 
 // How long each step may take before its worker counts as hung. Milliseconds.
 struct Limits {
   uint64_t register_ms = 20'000;
+  uint64_t prepare_ms = 60'000;
+  uint64_t rehearse_ms = 30'000;
+  uint64_t probe_ms = 10'000;
   uint64_t serve_ms = 20'000;
   uint64_t park_ms = 5'000;
   uint64_t yield_ms = 10'000;
   uint64_t take_ms = 120'000;
   uint64_t resume_ms = 10'000;
   uint64_t metadata_retry_ms = 5'000;
-  uint64_t stable_ms = 1'000;  // a worker that ran this long did not die quickly
+  uint64_t stable_ms = 1'000;      // a worker that ran this long did not die quickly
+  uint64_t probation_ms = 60'000;  // of a new build, after it took over; each restart begins it anew
+  uint64_t spare_retry_ms = 5'000;
+  bool spare = false;  // keep a spare
   uint64_t stop_retire_ms = 10'000;
   uint64_t stop_kill_ms = 2'000;
 };
@@ -69,11 +98,17 @@ enum class EventType {
   kStop,
 };
 
+inline constexpr uint32_t kProbationDeaths = 2;  // that bring last-good back
+
 struct Event {
   EventType type = EventType::kStart;
   Generation generation = 0;
   Call call = Call::kServe;
   std::string reason{};
+  // kRegistered: it and the owner (if any) know prepare, trial and distrust.
+  bool verifiable = false;
+  // kUpgrade: the candidate is the last-good build, and needs no probation.
+  bool proven = false;
 };
 
 struct State {
@@ -84,6 +119,23 @@ struct State {
   Generation next_generation = 1;
   std::set<Generation> holders{};  // may hold the metadata
   uint32_t quick_deaths = 0;
+
+  bool candidate_proven = false;  // of the upgrade under way
+  Generation trial = 0;           // the successor, while it serves on trial
+  // A candidate that failed after it had served: what it did is to be distrusted. The upgrade's failure is
+  // told when that is done.
+  Generation tainted = 0;
+  bool tainted_exited = false;
+  Generation distrusting = 0;  // whose distrust() is under way
+  std::string failure{};
+
+  bool stable = false;     // kRunning: it ran for stable_ms
+  bool probation = false;  // the running build has not proved itself; a last-good build is known
+  uint32_t probation_deaths = 0;
+  bool reverted = false;  // last-good was brought back, and runs
+
+  Generation spare = 0;
+  bool spare_ready = false;
 };
 
 enum class ActionType {
@@ -95,6 +147,9 @@ enum class ActionType {
   kStopTimer,
   kSwapDone,  // the swap under way succeeded; `generation` owns everything and its binary is the running one
   kSwapFailed,  // the upgrade under way failed, or a crash's successor serves without metadata: `reason`
+  kProven,      // the probation of `generation` is over: its build is last-good
+  kReverted,    // the running build did not survive its probation, last-good is brought back: `reason`
+  kDataFault,   // last-good dies in the same way: not the build is to blame
   kRefused,     // the upgrade just asked for cannot begin: `reason`
   kExit,        // the supervisor may exit
 };

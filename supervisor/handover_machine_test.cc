@@ -17,15 +17,18 @@ constexpr Generation kOld = 7;
 constexpr Generation kNew = 8;
 constexpr Generation kDead = 5;  // dead, exit not proven, may hold the metadata
 constexpr Generation kStranger = 3;
+constexpr Generation kSpare = 6;
 
 // A run of the machine with the actions of the last step in words.
 class Machine {
  public:
-  explicit Machine(State state = {}) : state_(std::move(state)) {}
+  explicit Machine(State state = {}, Limits limits = {}) : state_(std::move(state)), limits_(limits) {}
 
   Machine& On(EventType type, Generation generation = 0, Call call = Call::kServe) {
-    StepResult result =
-        Step(state_, {.type = type, .generation = generation, .call = call, .reason = "why"}, Limits());
+    return On(Event{.type = type, .generation = generation, .call = call, .reason = "why"});
+  }
+  Machine& On(const Event& event) {
+    StepResult result = Step(state_, event, limits_);
     state_ = std::move(result.state);
     actions_.clear();
     for (const Action& action : result.actions) actions_.push_back(Words(action));
@@ -43,9 +46,13 @@ class Machine {
     std::string who = " " + std::to_string(action.generation);
     switch (action.type) {
       case ActionType::kSpawn:
-        return (action.binary == Binary::kCandidate ? "spawn candidate" : "spawn") + who;
+        return (action.binary == Binary::kCandidate  ? "spawn candidate"
+                : action.binary == Binary::kLastGood ? "spawn last-good"
+                                                     : "spawn") +
+               who;
       case ActionType::kCall:
-        return std::string(CallName(action.call)) + who;
+        return std::string(CallName(action.call)) + who +
+               (action.call == Call::kDistrust ? " of " + std::to_string(action.subject) : "");
       case ActionType::kTellExited:
         return "exited " + std::to_string(action.subject) + " to" + who;
       case ActionType::kKill:
@@ -60,6 +67,12 @@ class Machine {
         return "failed";
       case ActionType::kRefused:
         return "refused";
+      case ActionType::kProven:
+        return "proven" + who;
+      case ActionType::kReverted:
+        return "reverted";
+      case ActionType::kDataFault:
+        return "data fault";
       case ActionType::kExit:
         return "exit";
     }
@@ -67,8 +80,15 @@ class Machine {
   }
 
   State state_;
+  Limits limits_;
   std::vector<std::string> actions_;
 };
+
+Limits WithSpare() {
+  Limits limits;
+  limits.spare = true;
+  return limits;
+}
 
 // A plausible state in each phase; in an upgrade where the phase can be one.
 State In(Phase phase) {
@@ -91,16 +111,24 @@ State In(Phase phase) {
     case Phase::kStopped:
       break;
     case Phase::kStarting:
+      swap({kOld});
+      break;
+    case Phase::kPreparing:
+    case Phase::kRehearsing:
     case Phase::kParking:
     case Phase::kServing:
+    case Phase::kProbing:
     case Phase::kYielding:
       swap({kOld});
+      s.trial = kNew;
       break;
     case Phase::kAwaitingExit:
       swap({kDead});
+      s.trial = kNew;
       break;
     case Phase::kCommitting:
       swap({kNew});
+      s.trial = kNew;
       break;
     case Phase::kRunning:
     case Phase::kResuming:
@@ -125,11 +153,13 @@ std::vector<Event> AllEvents() {
   for (EventType type : {EventType::kStart, EventType::kTimer, EventType::kUpgrade, EventType::kStop}) {
     events.push_back({.type = type});
   }
-  for (Generation who : {Generation{0}, kOld, kNew, kDead, kStranger}) {
+  events.push_back({.type = EventType::kRegistered, .generation = kNew, .verifiable = true});
+  for (Generation who : {Generation{0}, kOld, kNew, kDead, kSpare, kStranger}) {
     for (EventType type : {EventType::kRegistered, EventType::kDied, EventType::kExited}) {
       events.push_back({.type = type, .generation = who});
     }
-    for (Call call : {Call::kServe, Call::kPark, Call::kResume, Call::kYield, Call::kTake, Call::kRetire}) {
+    for (int c = 0; c < kCallCount; ++c) {
+      auto call = static_cast<Call>(c);
       events.push_back({.type = EventType::kReplied, .generation = who, .call = call});
       events.push_back({.type = EventType::kFailed, .generation = who, .call = call});
     }
@@ -175,6 +205,31 @@ void CheckInvariants(const State& before, const Event& event, const StepResult& 
   if (before.phase >= Phase::kStopYielding) {
     EXPECT_GE(after.phase, before.phase) << "a stop is never undone";
   }
+  // Whoever asked for an upgrade is told how it ended, once, and never before what a failed candidate did is
+  // taken back.
+  bool was_asked = before.upgrade || before.tainted != 0, is_asked = after.upgrade || after.tainted != 0;
+  auto told = std::count_if(result.actions.begin(), result.actions.end(), [](const Action& a) {
+    return a.type == ActionType::kSwapDone || a.type == ActionType::kSwapFailed;
+  });
+  if (was_asked && !is_asked) {
+    EXPECT_EQ(told, 1);
+  }
+  if (after.trial != 0) {
+    EXPECT_EQ(after.trial, after.successor);
+  }
+  // Only a candidate that was compared with the owner, and probed, gets the metadata of a verifiable swap.
+  for (const Action& action : result.actions) {
+    if (action.type != ActionType::kCall) continue;
+    if (action.call == Call::kPark && after.trial != 0) {
+      EXPECT_EQ(before.phase, Phase::kRehearsing);
+    }
+    if (action.call == Call::kDistrust) {
+      EXPECT_TRUE(before.tainted_exited ||
+                  (event.type == EventType::kExited && event.generation == action.subject));
+      EXPECT_EQ(action.generation, after.owner);
+    }
+  }
+  EXPECT_TRUE(after.spare == 0 || (after.spare != after.owner && after.spare != after.successor));
   // Every phase that waits for a worker's answer has a limit.
   static const std::set<Phase> kUnlimited = {Phase::kIdle, Phase::kAwaitingExit, Phase::kReclaimWait,
                                              Phase::kStopped};
@@ -191,21 +246,34 @@ void CheckInvariants(const State& before, const Event& event, const StepResult& 
 TEST(HandoverMachineTest, EveryEventInEveryPhaseKeepsTheInvariants) {
   for (int p = 0; p < kPhaseCount; ++p) {
     auto phase = static_cast<Phase>(p);
-    // Also without an owner: the same phases after a crash.
-    for (bool crash : {false, true}) {
+    // Also without an owner: the same phases after a crash; and with a spare, a tainted candidate, a
+    // probation.
+    for (int variant = 0; variant < 6; ++variant) {
       State before = In(phase);
-      bool swapping = before.successor != 0;
-      if (crash && (!swapping || phase == Phase::kParking || phase == Phase::kYielding)) continue;
+      bool crash = variant == 1, swapping = before.successor != 0;
+      bool needs_owner = phase == Phase::kPreparing || phase == Phase::kRehearsing ||
+                         phase == Phase::kParking || phase == Phase::kYielding;
+      if (crash && (!swapping || needs_owner)) continue;
       if (crash) {
-        before.owner = 0;
+        before.owner = before.trial = 0;
         before.upgrade = false;
       }
+      if (variant == 2 || variant == 3) {
+        before.spare = kSpare;
+        before.spare_ready = variant == 3;
+      }
+      if (variant == 4 && !swapping) {
+        before.tainted = kDead;
+        before.failure = "why";
+      }
+      before.probation = variant == 3 || variant == 5;
+      before.stable = variant == 5;
       for (const Event& event : AllEvents()) {
         SCOPED_TRACE(std::string(PhaseName(phase)) + " event " +
                      std::to_string(static_cast<int>(event.type)) + " of " +
-                     std::to_string(event.generation) + " call " + CallName(event.call) +
-                     (crash ? " crash" : ""));
-        CheckInvariants(before, event, Step(before, event, Limits()));
+                     std::to_string(event.generation) + " call " + CallName(event.call) + " variant " +
+                     std::to_string(variant));
+        CheckInvariants(before, event, Step(before, event, WithSpare()));
       }
     }
   }
@@ -245,33 +313,49 @@ TEST(HandoverMachineTest, TheTable) {
       {P::kStarting, E::kUpgrade, 0, {}, P::kStarting, {"refused"}},
       {P::kCommitting, E::kUpgrade, 0, {}, P::kCommitting, {"refused"}},
       // A planned swap, step by step.
-      {P::kStarting, E::kRegistered, kNew, {}, P::kParking, {"park 7"}},
+      {P::kStarting, E::kRegistered, kNew, {}, P::kParking, {"park 7"}},  // an older build: unproven
+      {P::kPreparing, E::kReplied, kNew, Call::kPrepare, P::kRehearsing, {"rehearse 8"}},
+      {P::kRehearsing, E::kReplied, kNew, Call::kRehearse, P::kParking, {"park 7"}},
       {P::kParking, E::kReplied, kOld, Call::kPark, P::kServing, {"serve 8"}},
-      {P::kServing, E::kReplied, kNew, Call::kServe, P::kYielding, {"yieldMetadata 7"}},
+      {P::kServing, E::kReplied, kNew, Call::kServe, P::kProbing, {"probe 8"}},
+      {P::kProbing, E::kReplied, kNew, Call::kProbe, P::kYielding, {"yieldMetadata 7"}},
       {P::kYielding, E::kReplied, kOld, Call::kYield, P::kCommitting, {"takeMetadata 8"}},
-      {P::kCommitting, E::kReplied, kNew, Call::kTake, P::kRunning, {"retire 7", "done 8"}},
+      {P::kCommitting, E::kReplied, kNew, Call::kTake, P::kRunning, {"retire 7", "endTrial 8", "done 8"}},
       // The new worker dies, fails or hangs.
       {P::kStarting, E::kDied, kNew, {}, P::kRunning, {"failed"}},
       {P::kStarting, E::kTimer, 0, {}, P::kRunning, {"kill 8", "failed"}},
+      {P::kPreparing, E::kDied, kNew, {}, P::kRunning, {"failed"}},
+      {P::kPreparing, E::kFailed, kNew, Call::kPrepare, P::kRunning, {"kill 8", "failed"}},
+      {P::kPreparing, E::kTimer, 0, {}, P::kRunning, {"kill 8", "failed"}},
+      {P::kRehearsing, E::kDied, kNew, {}, P::kRunning, {"failed"}},
+      {P::kRehearsing, E::kFailed, kNew, Call::kRehearse, P::kRunning, {"kill 8", "failed"}},
+      {P::kRehearsing, E::kTimer, 0, {}, P::kRunning, {"kill 8", "failed"}},
       {P::kParking, E::kDied, kNew, {}, P::kResuming, {"failed", "resume 7"}},
-      {P::kServing, E::kDied, kNew, {}, P::kResuming, {"failed", "resume 7"}},
-      {P::kServing, E::kFailed, kNew, Call::kServe, P::kResuming, {"kill 8", "failed", "resume 7"}},
-      {P::kServing, E::kTimer, 0, {}, P::kResuming, {"kill 8", "failed", "resume 7"}},
-      {P::kYielding, E::kDied, kNew, {}, P::kResuming, {"failed", "resume 7"}},
-      {P::kAwaitingExit, E::kDied, kNew, {}, P::kResuming, {"failed", "resume 7"}},
-      {P::kCommitting, E::kDied, kNew, {}, P::kResuming, {"failed", "resume 7"}},
-      {P::kCommitting, E::kFailed, kNew, Call::kTake, P::kResuming, {"kill 8", "failed", "resume 7"}},
-      {P::kCommitting, E::kTimer, 0, {}, P::kResuming, {"kill 8", "failed", "resume 7"}},
+      // Once it has served, its failure is told only when what it did is taken back.
+      {P::kServing, E::kDied, kNew, {}, P::kResuming, {"resume 7"}},
+      {P::kServing, E::kFailed, kNew, Call::kServe, P::kResuming, {"kill 8", "resume 7"}},
+      {P::kServing, E::kTimer, 0, {}, P::kResuming, {"kill 8", "resume 7"}},
+      {P::kProbing, E::kDied, kNew, {}, P::kResuming, {"resume 7"}},
+      {P::kProbing, E::kFailed, kNew, Call::kProbe, P::kResuming, {"kill 8", "resume 7"}},
+      {P::kProbing, E::kTimer, 0, {}, P::kResuming, {"kill 8", "resume 7"}},
+      {P::kYielding, E::kDied, kNew, {}, P::kResuming, {"resume 7"}},
+      {P::kAwaitingExit, E::kDied, kNew, {}, P::kResuming, {"resume 7"}},
+      {P::kCommitting, E::kDied, kNew, {}, P::kResuming, {"resume 7"}},
+      {P::kCommitting, E::kFailed, kNew, Call::kTake, P::kResuming, {"kill 8", "resume 7"}},
+      {P::kCommitting, E::kTimer, 0, {}, P::kResuming, {"kill 8", "resume 7"}},
       // The running worker dies, fails or hangs during the swap.
       {P::kStarting, E::kDied, kOld, {}, P::kStarting, {"kill 8", "failed", "spawn 9"}},
+      {P::kPreparing, E::kDied, kOld, {}, P::kStarting, {"kill 8", "failed", "spawn 9"}},
+      {P::kRehearsing, E::kDied, kOld, {}, P::kStarting, {"kill 8", "failed", "spawn 9"}},
+      {P::kProbing, E::kDied, kOld, {}, P::kProbing, {}},
       {P::kParking, E::kDied, kOld, {}, P::kServing, {"serve 8"}},
       {P::kParking, E::kFailed, kOld, Call::kPark, P::kResuming, {"kill 8", "failed", "resume 7"}},
       {P::kParking, E::kTimer, 0, {}, P::kResuming, {"kill 8", "failed", "resume 7"}},
       {P::kServing, E::kDied, kOld, {}, P::kServing, {}},
       {P::kYielding, E::kDied, kOld, {}, P::kAwaitingExit, {}},
       {P::kYielding, E::kExited, kOld, {}, P::kCommitting, {"takeMetadata 8"}},
-      {P::kYielding, E::kFailed, kOld, Call::kYield, P::kResuming, {"kill 8", "failed", "resume 7"}},
-      {P::kYielding, E::kTimer, 0, {}, P::kResuming, {"kill 8", "failed", "resume 7"}},
+      {P::kYielding, E::kFailed, kOld, Call::kYield, P::kResuming, {"kill 8", "resume 7"}},
+      {P::kYielding, E::kTimer, 0, {}, P::kResuming, {"kill 8", "resume 7"}},
       {P::kCommitting, E::kDied, kOld, {}, P::kCommitting, {}},
       // Waiting for the proof.
       {P::kAwaitingExit, E::kExited, kDead, {}, P::kCommitting, {"exited 5 to 8", "takeMetadata 8"}},
@@ -349,16 +433,166 @@ TEST(HandoverMachineTest, ARollbackAfterTheYieldGivesTheMetadataBackOnlyWhenTheN
   EXPECT_EQ(m.phase(), Phase::kReclaimWait);
   m.On(EventType::kExited, kNew);
   EXPECT_TRUE(m.Did("takeMetadata 7"));
+  EXPECT_TRUE(m.Did("distrust 7 of 8"));
   m.On(EventType::kReplied, kOld, Call::kTake);
   EXPECT_EQ(m.phase(), Phase::kRunning);
+  m.On(EventType::kReplied, kOld, Call::kDistrust);
+  EXPECT_TRUE(m.Did("failed"));
+}
+
+TEST(HandoverMachineTest, WhatACandidateOnTrialDidIsTakenBackAfterItsProvenExitAndBeforeTheFailureIsTold) {
+  Machine m(In(Phase::kProbing));
+  m.On(EventType::kFailed, kNew, Call::kProbe);
+  m.On(EventType::kReplied, kOld, Call::kResume);
+  EXPECT_EQ(m.phase(), Phase::kRunning);
+  EXPECT_TRUE(m.Did("timer 1000")) << "reads do not wait for the proof";
+  EXPECT_FALSE(m.Did("distrust 7 of 8"));
+  m.On(EventType::kUpgrade);
+  EXPECT_TRUE(m.Did("refused"));
+  m.On(EventType::kExited, kNew);
+  EXPECT_TRUE(m.Did("distrust 7 of 8"));
+  EXPECT_FALSE(m.Did("failed"));
+  m.On(EventType::kReplied, kOld, Call::kDistrust);
+  EXPECT_TRUE(m.Did("failed"));
+  m.On(EventType::kUpgrade);
+  EXPECT_TRUE(m.Did("spawn candidate 9"));
+}
+
+TEST(HandoverMachineTest, AWorkerThatDiesWhileItTakesBackIsReplacedByOneThatDoesIt) {
+  Machine m(In(Phase::kProbing));
+  m.On(EventType::kDied, kNew).On(EventType::kExited, kNew).On(EventType::kReplied, kOld, Call::kResume);
+  EXPECT_TRUE(m.Did("distrust 7 of 8"));
+  m.On(EventType::kDied, kOld).On(EventType::kExited, kOld);
+  EXPECT_FALSE(m.Did("failed"));
+  m.On(EventType::kRegistered, 9)
+      .On(EventType::kReplied, 9, Call::kServe)
+      .On(EventType::kReplied, 9, Call::kTake);
+  EXPECT_TRUE(m.Did("distrust 9 of 8"));
+  m.On(EventType::kReplied, kOld, Call::kDistrust);
+  EXPECT_FALSE(m.Did("failed")) << "an answer of the dead";
+  m.On(EventType::kFailed, 9, Call::kDistrust);
+  EXPECT_TRUE(m.Did("failed")) << "also when it could not";
+}
+
+TEST(HandoverMachineTest, AVerifiableCandidateIsComparedBeforeTheOwnerParks) {
+  Machine m(In(Phase::kStarting));
+  m.On(Event{.type = EventType::kRegistered, .generation = kNew, .verifiable = true});
+  EXPECT_EQ(m.phase(), Phase::kPreparing);
+  EXPECT_TRUE(m.Did("prepare 8"));
+  EXPECT_FALSE(m.Did("park 7"));
+}
+
+TEST(HandoverMachineTest, TwoDeathsInProbationBringLastGoodBackAndItsOwnDeathBlamesTheData) {
+  Machine m(In(Phase::kCommitting));
+  m.On(EventType::kReplied, kNew, Call::kTake);
+  EXPECT_TRUE(m.state().probation);
+  m.On(EventType::kDied, kNew).On(EventType::kExited, kNew);
+  Generation second = m.state().successor;
+  EXPECT_TRUE(m.state().probation);
+  m.On(EventType::kRegistered, second)
+      .On(EventType::kReplied, second, Call::kServe)
+      .On(EventType::kReplied, second, Call::kTake);
+  EXPECT_EQ(m.phase(), Phase::kRunning);
+  EXPECT_TRUE(m.state().probation) << "a restart does not end it";
+  m.On(EventType::kTimer).On(EventType::kDied, second);
+  EXPECT_TRUE(m.Did("reverted"));
+  Generation good = m.state().successor;
+  EXPECT_TRUE(m.Did("spawn last-good " + std::to_string(good)));
+  m.On(EventType::kExited, second)
+      .On(EventType::kRegistered, good)
+      .On(EventType::kReplied, good, Call::kServe)
+      .On(EventType::kReplied, good, Call::kTake);
+  EXPECT_FALSE(m.state().probation);
+  m.On(EventType::kDied, good);
+  EXPECT_TRUE(m.Did("data fault"));
+  EXPECT_FALSE(m.Did("reverted")) << "no flipping";
+  m.On(EventType::kDied, m.state().successor);
+  EXPECT_FALSE(m.Did("data fault")) << "told once";
+}
+
+TEST(HandoverMachineTest, ABuildThatSurvivesItsProbationIsLastGood) {
+  Machine m(In(Phase::kCommitting));
+  m.On(EventType::kReplied, kNew, Call::kTake);
+  m.On(EventType::kTimer);
+  EXPECT_TRUE(m.Did("timer 60000"));
+  EXPECT_FALSE(m.Did("proven 8"));
+  m.On(EventType::kTimer);
+  EXPECT_TRUE(m.Did("proven 8"));
+  EXPECT_FALSE(m.state().probation);
+  m.On(EventType::kDied, kNew).On(EventType::kDied, m.state().successor);
+  EXPECT_FALSE(m.Did("reverted"));
+}
+
+TEST(HandoverMachineTest, TheLastGoodBuildNeedsNoProbation) {
+  Machine m(In(Phase::kRunning));
+  m.On(Event{.type = EventType::kUpgrade, .proven = true});
+  m.On(EventType::kRegistered, 9)
+      .On(EventType::kReplied, kOld, Call::kPark)
+      .On(EventType::kReplied, 9, Call::kServe);
+  m.On(EventType::kReplied, kOld, Call::kYield).On(EventType::kReplied, 9, Call::kTake);
+  EXPECT_EQ(m.phase(), Phase::kRunning);
+  EXPECT_FALSE(m.state().probation);
+}
+
+TEST(HandoverMachineTest, AReadySpareServesAtTheFirstSignOfDeath) {
+  Machine m(In(Phase::kRunning), WithSpare());
+  m.On(EventType::kTimer);
+  EXPECT_TRUE(m.Did("spawn last-good 9"));
+  m.On(Event{.type = EventType::kRegistered, .generation = 9, .verifiable = true});
+  EXPECT_TRUE(m.Did("prepare 9"));
+  m.On(EventType::kReplied, 9, Call::kPrepare);
+  EXPECT_TRUE(m.state().spare_ready);
+  m.On(EventType::kDied, kOld);
+  EXPECT_TRUE(m.Did("serve 9"));
+  EXPECT_EQ(m.phase(), Phase::kServing);
+  m.On(EventType::kReplied, 9, Call::kServe);
+  EXPECT_EQ(m.phase(), Phase::kAwaitingExit) << "the metadata waits for the proof all the same";
+  m.On(EventType::kExited, kOld).On(EventType::kReplied, 9, Call::kTake);
+  m.On(EventType::kTimer);
+  EXPECT_TRUE(m.Did("spawn last-good 10")) << "the next spare";
+}
+
+TEST(HandoverMachineTest, ASpareThatIsNotReadyOrDiesIsNotWaitedFor) {
+  Machine m(In(Phase::kRunning), WithSpare());
+  m.On(EventType::kTimer).On(EventType::kDied, kOld);
+  EXPECT_TRUE(m.Did("spawn 10"));
+  Machine n(In(Phase::kRunning), WithSpare());
+  n.On(EventType::kTimer).On(EventType::kDied, 9);
+  EXPECT_TRUE(n.Did("timer 5000"));
+  n.On(EventType::kTimer);
+  EXPECT_TRUE(n.Did("spawn last-good 10"));
+  Machine f(In(Phase::kRunning), WithSpare());
+  f.On(EventType::kTimer).On(EventType::kFailed, 9, Call::kPrepare);
+  EXPECT_TRUE(f.Did("kill 9"));
+}
+
+TEST(HandoverMachineTest, ADeathInProbationIsAnsweredByTheSpareOfTheProvenBuild) {
+  State s = In(Phase::kRunning);
+  s.probation = true;
+  s.spare = kSpare;
+  s.spare_ready = true;
+  Machine m(s, WithSpare());
+  m.On(EventType::kDied, kOld);
+  EXPECT_TRUE(m.Did("reverted"));
+  EXPECT_TRUE(m.Did("serve 6"));
+}
+
+TEST(HandoverMachineTest, AfterAProbationTheSpareIsMadeAnewFromTheProvenBuild) {
+  State s = In(Phase::kRunning);
+  s.probation = s.stable = true;
+  s.spare = kSpare;
+  s.spare_ready = true;
+  Machine m(s, WithSpare());
+  m.On(EventType::kTimer);
+  EXPECT_EQ(m.actions(), (std::vector<std::string>{"proven 7", "kill 6", "spawn last-good 9"}));
 }
 
 TEST(HandoverMachineTest, WhenBothDieTheRunningBinaryIsStartedAgain) {
   Machine m(In(Phase::kServing));
   m.On(EventType::kDied, kOld).On(EventType::kDied, kNew);
   EXPECT_TRUE(m.Did("spawn 9"));
-  EXPECT_TRUE(m.Did("failed"));
   EXPECT_FALSE(m.state().upgrade);
+  EXPECT_EQ(m.state().tainted, kNew);
 }
 
 TEST(HandoverMachineTest, ACrashSuccessorThatCannotTakeTheMetadataKeepsServing) {
@@ -395,12 +629,14 @@ TEST(HandoverMachineTest, QuickDeathsAreAnsweredMoreAndMoreSlowlyAndForgottenAft
 
 // Explores everything reachable: no sequence of events of the workers involved leads into a corner.
 TEST(HandoverMachineTest, NoSequenceOfEventsBreaksAnInvariantOrGetsStuck) {
-  using Key = std::tuple<int, int, int, bool, bool, bool, bool, uint32_t>;
+  using Key = std::tuple<int, int, int, bool, bool, bool, bool, uint32_t, int, int, int, bool>;
   auto key = [](const State& s) {
     auto other = std::any_of(s.holders.begin(), s.holders.end(),
                              [&](Generation g) { return g != s.owner && g != s.successor; });
     return Key(static_cast<int>(s.phase), s.owner != 0, s.successor != 0, s.upgrade,
-               s.holders.count(s.owner) != 0, s.holders.count(s.successor) != 0, other, s.quick_deaths);
+               s.holders.count(s.owner) != 0, s.holders.count(s.successor) != 0, other, s.quick_deaths,
+               s.trial != 0, s.tainted == 0 ? 0 : 1 + s.tainted_exited + 2 * (s.distrusting != 0),
+               s.spare == 0 ? 0 : 1 + s.spare_ready, s.probation);
   };
   std::map<Key, State> seen;
   std::vector<State> queue = {State()};
@@ -412,18 +648,20 @@ TEST(HandoverMachineTest, NoSequenceOfEventsBreaksAnInvariantOrGetsStuck) {
     for (EventType type : {EventType::kStart, EventType::kTimer, EventType::kUpgrade, EventType::kStop})
       events.push_back({.type = type});
     std::set<Generation> involved = state.holders;
-    involved.insert({state.owner, state.successor});
+    involved.insert({state.owner, state.successor, state.tainted, state.spare});
     for (Generation who : involved) {
       for (EventType type : {EventType::kRegistered, EventType::kDied, EventType::kExited}) {
         events.push_back({.type = type, .generation = who});
       }
-      for (Call call : {Call::kServe, Call::kPark, Call::kResume, Call::kYield, Call::kTake}) {
+      events.push_back({.type = EventType::kRegistered, .generation = who, .verifiable = true});
+      for (int c = 0; c < kCallCount; ++c) {
+        auto call = static_cast<Call>(c);
         events.push_back({.type = EventType::kReplied, .generation = who, .call = call});
         events.push_back({.type = EventType::kFailed, .generation = who, .call = call});
       }
     }
     for (const Event& event : events) {
-      StepResult result = Step(state, event, Limits());
+      StepResult result = Step(state, event, WithSpare());
       CheckInvariants(state, event, result);
       if (::testing::Test::HasFailure()) FAIL() << "in phase " << PhaseName(state.phase);
       result.state.quick_deaths = std::min(result.state.quick_deaths, 4u);

@@ -16,6 +16,8 @@
 #include "glog/logging.h"
 #include "supervisor/options.h"
 #include "supervisor/probe.h"
+#include "supervisor/rpc.h"
+#include "supervisor/spawner.h"
 #include "supervisor/supervisor.h"
 
 namespace holdfast::supervisor {
@@ -32,11 +34,14 @@ absl::StatusOr<Resources> Prepare(const Options& options) {
   HF_ASSIGN_OR_RETURN(IdFile mount_ids, IdFile::Open(folder + "/next-mount-id", kMountIdBlock));
   HF_ASSIGN_OR_RETURN(IdFile generations, IdFile::Open(folder + "/next-generation", kGenerationBlock));
   HF_ASSIGN_OR_RETURN(auto executable, CopyExecutable(options.worker, options.state_dir));
+  auto kept = ReadFile(options.state_dir + "/" + kLastGoodFile);
+  auto last_good = kept.ok() ? OpenExecutable(options.state_dir, kept->substr(0, kept->find('\n'))) : nullptr;
+  HF_ASSIGN_OR_RETURN(UniqueFd program, OpenFile("/proc/self/exe", O_RDONLY));
   HF_ASSIGN_OR_RETURN(UniqueFd listener, ListenUnix(options.snapshotter_socket));
   std::vector<std::string> warnings = MachineWarnings();
   for (const std::string& text : warnings) LOG(WARNING) << "event=machine_warning text=" << LogValue(text);
-  return Resources{std::move(state_dir),   std::move(listener),   std::move(mount_ids),
-                   std::move(generations), std::move(executable), std::move(warnings)};
+  return Resources{std::move(state_dir),  std::move(listener),  std::move(mount_ids), std::move(generations),
+                   std::move(executable), std::move(last_good), std::move(program),   std::move(warnings)};
 }
 
 [[noreturn]] void ServeUntilStopped(const Options& options, Resources resources, UniqueFd control) {

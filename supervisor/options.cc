@@ -20,6 +20,8 @@
 namespace holdfast::supervisor {
 namespace {
 
+constexpr uint64_t kMaxProbationSeconds = 86'400;
+
 absl::Status RefuseInsideFuse(const std::string& folder) {
   HF_ASSIGN_OR_RETURN(std::vector<MountInfo> mounts, ReadMountInfo());
   const MountInfo* nearest = nullptr;
@@ -75,6 +77,8 @@ Usage: holdfast-supervisor [options] [-- worker arguments...]
   --runtime DIR              sockets (default /run/holdfast)
   --snapshotter-socket PATH  containerd's end (default <runtime>/snapshotter.sock): proxy_plugins address
   --control-socket PATH      holdfastctl's end (default <runtime>/supervisor.sock), for root only
+  --spare                    keep a second worker ready that takes over at once when the first one dies
+  --probation SECONDS        how long a new build must run to become the one that is brought back (default 60)
 
 What follows -- goes to every worker, e.g. -- --config /etc/holdfast/config.toml
 
@@ -85,12 +89,14 @@ Exit codes: 0 stopped in good order, 1 failed (one line on standard error says w
 
 absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
   Options options;
+  std::string probation;
   std::string register_limit;  // for tests: how long a worker may take to register, in milliseconds
   std::map<std::string, std::string*> flags = {{"--worker", &options.worker},
                                                {"--state", &options.state_dir},
                                                {"--runtime", &options.runtime_dir},
                                                {"--snapshotter-socket", &options.snapshotter_socket},
                                                {"--control-socket", &options.control_socket},
+                                               {"--probation", &probation},
                                                {"--register-limit-ms", &register_limit}};
   for (size_t i = 0; i < args.size(); ++i) {
     options.help |= args[i] == "--help" || args[i] == "-h";
@@ -98,6 +104,10 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
     if (args[i] == "--") {
       options.worker_args.assign(args.begin() + static_cast<ptrdiff_t>(i) + 1, args.end());
       break;
+    }
+    if (args[i] == "--spare") {
+      options.limits.spare = true;
+      continue;
     }
     std::string name = args[i].substr(0, args[i].find('='));
     auto flag = flags.find(name);
@@ -109,6 +119,12 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
   if (!register_limit.empty() && !absl::SimpleAtoi(ToAbsl(register_limit), &options.limits.register_ms)) {
     return InvalidArgument("--register-limit-ms needs a number, not '" + register_limit + "'");
   }
+  uint64_t seconds = options.limits.probation_ms / 1'000;
+  if (!probation.empty() &&
+      (!absl::SimpleAtoi(ToAbsl(probation), &seconds) || seconds > kMaxProbationSeconds)) {
+    return InvalidArgument("--probation needs a number of seconds up to a day, not '" + probation + "'");
+  }
+  options.limits.probation_ms = seconds * 1'000;
   return options;
 }
 

@@ -8,6 +8,7 @@
 
 #include "common/log.h"
 #include "glog/logging.h"
+#include "supervisor/rpc.h"
 #include "supervisor/supervisor.h"
 
 // Generated server bases have a protected life cycle (kj::Own) and no virtual destructor.
@@ -29,31 +30,12 @@ class DescriptorServer final : public schema::Descriptor::Server {
   const SharedFd fd_;
 };
 
-kj::ArrayPtr<const kj::byte> Bytes(const std::string& text) {
-  return kj::arrayPtr(reinterpret_cast<const kj::byte*>(text.data()), text.size());
-}
-
-std::string String(capnp::Data::Reader data) {
-  auto chars = data.asChars();
-  return std::string(chars.begin(), chars.size());
-}
-
 static_assert(static_cast<int>(schema::MountState::GONE) == static_cast<int>(MountState::kGone));
 schema::MountState Convert(MountState state) { return static_cast<schema::MountState>(state); }
 
 InitOptions Convert(schema::InitOptions::Reader in) {
   return {in.getFlags(),         in.getMaxBackground(), in.getCongestionThreshold(), in.getMaxPages(),
           in.getMaxStackDepth(), in.getReadAheadKib(),  in.getMaxReadahead()};
-}
-
-void FillMountEntry(const Mount& mount, bool with_device, schema::MountEntry::Builder out) {
-  out.setMountId(mount.id);
-  out.setState(Convert(mount.state));
-  out.setPath(mount.path.c_str());
-  if (with_device) out.setDevice(MakeDescriptor(mount.device));
-  out.setInitRequest(Bytes(mount.init_request));
-  out.setInitReply(Bytes(mount.init_reply));
-  out.setBlob(Bytes(mount.blob));
 }
 
 void FillLedger(const Ledger& ledger, bool with_pipes, schema::OldLedger::Builder out) {
@@ -145,6 +127,12 @@ class SupervisorServer final : public schema::Supervisor::Server {
   const uint64_t generation_;
 };
 
+template <typename Params>
+kj::Maybe<schema::Progress::Client> ProgressOf(Params params) {
+  if (!params.hasProgress()) return nullptr;
+  return params.getProgress();
+}
+
 class ControlServer final : public schema::Control::Server {
  public:
   explicit ControlServer(Supervisor* supervisor) : supervisor_(*supervisor) {}
@@ -156,12 +144,27 @@ class ControlServer final : public schema::Control::Server {
 
   kj::Promise<void> upgrade(UpgradeContext context) override {
     auto params = context.getParams();
-    return supervisor_.Upgrade(params.getPath().cStr(), params.getForce())
+    return supervisor_.Upgrade(params.getPath().cStr(), params.getForce(), ProgressOf(params))
         .then([this, context](bool changed) mutable {
           auto results = context.getResults();
           results.setChanged(changed);
           supervisor_.FillSwap(results.initSwap());
         });
+  }
+
+  kj::Promise<void> rollback(RollbackContext context) override {
+    return supervisor_.Rollback(ProgressOf(context.getParams())).then([this, context](bool) mutable {
+      supervisor_.FillSwap(context.getResults().initSwap());
+    });
+  }
+
+  kj::Promise<void> checkRollback(CheckRollbackContext context) override {
+    return supervisor_.CheckRollback().then([context](RollbackReadiness readiness) mutable {
+      auto results = context.getResults();
+      results.setReady(readiness.ready);
+      results.setExecutable(readiness.executable.c_str());
+      results.setReason(readiness.reason.c_str());
+    });
   }
 
   kj::Promise<void> mounts(MountsContext context) override {
@@ -187,6 +190,10 @@ class ControlServer final : public schema::Control::Server {
   Supervisor& supervisor_;
 };
 
+void FillSteps(const std::vector<SwapStep>& steps, capnp::List<schema::SwapStep>::Builder out) {
+  for (unsigned i = 0; i < steps.size(); ++i) FillStep(steps[i], out[i]);
+}
+
 bool PeerIsRoot(kj::AsyncIoStream& stream) {
   ucred peer{};
   kj::uint size = sizeof(peer);
@@ -205,6 +212,43 @@ kj::Promise<void> AcceptControl(kj::ConnectionReceiver& listener, capnp::TwoPart
 }
 
 }  // namespace
+
+void FillStep(const SwapStep& step, schema::SwapStep::Builder out) {
+  out.setName(step.name.c_str());
+  out.setNanos(step.nanos);
+  out.setDetail(step.detail.c_str());
+}
+
+std::string String(capnp::Data::Reader data) {
+  auto chars = data.asChars();
+  return std::string(chars.begin(), chars.size());
+}
+
+kj::ArrayPtr<const kj::byte> Bytes(const std::string& text) {
+  return kj::arrayPtr(reinterpret_cast<const kj::byte*>(text.data()), text.size());
+}
+
+// KJ_EXCEPTION and KJ_REQUIRE would put the text of the expression before the reason, which people read.
+kj::Exception Failed(const std::string& reason) {
+  return kj::Exception(kj::Exception::Type::FAILED, __FILE__, __LINE__, kj::str(reason.c_str()));
+}
+
+void Throw(const absl::Status& status) {
+  kj::throwFatalException(Failed(std::string(FromAbsl(status.message()))));
+  __builtin_unreachable();
+}
+
+std::string Describe(const kj::Exception& exception) { return exception.getDescription().cStr(); }
+
+void FillMountEntry(const Mount& mount, bool with_device, schema::MountEntry::Builder out) {
+  out.setMountId(mount.id);
+  out.setState(Convert(mount.state));
+  out.setPath(mount.path.c_str());
+  if (with_device) out.setDevice(MakeDescriptor(mount.device));
+  out.setInitRequest(Bytes(mount.init_request));
+  out.setInitReply(Bytes(mount.init_reply));
+  out.setBlob(Bytes(mount.blob));
+}
 
 capnp::Capability::Client MakeSupervisorServer(Supervisor* supervisor, uint64_t generation) {
   return schema::Supervisor::Client(kj::heap<SupervisorServer>(supervisor, generation));
@@ -228,6 +272,7 @@ kj::Promise<void> ServeControl(Supervisor* supervisor, kj::ConnectionReceiver* l
 const char* Supervisor::Role(const WorkerProcess& worker) const {
   if (worker.killed || worker.disconnected) return "dying";
   if (worker.retired) return "retiring";
+  if (worker.generation == state_.spare) return "spare";
   if (worker.generation == state_.successor) return state_.owner == 0 ? "starting" : "candidate";
   if (worker.generation != state_.owner) return "dying";
   return state_.phase >= Phase::kServing && state_.phase <= Phase::kCommitting ? "parked" : "owner";
@@ -242,6 +287,15 @@ void Supervisor::FillStatus(schema::Status::Builder status) const {
   status.setSwaps(swaps_);
   status.setRequestsCarriedOverTotal(carried_over_total_);
   status.setStateDir(options_.state_dir.c_str());
+  status.setLastGood(last_good_ == nullptr ? "" : last_good_->sha256.c_str());
+  status.setSpareState(!options_.limits.spare ? "off"
+                       : state_.spare == 0    ? "none"
+                       : state_.spare_ready   ? "ready"
+                                              : "starting");
+  if (state_.probation && probation_ends_boot_nanos_ > clock_->BootNanos())
+    status.setProbationSeconds(1 + (probation_ends_boot_nanos_ - clock_->BootNanos()) / kNanosPerSecond);
+  FillSteps(upgrade_busy_ ? steps_ : std::vector<SwapStep>(),
+            status.initInProgress(static_cast<unsigned>(upgrade_busy_ ? steps_.size() : 0)));
   FillSwap(status.initLastSwap());
   status.setMountsLive(vault_.Count(MountState::kLive));
   status.setMountsDetached(vault_.Count(MountState::kDetached));
@@ -260,7 +314,7 @@ void Supervisor::FillStatus(schema::Status::Builder status) const {
       out.setRequestsReceived(ledger->received());
       out.setRequestsAnswered(ledger->answered());
     }
-    uint64_t limit = worker->dead_since_boot_nanos + kUnkillableSeconds * 1'000'000'000;
+    uint64_t limit = worker->dead_since_boot_nanos + kUnkillableSeconds * kNanosPerSecond;
     if (worker->dead_since_boot_nanos != 0 && clock_->BootNanos() > limit) {
       warnings.push_back("worker pid " + std::to_string(worker->pid) +
                          " was killed and does not exit; snapshot calls wait for it, reads do not");
@@ -269,6 +323,7 @@ void Supervisor::FillStatus(schema::Status::Builder status) const {
   if (state_.phase == Phase::kNoMetadata) {
     warnings.push_back("the worker serves reads but cannot open its metadata; see its log");
   }
+  if (!reverted_.empty()) warnings.push_back(reverted_);
   auto list = status.initWarnings(static_cast<unsigned>(warnings.size()));
   for (unsigned w = 0; w < warnings.size(); ++w) list.set(w, warnings[w].c_str());
 }
@@ -281,6 +336,7 @@ void Supervisor::FillSwap(schema::SwapStatus::Builder out) const {
   out.setRequestsCarriedOver(swap_.carried_over);
   out.setFromBuild(swap_.from_build.c_str());
   out.setToBuild(swap_.to_build.c_str());
+  FillSteps(swap_.steps, out.initSteps(static_cast<unsigned>(swap_.steps.size())));
 }
 
 kj::Maybe<capnp::Capability::Client> Supervisor::RunningAdmin() {

@@ -81,6 +81,17 @@ absl::StatusOr<std::shared_ptr<const Executable>> CopyExecutable(const std::stri
   return std::shared_ptr<const Executable>(std::move(executable));
 }
 
+std::shared_ptr<const Executable> OpenExecutable(const std::string& state_dir, const std::string& sha256) {
+  std::string path = state_dir + "/bin/" + sha256 + kName;
+  if (!IsCopy(path, sha256)) return nullptr;
+  auto file = OpenFile(path, O_RDONLY | O_NOFOLLOW);
+  if (!file.ok()) return nullptr;
+  auto executable = std::make_shared<Executable>();
+  executable->sha256 = sha256;
+  executable->file = *std::move(file);
+  return executable;
+}
+
 void RemoveOtherExecutables(const std::string& state_dir, const std::vector<std::string>& keep) {
   std::error_code ignored;
   std::vector<std::string> others;

@@ -21,6 +21,11 @@ struct Executable {
 absl::StatusOr<std::shared_ptr<const Executable>> CopyExecutable(const std::string& path,
                                                                  const std::string& state_dir);
 
+inline constexpr char kLastGoodFile[] =
+    "supervisor/last-good";  // in the state folder: the digest of that build
+// The copy that was kept under this digest; null when there is none, or it is damaged.
+std::shared_ptr<const Executable> OpenExecutable(const std::string& state_dir, const std::string& sha256);
+
 // Removes the copies not named in `keep`. Errors are left for the next time.
 void RemoveOtherExecutables(const std::string& state_dir, const std::vector<std::string>& keep);
 

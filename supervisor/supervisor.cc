@@ -1,8 +1,10 @@
 #include "supervisor/supervisor.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -11,6 +13,8 @@
 #include "absl/strings/escaping.h"
 #include "common/log.h"
 #include "glog/logging.h"
+#include "schema/touched.h"
+#include "supervisor/rpc.h"
 
 namespace holdfast::supervisor {
 namespace {
@@ -19,25 +23,50 @@ constexpr unsigned kMaxIncomingFds = 16;
 constexpr uint64_t kMountingPollMillis = 5;
 constexpr uint64_t kGonePollMillis = 1'000;
 
-std::string Describe(const kj::Exception& exception) { return exception.getDescription().cStr(); }
+constexpr uint64_t kNeeded = schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER;
+constexpr uint64_t kVerifiable = schema::CAP_PREPARE | schema::CAP_TRIAL;
+constexpr uint64_t kOurs = kNeeded | kVerifiable;
 
-// KJ_EXCEPTION and KJ_REQUIRE would put the text of the expression before the reason, which people read.
-kj::Exception Failed(const std::string& reason) {
-  return kj::Exception(kj::Exception::Type::FAILED, __FILE__, __LINE__, kj::str(reason.c_str()));
+// Steps of a swap as people see them; null: not one of its own.
+const char* StepName(Phase phase) {
+  switch (phase) {
+    case Phase::kStarting:
+      return "start";
+    case Phase::kPreparing:
+      return "prepare";
+    case Phase::kRehearsing:
+      return "rehearse";
+    case Phase::kParking:
+      return "park";
+    case Phase::kServing:
+      return "serve";
+    case Phase::kProbing:
+      return "probe";
+    case Phase::kYielding:
+      return "yield";
+    case Phase::kAwaitingExit:
+      return "await-exit";
+    case Phase::kCommitting:
+      return "commit";
+    default:
+      return nullptr;
+  }
 }
 
-[[noreturn]] void Throw(const absl::Status& status) {
-  kj::throwFatalException(Failed(std::string(FromAbsl(status.message()))));
-  __builtin_unreachable();
-}
-
-kj::Promise<void> SendCall(schema::Worker::Client& client, Call call) {
-  if (call == Call::kServe) return client.serveRequest().send().ignoreResult();
-  if (call == Call::kPark) return client.parkRequest().send().ignoreResult();
-  if (call == Call::kResume) return client.resumeRequest().send().ignoreResult();
-  if (call == Call::kYield) return client.yieldMetadataRequest().send().ignoreResult();
-  if (call == Call::kTake) return client.takeMetadataRequest().send().ignoreResult();
-  return client.retireRequest().send().ignoreResult();
+absl::StatusOr<SharedFd> MakeTouched() {
+  UniqueFd memory(memfd_create("holdfast-touched", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!memory.valid()) return ErrnoStatus(errno, "memfd_create");
+  hf_touched_header header{};
+  header.magic = HF_TOUCHED_MAGIC;
+  header.version = HF_TOUCHED_VERSION;
+  header.header_size = sizeof(header);
+  header.entry_stride = sizeof(hf_touched_entry);
+  header.capacity = HF_TOUCHED_ENTRIES;
+  bool made = ftruncate(memory.get(), HF_TOUCHED_TOTAL_SIZE) == 0 &&
+              pwrite(memory.get(), &header, sizeof(header), 0) == sizeof(header) &&
+              fcntl(memory.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0;
+  if (!made) return ErrnoStatus(errno, "preparing a memfd");
+  return std::make_shared<UniqueFd>(std::move(memory));
 }
 
 }  // namespace
@@ -54,7 +83,12 @@ Supervisor::Supervisor(const Options& options, Resources resources, kj::AsyncIoC
       vault_(std::move(resources.mount_ids)),
       generations_(std::move(resources.generations)),
       running_(std::move(resources.executable)),
-      tasks_(*this) {}
+      last_good_(std::move(resources.last_good)),
+      helpers_(io, std::move(resources.program)),
+      checks_(state_dir_.get(), options_.state_dir, &vault_, &helpers_),
+      tasks_(*this) {
+  state_.probation = last_good_ != nullptr && last_good_->sha256 != running_->sha256;
+}
 
 void Supervisor::taskFailed(kj::Exception&& exception) {
   LOG(ERROR) << "event=task_failed error=" << LogValue(Describe(exception));
@@ -95,8 +129,9 @@ void Supervisor::Apply(const Event& event) {
   }
   if (result.state.next_generation != state_.next_generation)
     result.state.next_generation = 0;  // it is spent
-  state_ = std::move(result.state);
+  Phase before = std::exchange(state_, std::move(result.state)).phase;
   AdoptRunningBinary();
+  if (upgrade_busy_ && before != state_.phase) NotePhase(before, state_.phase);
   for (const Action& action : result.actions) Do(action);
 }
 
@@ -105,38 +140,118 @@ void Supervisor::AdoptRunningBinary() {
   WorkerProcess* owner = Find(state_.owner);
   if (owner == nullptr) return;
   running_build_ = owner->build;
-  if (owner->executable->sha256 != running_->sha256) previous_ = running_;
+  // Nobody shall roll back to a build that did not survive its probation.
+  if (owner->executable->sha256 != running_->sha256) previous_ = state_.reverted ? nullptr : running_;
   running_ = owner->executable;
 }
 
 void Supervisor::Do(const Action& action) {
-  if (action.type == ActionType::kSpawn) return SpawnWorker(action.generation, action.binary);
-  if (action.type == ActionType::kCall) return CallWorker(action.generation, action.call);
-  if (action.type == ActionType::kTellExited) return TellExited(action.generation, action.subject);
-  if (action.type == ActionType::kKill) return KillWorker(action.generation);
-  if (action.type == ActionType::kTimer) return ArmTimer(action.milliseconds);
-  if (action.type == ActionType::kExit) return stopped_->fulfill();
-  if (action.type == ActionType::kStopTimer) return void(++timer_token_);
-  bool done = action.type == ActionType::kSwapDone;
-  if (action.type != ActionType::kRefused) FinishSwap(done ? "done" : "failed: " + action.reason);
+  switch (action.type) {
+    case ActionType::kSpawn:
+      return SpawnWorker(action.generation, action.binary);
+    case ActionType::kCall:
+      return CallWorker(action);
+    case ActionType::kTellExited:
+      return TellExited(action.generation, action.subject);
+    case ActionType::kKill:
+      return KillWorker(action.generation);
+    case ActionType::kTimer:
+      return ArmTimer(action.milliseconds);
+    case ActionType::kStopTimer:
+      return void(++timer_token_);
+    case ActionType::kExit:
+      return stopped_->fulfill();
+    case ActionType::kProven:
+      return SetLastGood(running_);
+    case ActionType::kReverted:
+      reverted_ = "build " + running_->sha256 + " (" + running_build_ + ") did not survive its probation (" +
+                  action.reason + "); " + last_good_->sha256 + " was brought back";
+      LOG(ERROR) << "event=reverted reason=" << LogValue(reverted_);
+      return;
+    case ActionType::kDataFault:
+      reverted_ += "; it died too (" + action.reason +
+                   "), so the builds are not to blame: look for damaged layers in the worker's log";
+      LOG(ERROR) << "event=data_fault reason=" << LogValue(action.reason);
+      return;
+    case ActionType::kSwapDone:
+      // The first build that ever ran here: nothing else could be brought back.
+      if (last_good_ == nullptr) SetLastGood(running_);
+      if (state_.probation && !state_.stable)
+        probation_ends_boot_nanos_ =
+            clock_->BootNanos() + (options_.limits.stable_ms + options_.limits.probation_ms) * 1'000'000;
+      FinishSwap("done");
+      break;
+    case ActionType::kSwapFailed:
+      FinishSwap("failed: " + action.reason);
+      break;
+    case ActionType::kRefused:
+      break;
+  }
   KJ_IF_MAYBE (waiter, upgrade_waiter_) {
-    if (done) (*waiter)->fulfill();
-    if (!done) (*waiter)->reject(Failed(action.reason));
+    if (action.type == ActionType::kSwapDone) (*waiter)->fulfill();
+    if (action.type != ActionType::kSwapDone) (*waiter)->reject(Failed(action.reason));
     upgrade_waiter_ = nullptr;
   }
 }
 
+// The steps of an upgrade follow the machine's phases.
+void Supervisor::NotePhase(Phase from, Phase to) {
+  bool forward = to > from && (to <= Phase::kCommitting || from == Phase::kCommitting) && to <= Phase::kRunning;
+  EndStep(forward);
+  // After the step that failed there are no more.
+  if (forward && StepName(to) != nullptr) BeginStep(StepName(to));
+}
+
+void Supervisor::BeginStep(const std::string& name) {
+  steps_.push_back({.name = name, .begun_boot_nanos = clock_->BootNanos()});
+  Report(steps_.back(), false);
+}
+
+void Supervisor::EndStep(bool ok) {
+  if (steps_.empty() || steps_.back().nanos != 0) return;
+  steps_.back().nanos = clock_->BootNanos() - steps_.back().begun_boot_nanos;
+  if (ok) Report(steps_.back(), true);
+}
+
+void Supervisor::Report(const SwapStep& step, bool done) {
+  LOG_IF(INFO, done) << "event=step name=" << step.name << " ns=" << step.nanos
+                     << " detail=" << LogValue(step.detail);
+  KJ_IF_MAYBE (progress, progress_) {
+    auto request = progress->stepRequest();
+    FillStep(step, request.initStep());
+    request.setDone(done);
+    Ignore(request.send().ignoreResult());  // who asked may be gone
+  }
+}
+
+void Supervisor::SetLastGood(std::shared_ptr<const Executable> executable) {
+  last_good_ = std::move(executable);
+  reverted_.clear();
+  LOG(INFO) << "event=last_good executable=" << last_good_->sha256;
+  // On a thread: the disk may be slow. Lost, it costs the next boot a build to fall back to.
+  auto written =
+      Offload<absl::Status>([path = options_.state_dir + "/" + kLastGoodFile, text = last_good_->sha256] {
+        return WriteFileAtomic(path, text + "\n");
+      });
+  tasks_.add(written.then([](kj::Own<absl::Status>&& status) {
+    LOG_IF(ERROR, !status->ok()) << "event=last_good_not_kept error=" << LogValue(status->ToString());
+  }));
+}
+
+void Supervisor::BeginSwap(const std::string& kind) {
+  swap_ = Swap{};
+  swap_.kind = kind;
+  swap_.result = "running";
+  swap_.from_build = running_build_;
+}
+
 void Supervisor::SpawnWorker(Generation generation, Binary binary) {
   bool upgrade = binary == Binary::kCandidate;
-  if (upgrade || reads_stopped_boot_nanos_ != 0) {
-    swap_ = Swap{};
-    swap_.kind = upgrade ? "upgrade" : "crash";
-    swap_.result = "running";
-    swap_.from_build = running_build_;
-  }
+  if (upgrade) BeginSwap(swap_kind_);
   auto worker = std::make_unique<WorkerProcess>();
   worker->generation = generation;
-  worker->executable = upgrade ? candidate_ : running_;
+  bool last_good = binary == Binary::kLastGood && last_good_ != nullptr;
+  worker->executable = upgrade ? candidate_ : last_good ? last_good_ : running_;
   worker->started_wall_nanos = clock_->WallNanos();
   absl::Status status = [&]() -> absl::Status {
     HF_RETURN_IF_ERROR(ledgers_.Create(generation).status());
@@ -172,34 +287,89 @@ void Supervisor::Connect(WorkerProcess* worker, UniqueFd socket) {
   tasks_.add(ended.then([this, generation] { OnDisconnected(generation); }));
 }
 
-void Supervisor::CallWorker(Generation generation, Call call) {
+void Supervisor::CallWorker(const Action& action) {
+  Generation generation = action.generation;
+  Call call = action.call;
   WorkerProcess* worker = Find(generation);
   if (worker == nullptr) return;
   if (call == Call::kTake && vault_.Count(MountState::kMounting) != 0) {
     // What a dead predecessor was mounting must be in the vault when its successor looks.
-    tasks_.add(timer_.afterDelay(kMountingPollMillis * kj::MILLISECONDS).then([this, generation, call] {
+    tasks_.add(timer_.afterDelay(kMountingPollMillis * kj::MILLISECONDS).then([this, action] {
       bool wanted = state_.phase == Phase::kCommitting || state_.phase == Phase::kReclaiming;
-      if (wanted && state_.holders.count(generation) != 0) CallWorker(generation, call);
+      if (wanted && state_.holders.count(action.generation) != 0) CallWorker(action);
     }));
     return;
   }
   if (call == Call::kPark) reads_stopped_boot_nanos_ = clock_->BootNanos();
   if (call == Call::kServe) swap_.carried_over = ledgers_.CountUnanswered(generation);
-  worker->retired = call == Call::kRetire;
+  worker->retired |= call == Call::kRetire;
   auto too_long = [this, generation] { KillWorker(generation); };  // nothing if it exited
   if (worker->retired) tasks_.add(timer_.afterDelay(kRetireLimitSeconds * kj::SECONDS).then(too_long));
-  KJ_IF_MAYBE (client, worker->client) {
-    auto failed = [this, generation, call](kj::Exception&& exception) {
-      // A broken connection is a death, and told as one.
-      if (exception.getType() == kj::Exception::Type::DISCONNECTED) return;
-      std::string why = Describe(exception);
-      LOG(WARNING) << "event=call_failed generation=" << generation << " call=" << CallName(call)
-                   << " error=" << LogValue(why);
-      Dispatch({.type = EventType::kFailed, .generation = generation, .call = call, .reason = why});
-    };
-    tasks_.add(SendCall(*client, call)
-                   .then([this, generation, call] { OnCallDone(generation, call); }, kj::mv(failed)));
+  if (worker->client == nullptr) return;
+  auto failed = [this, generation, call](kj::Exception&& exception) {
+    // A broken connection is a death, and told as one.
+    if (exception.getType() == kj::Exception::Type::DISCONNECTED) return;
+    std::string why = Describe(exception);
+    LOG(WARNING) << "event=call_failed generation=" << generation << " call=" << CallName(call)
+                 << " error=" << LogValue(why);
+    Dispatch({.type = EventType::kFailed, .generation = generation, .call = call, .reason = why});
+  };
+  tasks_.add(SendCall(worker, action)
+                 .then([this, generation, call] { OnCallDone(generation, call); }, kj::mv(failed)));
+}
+
+kj::Promise<void> Supervisor::SendCall(WorkerProcess* worker, const Action& action) {
+  schema::Worker::Client client = KJ_ASSERT_NONNULL(worker->client);
+  auto note = [this](std::string&& detail) {
+    if (!steps_.empty()) steps_.back().detail = std::move(detail);
+  };
+  switch (action.call) {
+    case Call::kServe:
+      if (state_.trial == worker->generation) return ServeOnTrial(worker);
+      return client.serveRequest().send().ignoreResult();
+    case Call::kPark:
+      return client.parkRequest().send().ignoreResult();
+    case Call::kResume:
+      return client.resumeRequest().send().ignoreResult();
+    case Call::kYield:
+      return client.yieldMetadataRequest().send().ignoreResult();
+    case Call::kTake:
+      return client.takeMetadataRequest().send().ignoreResult();
+    case Call::kRetire:
+      return client.retireRequest().send().ignoreResult();
+    case Call::kPrepare:
+      return client.prepareRequest().send().ignoreResult();
+    case Call::kEndTrial:
+      return client.endTrialRequest().send().ignoreResult();
+    case Call::kRehearse: {
+      WorkerProcess* owner = Find(state_.owner);
+      if (owner == nullptr || owner->client == nullptr) return Failed("the running worker is gone");
+      return checks_.Rehearse(KJ_ASSERT_NONNULL(owner->client), client).then(note);
+    }
+    case Call::kProbe:
+      return checks_.ProbeLive(worker->generation).then(note);
+    case Call::kDistrust: {
+      // Content that the candidate stored is under the old id, and so is verified before its next use.
+      vault_id_ = RandomBytes(16);
+      if ((worker->capabilities & schema::CAP_TRIAL) == 0) return Failed("this build cannot");
+      auto request = client.distrustRequest();
+      request.setGeneration(action.subject);
+      if (touched_ != nullptr) request.setTouched(MakeDescriptor(std::exchange(touched_, nullptr)));
+      request.setVaultId(Bytes(vault_id_));
+      return request.send().ignoreResult();
+    }
   }
+  KJ_UNREACHABLE;
+}
+
+kj::Promise<void> Supervisor::ServeOnTrial(WorkerProcess* worker) {
+  auto touched = MakeTouched();
+  if (!touched.ok()) return Failed(std::string(FromAbsl(touched.status().message())));
+  touched_ = *std::move(touched);
+  auto request = KJ_ASSERT_NONNULL(worker->client).serveRequest();
+  request.setTrial(true);
+  request.setTouched(MakeDescriptor(touched_));
+  return request.send().ignoreResult();
 }
 
 void Supervisor::OnCallDone(Generation generation, Call call) {
@@ -248,8 +418,10 @@ void Supervisor::NoteDeath(WorkerProcess* worker, const std::string& reason) {
   bool successor_reads = state_.phase >= Phase::kServing && state_.phase <= Phase::kCommitting;
   bool reading = worker->generation == (successor_reads ? state_.successor : state_.owner);
   if (reading && reads_stopped_boot_nanos_ == 0) reads_stopped_boot_nanos_ = worker->dead_since_boot_nanos;
+  // In a swap it is the swap's affair.
+  if (reading && !worker->retired && !upgrade_busy_) BeginSwap("crash");
   if (worker->retired) return;
-  if (!state_.upgrade || worker->generation != state_.successor) ++crashes_;
+  if (!worker->killed && worker->generation != state_.spare) ++crashes_;
   LOG(ERROR) << "event=worker_died generation=" << worker->generation << " pid=" << worker->pid
              << " reason=" << LogValue(reason) << " phase=" << PhaseName(state_.phase);
 }
@@ -287,6 +459,11 @@ void Supervisor::FinishSwap(const std::string& result) {
   swap_.result = result;
   swap_.finished_wall_nanos = clock_->WallNanos();
   if (WorkerProcess* owner = Find(state_.owner)) swap_.to_build = owner->build;
+  if (upgrade_busy_) {
+    EndStep(result == "done");
+    swap_.steps = steps_;
+    if (result != "done" && !steps_.empty()) swap_.steps.back().detail = result;
+  }
   if (result == "done") ++swaps_;
   LOG(INFO) << "event=swap kind=" << swap_.kind << " result=" << LogValue(result) << " owner=" << state_.owner
             << " pause_ns=" << swap_.pause_nanos << " requests_carried_over=" << swap_.carried_over;
@@ -300,13 +477,14 @@ void Supervisor::Register(Generation generation, schema::Hello::Reader hello,
   KJ_REQUIRE(worker->client == nullptr, "registered already");
   auto token = hello.getToken().asChars();
   KJ_REQUIRE(std::string(token.begin(), token.size()) == worker->token, "wrong token");
-  constexpr uint64_t kOurs = schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER;
   uint64_t common = hello.getCapabilities() & kOurs;
-  KJ_REQUIRE(common == kOurs, "this supervisor needs the capabilities serveReads and metadataHandover");
+  KJ_REQUIRE((common & kNeeded) == kNeeded,
+             "this supervisor needs the capabilities serveReads and metadataHandover");
   Ledger* ledger = ledgers_.Find(generation);
   worker->client = kj::mv(worker_client);
   worker->admin = kj::mv(admin);
   worker->build = hello.getBuild().cStr();
+  worker->capabilities = common;
   welcome.setCapabilities(common);
   welcome.setGeneration(generation);
   welcome.setVaultId(kj::arrayPtr(reinterpret_cast<const kj::byte*>(vault_id_.data()), vault_id_.size()));
@@ -318,17 +496,24 @@ void Supervisor::Register(Generation generation, schema::Hello::Reader hello,
   LOG(INFO) << "event=registered generation=" << generation << " pid=" << worker->pid
             << " build=" << LogValue(worker->build);
   // After the welcome is on its way.
-  tasks_.add(kj::evalLast(
-      [this, generation] { Dispatch({.type = EventType::kRegistered, .generation = generation}); }));
+  WorkerProcess* owner = Find(state_.owner);
+  if (owner != nullptr) common &= owner->capabilities;
+  bool verifiable = (common & kVerifiable) == kVerifiable;
+  tasks_.add(kj::evalLast([this, generation, verifiable] {
+    Dispatch({.type = EventType::kRegistered, .generation = generation, .verifiable = verifiable});
+  }));
 }
 
-kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force) {
-  if (upgrade_busy_) Throw(Unavailable("an upgrade is under way already"));
-  if (stopping_) Throw(Unavailable("the supervisor is shutting down"));
-  upgrade_busy_ = true;
+kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force,
+                                      kj::Maybe<schema::Progress::Client> progress) {
+  ClaimSwap(kj::mv(progress));
   if (path.empty()) path = options_.worker;
+  BeginStep("copy");
   using Copy = absl::StatusOr<std::shared_ptr<const Executable>>;
-  std::vector<std::string> keep = {running_->sha256, previous_ == nullptr ? "" : previous_->sha256};
+  std::vector<std::string> keep = {running_->sha256};
+  for (const auto& executable : {previous_, last_good_}) {
+    if (executable != nullptr) keep.push_back(executable->sha256);
+  }
   auto copied = Offload<Copy>([path, keep, state_dir = options_.state_dir] {
     RemoveOtherExecutables(state_dir, keep);
     return CopyExecutable(path, state_dir);
@@ -336,13 +521,51 @@ kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force) {
   auto swapped = copied.then([this, force](kj::Own<Copy>&& copy) -> kj::Promise<bool> {
     if (!copy->ok()) Throw(copy->status());
     if ((**copy)->sha256 == running_->sha256 && !force) return false;
-    candidate_ = **copy;
-    auto pair = kj::newPromiseAndFulfiller<void>();
-    upgrade_waiter_ = kj::mv(pair.fulfiller);
-    Dispatch({.type = EventType::kUpgrade});
-    return pair.promise.then([] { return true; });
+    return SwapTo(**copy, "upgrade");
   });
   return Keep(swapped.attach(kj::defer([this] { upgrade_busy_ = false; })));
+}
+
+kj::Promise<bool> Supervisor::Rollback(kj::Maybe<schema::Progress::Client> progress) {
+  ClaimSwap(kj::mv(progress));
+  auto free = kj::defer([this] { upgrade_busy_ = false; });
+  auto target = RollbackTarget();
+  if (target == nullptr) Throw(FailedPrecondition("no other build is kept here to roll back to"));
+  return Keep(SwapTo(std::move(target), "rollback").attach(kj::mv(free)));
+}
+
+void Supervisor::ClaimSwap(kj::Maybe<schema::Progress::Client> progress) {
+  if (upgrade_busy_) Throw(Unavailable("another swap is under way already"));
+  if (stopping_) Throw(Unavailable("the supervisor is shutting down"));
+  upgrade_busy_ = true;
+  steps_.clear();
+  progress_ = kj::mv(progress);
+}
+
+kj::Promise<bool> Supervisor::SwapTo(std::shared_ptr<const Executable> executable, const std::string& kind) {
+  candidate_ = std::move(executable);
+  swap_kind_ = kind;
+  EndStep(true);
+  auto pair = kj::newPromiseAndFulfiller<void>();
+  upgrade_waiter_ = kj::mv(pair.fulfiller);
+  bool proven = last_good_ != nullptr && candidate_->sha256 == last_good_->sha256;
+  Dispatch({.type = EventType::kUpgrade, .proven = proven});
+  return pair.promise.then([] { return true; });
+}
+
+std::shared_ptr<const Executable> Supervisor::RollbackTarget() const {
+  if (previous_ != nullptr) return previous_;
+  bool another = last_good_ != nullptr && last_good_->sha256 != running_->sha256;
+  return another ? last_good_ : nullptr;
+}
+
+kj::Promise<RollbackReadiness> Supervisor::CheckRollback() {
+  auto target = RollbackTarget();
+  // With none, what matters is that the build which is started after a crash still starts.
+  if (target == nullptr) target = running_;
+  return helpers_.SelfTest(target).then([target](SelfTestResult result) {
+    return RollbackReadiness{result.ok, target->sha256, result.output};
+  });
 }
 
 void Supervisor::Stop(const std::string& reason) {

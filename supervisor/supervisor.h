@@ -23,11 +23,13 @@
 #include "supervisor/offload.h"
 #include "supervisor/options.h"
 #include "supervisor/spawner.h"
+#include "supervisor/swap_checks.h"
 #include "supervisor/vault.h"
 
 namespace holdfast::supervisor {
 
 inline constexpr char kBuild[] = "holdfast-supervisor 0.1.0";
+inline constexpr uint64_t kNanosPerSecond = 1'000'000'000;
 inline constexpr uint64_t kRetireLimitSeconds = 600;  // a retired worker's old calls are cut off then
 inline constexpr uint64_t kStopUnmountSeconds = 10;   // what is not unmounted by then is left to the kernel
 inline constexpr uint64_t kUnkillableSeconds = 5;     // a killed worker that still exists then is reported
@@ -44,15 +46,29 @@ struct WorkerProcess {
   kj::Maybe<schema::Worker::Client> client;  // once registered
   kj::Maybe<capnp::Capability::Client> admin;
   std::string build;
+  uint64_t capabilities = 0;  // agreed on
   int64_t started_wall_nanos = 0;
   uint64_t dead_since_boot_nanos = 0;  // first sign of death, or our SIGKILL; 0: alive
   bool killed = false, retired = false, disconnected = false, exited = false;
+};
+
+// A step of an upgrade, for people.
+struct SwapStep {
+  std::string name, detail{};
+  uint64_t begun_boot_nanos = 0, nanos = 0;
+};
+void FillStep(const SwapStep& step, schema::SwapStep::Builder out);
+
+struct RollbackReadiness {
+  bool ready = false;
+  std::string executable, reason;
 };
 
 struct Swap {
   std::string kind = "none", result, from_build, to_build;
   int64_t finished_wall_nanos = 0;
   uint64_t pause_nanos = 0, carried_over = 0;
+  std::vector<SwapStep> steps;
 };
 
 // What main has prepared.
@@ -60,6 +76,8 @@ struct Resources {
   UniqueFd state_dir, snapshot_listener;
   IdFile mount_ids, generations;
   std::shared_ptr<const Executable> executable;
+  std::shared_ptr<const Executable> last_good;  // null: none is known yet
+  UniqueFd program;                             // our own executable, for helper processes
   std::vector<std::string> warnings;
 };
 
@@ -80,8 +98,10 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   kj::Promise<const Mount*> MountLayer(Generation caller, std::string path, InitOptions options,
                                        std::string blob);
   kj::Promise<MountState> UnmountLayer(Generation caller, uint64_t mount_id);
-  // True: swapped; false: the same build runs already.
-  kj::Promise<bool> Upgrade(std::string path, bool force);
+  // True: swapped; false: the same build runs already. `progress` is told each step.
+  kj::Promise<bool> Upgrade(std::string path, bool force, kj::Maybe<schema::Progress::Client> progress);
+  kj::Promise<bool> Rollback(kj::Maybe<schema::Progress::Client> progress);
+  kj::Promise<RollbackReadiness> CheckRollback();
 
   void FillStatus(schema::Status::Builder status) const;
   void FillSwap(schema::SwapStatus::Builder out) const;
@@ -97,8 +117,19 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void Apply(const Event& event);
   void Do(const Action& action);
   void SpawnWorker(Generation generation, Binary binary);
+  void BeginSwap(const std::string& kind);
+  void ClaimSwap(kj::Maybe<schema::Progress::Client> progress);
+  kj::Promise<bool> SwapTo(std::shared_ptr<const Executable> executable, const std::string& kind);
+  std::shared_ptr<const Executable> RollbackTarget() const;
+  void SetLastGood(std::shared_ptr<const Executable> executable);
+  void NotePhase(Phase from, Phase to);
+  void BeginStep(const std::string& name);
+  void EndStep(bool ok);
+  void Report(const SwapStep& step, bool done);
   void Connect(WorkerProcess* worker, UniqueFd socket);
-  void CallWorker(Generation generation, Call call);
+  void CallWorker(const Action& action);
+  kj::Promise<void> SendCall(WorkerProcess* worker, const Action& action);
+  kj::Promise<void> ServeOnTrial(WorkerProcess* worker);
   void OnCallDone(Generation generation, Call call);
   void TellExited(Generation generation, Generation exited);
   void KillWorker(Generation generation);
@@ -136,7 +167,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   const UniqueFd state_dir_;
   const SharedFd snapshot_listener_;
   const std::vector<std::string> warnings_;
-  const std::string vault_id_;
+  std::string vault_id_;  // content stored under another one is verified before use
   const int64_t started_wall_nanos_;
 
   Vault vault_;
@@ -149,10 +180,18 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   bool dispatching_ = false;
   uint64_t timer_token_ = 0;
   std::map<Generation, std::unique_ptr<WorkerProcess>> workers_;
-  std::shared_ptr<const Executable> running_, previous_, candidate_;
+  std::shared_ptr<const Executable> running_, previous_, candidate_, last_good_;
   std::string running_build_;
+  std::string reverted_;  // why last-good was brought back; empty: it was not
+  uint64_t probation_ends_boot_nanos_ = 0;
+  Helpers helpers_;
+  SwapChecks checks_;
+  SharedFd touched_;  // what the candidate on trial answered for (schema/touched.h)
 
   Swap swap_;
+  std::string swap_kind_;    // of the one asked for
+  std::vector<SwapStep> steps_;  // of it; the last one is under way
+  kj::Maybe<schema::Progress::Client> progress_;
   uint64_t reads_stopped_boot_nanos_ = 0;  // 0: somebody reads
   uint64_t crashes_ = 0, swaps_ = 0, carried_over_total_ = 0;
   bool upgrade_busy_ = false, stopping_ = false;
@@ -160,13 +199,5 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   kj::Own<kj::PromiseFulfiller<void>> stopped_;
   kj::TaskSet tasks_;  // last: cancelled first
 };
-
-// rpc.cc: the Cap'n Proto servers, which only translate. The bootstrap of a worker's connection:
-capnp::Capability::Client MakeSupervisorServer(Supervisor* supervisor, uint64_t generation);
-// Accepts holdfastctl's connections for ever; peers that are not root are turned away.
-kj::Promise<void> ServeControl(Supervisor* supervisor, kj::ConnectionReceiver* listener);
-// A capability that carries `fd` and keeps it open.
-schema::Descriptor::Client MakeDescriptor(SharedFd fd);
-void FillPipes(const Ledger& ledger, capnp::List<schema::PipePair>::Builder out);
 
 }  // namespace holdfast::supervisor

@@ -39,6 +39,8 @@ class Vault {
 
   // A new entry in state mounting. AlreadyExists while another mounting or live entry has the path.
   absl::StatusOr<uint64_t> Allocate(const std::string& path, std::string blob, uint64_t caller);
+  // An id for a mount that is not kept here.
+  absl::StatusOr<uint64_t> NextId() { return ids_.Next(); }
   // Null when unknown (never existed, or gone). Valid until the next change.
   Mount* Find(uint64_t id);
   void Forget(uint64_t id) { mounts_.erase(id); }

@@ -10,5 +10,6 @@ interface FakeAdmin {
   unmount @1 (mountId :UInt64) -> (state :Handover.MountState);
   setBlob @2 (mountId :UInt64, blob :Data) -> ();
   info @3 () -> (generation :UInt64, mountIds :List(UInt64), blobs :List(Data), adopted :UInt64, exited :List(UInt64),
-                 gone :List(UInt64), openFds :List(Text), listenerWorks :Bool, pagesSeen :UInt32, ledgersSeen :List(UInt64));
+                 gone :List(UInt64), openFds :List(Text), listenerWorks :Bool, pagesSeen :UInt32, ledgersSeen :List(UInt64),
+                 calls :List(Text));
 }

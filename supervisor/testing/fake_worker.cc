@@ -31,6 +31,8 @@
 #include "common/io.h"
 #include "schema/handover.capnp.h"
 #include "schema/ledger.h"
+#include "schema/probe.h"
+#include "schema/touched.h"
 #include "supervisor/testing/fake_worker.capnp.h"
 
 #pragma GCC diagnostic ignored "-Wnon-virtual-dtor"  // generated server bases
@@ -78,8 +80,11 @@ LedgerMap MapLedger(int memory) {
 // Reads requests of all mounts on one thread, through slot 0 and its pipe.
 class Server {
  public:
-  Server(LedgerMap own, uint64_t generation, std::string state_dir)
-      : own_(std::move(own)), generation_(generation), state_dir_(std::move(state_dir)) {
+  Server(LedgerMap own, uint64_t generation, std::string state_dir, std::string mode)
+      : own_(std::move(own)),
+        generation_(generation),
+        state_dir_(std::move(state_dir)),
+        mode_(std::move(mode)) {
     thread_ = std::thread([this] { Loop(); });
     thread_.detach();
   }
@@ -89,6 +94,13 @@ class Server {
     blobs_[id] = std::move(blob);
     if (devices_.count(id) == 0) devices_[id] = std::make_shared<UniqueFd>(std::move(device));
   }
+  // Reads this one from now on, whatever SetReading says.
+  void ReadNow(uint64_t id) {
+    std::lock_guard lock(mutex_);
+    now_.push_back(id);
+  }
+  // What it answers for is noted there; null: it is not on trial.
+  void SetTouched(char* touched) { touched_ = touched; }
   void Remove(uint64_t id) {
     std::lock_guard lock(mutex_);
     devices_.erase(id);
@@ -135,20 +147,23 @@ class Server {
       std::vector<uint64_t> ids;
       {
         std::lock_guard turn(turn_);
-        if (reading_ && !holding_) {
+        if (!holding_) {
           {
             std::lock_guard lock(mutex_);
             for (auto& [id, fd] : devices_) {
+              if (!reading_ && std::find(now_.begin(), now_.end(), id) == now_.end()) continue;
               polls.push_back({.fd = fd->get(), .events = POLLIN, .revents = 0});
               ids.push_back(id);
             }
           }
-          if (poll(polls.data(), polls.size(), 2) > 0) {
-            for (size_t i = 0; i < polls.size() && !holding_; ++i) {
-              if ((polls[i].revents & POLLIN) != 0) TakeOne(ids[i], polls[i].fd);
+          if (!polls.empty()) {
+            if (poll(polls.data(), polls.size(), 2) > 0) {
+              for (size_t i = 0; i < polls.size() && !holding_; ++i) {
+                if ((polls[i].revents & POLLIN) != 0) TakeOne(ids[i], polls[i].fd);
+              }
             }
+            continue;
           }
-          continue;
         }
       }
       usleep(1000);
@@ -198,11 +213,16 @@ class Server {
     memcpy(&in, request, sizeof(in));
     if (in.opcode == FUSE_FORGET || in.opcode == FUSE_BATCH_FORGET || in.opcode == FUSE_INTERRUPT)
       return false;
+    Touch(id, in.nodeid);
     struct {
       fuse_out_header header;
       union {
         fuse_attr_out attr;
         fuse_statfs_out statfs;
+        struct {
+          fuse_ioctl_out result;
+          hf_probe_live live;
+        } ioctl;
       };
     } out{};
     out.header.len = sizeof(out.header);
@@ -222,16 +242,42 @@ class Server {
       out.statfs = {};
       out.statfs.st.namelen = 255;
     } else if (in.opcode == FUSE_LOOKUP) {
-      out.header.error = -ENOENT;
+      bool wrong = mode_ == "wrong-everywhere" || (mode_ == "wrong-on-trial" && touched_ != nullptr);
+      out.header.error = wrong ? -EIO : -ENOENT;
+    } else if (in.opcode == FUSE_IOCTL) {
+      fuse_ioctl_in ask;
+      memcpy(&ask, request + sizeof(in), sizeof(ask));
+      out.header.error = -ENOTTY;
+      if (ask.cmd == HF_PROBE_LIVE && in.nodeid == 1) {
+        out.header.error = 0;
+        out.header.len += static_cast<uint32_t>(sizeof(out.ioctl));
+        out.ioctl = {};
+        out.ioctl.live.generation = mode_ == "wrong-generation" ? 1 : generation_;
+        strncpy(out.ioctl.live.build, mode_.c_str(), sizeof(out.ioctl.live.build) - 1);
+      }
     } else if (in.opcode == FUSE_GETXATTR) {
       out.header.error = -ENODATA;
     }
     return write(device->get(), &out, out.header.len) == static_cast<ssize_t>(out.header.len);
   }
 
+  void Touch(uint64_t id, uint64_t node) {
+    char* touched = touched_;
+    if (touched == nullptr) return;
+    auto* header = reinterpret_cast<hf_touched_header*>(touched);
+    uint64_t at = std::atomic_ref<uint64_t>(header->count).fetch_add(1);
+    if (at >= header->capacity) return;
+    auto* entry =
+        reinterpret_cast<hf_touched_entry*>(touched + header->header_size + at * header->entry_stride);
+    entry->nodeid = node;
+    std::atomic_ref<uint64_t>(entry->mount_id).store(id);
+  }
+
   LedgerMap own_;
   const uint64_t generation_;
-  const std::string state_dir_;
+  const std::string state_dir_, mode_;
+  std::atomic<char*> touched_{nullptr};
+  std::vector<uint64_t> now_;  // under mutex_
   std::atomic<bool> reading_{false};
   std::atomic<bool> holding_{false};
   std::atomic<uint64_t> adopted_{0};
@@ -260,6 +306,7 @@ struct Context {
   std::vector<uint64_t> exited;
   std::vector<uint64_t> gone;
   std::vector<uint64_t> ledgers_seen;
+  std::vector<std::string> calls;  // that the test wants to know of
   uint32_t pages = 0;
 
   schema::Supervisor::Client& link() { return KJ_ASSERT_NONNULL(supervisor); }
@@ -348,12 +395,22 @@ class WorkerServer final : public schema::Worker::Server {
  public:
   explicit WorkerServer(Context* context) : c_(*context) {}
 
-  kj::Promise<void> serve(ServeContext) override {
+  kj::Promise<void> serve(ServeContext context) override {
+    c_.calls.emplace_back(context.getParams().getTrial() ? "serve trial" : "serve");
     if (c_.mode == "fail-serve") KJ_FAIL_REQUIRE("this build cannot serve");
     if (c_.mode == "die-serve") _exit(3);
     if (c_.mode == "hang-serve") return kj::NEVER_DONE;
-    return WhenReady()
-        .then([this] { return WalkMounts(c_, 0); })
+    auto noted = WhenReady();
+    if (context.getParams().getTrial()) {
+      noted = noted.then([context]() mutable { return TakeFd(context.getParams().getTouched()); })
+                  .then([this](UniqueFd fd) {
+                    void* base =
+                        mmap(nullptr, HF_TOUCHED_TOTAL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
+                    if (base == MAP_FAILED) _exit(94);
+                    c_.server->SetTouched(static_cast<char*>(base));
+                  });
+    }
+    return noted.then([this] { return WalkMounts(c_, 0); })
         .then([this] { return WalkLedgers(c_, 0); })
         .then([this] { c_.server->SetReading(true); });
   }
@@ -396,6 +453,67 @@ class WorkerServer final : public schema::Worker::Server {
       _exit(0);
     }).detach();
     return kj::READY_NOW;
+  }
+  kj::Promise<void> prepare(PrepareContext) override {
+    c_.calls.emplace_back("prepare");
+    if (c_.mode == "fail-prepare") KJ_FAIL_REQUIRE("this build cannot prepare");
+    if (c_.mode == "die-prepare") _exit(3);
+    return WhenReady().then([this] { return WalkMounts(c_, 0); });
+  }
+  // The attributes of each root, and a name that no root has.
+  kj::Promise<void> samples(SamplesContext context) override {
+    if (c_.mode == "hang-samples") return kj::NEVER_DONE;
+    auto blobs = c_.server->blobs();
+    auto requests = context.getResults().initRequests(static_cast<unsigned>(blobs.size()));
+    auto files = context.getResults().initFiles(static_cast<unsigned>(blobs.size()));
+    fuse_in_header in{};
+    in.len = sizeof(in);
+    in.opcode = FUSE_GETATTR;
+    in.nodeid = 1;
+    unsigned i = 0;
+    for (const auto& [id, blob] : blobs) {
+      requests[i].setMountId(id);
+      requests[i].setRequest(kj::arrayPtr(reinterpret_cast<const kj::byte*>(&in), sizeof(in)));
+      files[i].setMountId(id);
+      files[i].setKind(schema::SampleKind::ABSENT);
+      files[i++].setPath(kj::StringPtr("no such name").asBytes());
+    }
+    return kj::READY_NOW;
+  }
+  kj::Promise<void> replay(ReplayContext context) override {
+    c_.calls.push_back("replay " + std::to_string(context.getParams().getRequests().size()));
+    if (c_.mode == "die-replay") _exit(3);
+    if (c_.mode == "differs") context.getResults().initDifferent(1).set(0, 0);
+    return kj::READY_NOW;
+  }
+  kj::Promise<void> addMounts(AddMountsContext context) override {
+    auto entries = context.getParams().getEntries();
+    c_.calls.push_back("add " + std::to_string(entries.size()));
+    auto promises = kj::heapArrayBuilder<kj::Promise<void>>(entries.size());
+    for (auto entry : entries) {
+      promises.add(TakeFd(entry.getDevice())
+                       .then([this, id = entry.getMountId(), blob = Text(entry.getBlob())](UniqueFd fd) {
+                         c_.server->Add(id, std::move(fd), blob);
+                         c_.server->ReadNow(id);
+                       }));
+    }
+    return kj::joinPromises(promises.finish()).attach(kj::mv(context));
+  }
+  kj::Promise<void> endTrial(EndTrialContext) override {
+    c_.calls.emplace_back("end trial");
+    c_.server->SetTouched(nullptr);
+    return kj::READY_NOW;
+  }
+  kj::Promise<void> distrust(DistrustContext context) override {
+    auto params = context.getParams();
+    if (c_.mode == "fail-distrust") KJ_FAIL_REQUIRE("the kernel does not listen");
+    std::string what = "distrust " + std::to_string(params.getGeneration()) + " vault id " +
+                       std::to_string(params.getVaultId().size());
+    return TakeFd(params.getTouched()).then([this, what](UniqueFd fd) {
+      hf_touched_header header{};
+      if (pread(fd.get(), &header, sizeof(header), 0) != sizeof(header)) _exit(93);
+      c_.calls.push_back(what + (header.count != 0 ? " touched" : " untouched"));
+    });
   }
   kj::Promise<void> mountsGone(MountsGoneContext context) override {
     for (uint64_t id : context.getParams().getMountIds()) {
@@ -465,6 +583,8 @@ class AdminServer final : public FakeAdmin::Server {
     Copy(c_.exited, out.initExited(static_cast<unsigned>(c_.exited.size())));
     Copy(c_.gone, out.initGone(static_cast<unsigned>(c_.gone.size())));
     Copy(c_.ledgers_seen, out.initLedgersSeen(static_cast<unsigned>(c_.ledgers_seen.size())));
+    auto calls = out.initCalls(static_cast<unsigned>(c_.calls.size()));
+    for (unsigned n = 0; n < calls.size(); ++n) calls.set(n, c_.calls[n].c_str());
     int listening = 0;
     socklen_t size = sizeof(listening);
     out.setListenerWorks(getsockopt(c_.listener.get(), SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) == 0 &&
@@ -508,7 +628,9 @@ int Run() {
   if (token == nullptr) return 98;
   std::string secret = c.mode == "wrong-token" ? "guess" : token;
   auto hello = request.initHello();
-  hello.setCapabilities(schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER);
+  uint64_t verifiable = c.mode == "old" ? 0 : schema::CAP_PREPARE | schema::CAP_TRIAL;
+  hello.setCapabilities(schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER | verifiable |
+                        schema::CAP_NEVER_SUPPORTED);
   hello.setBuild("fake " + c.mode);
   hello.setToken(kj::arrayPtr(reinterpret_cast<const kj::byte*>(secret.data()), secret.size()));
   hello.setPid(static_cast<uint32_t>(getpid()));
@@ -521,7 +643,7 @@ int Run() {
   LedgerMap own = MapLedger(TakeFd(welcome.getLedger()).wait(io.waitScope).get());
   TakePipes(welcome.getRequestPipes(), &own).wait(io.waitScope);
   c.listener = TakeFd(welcome.getSnapshotListener()).wait(io.waitScope);
-  c.server = std::make_unique<Server>(std::move(own), c.generation, c.state_dir);
+  c.server = std::make_unique<Server>(std::move(own), c.generation, c.state_dir, c.mode);
   kj::Promise<void>(kj::NEVER_DONE).wait(io.waitScope);
   return 0;
 }

@@ -25,6 +25,8 @@
 #include "gtest/gtest.h"
 #include "supervisor/fuse_mount.h"
 
+#pragma GCC diagnostic ignored "-Wnon-virtual-dtor"  // generated server bases
+
 namespace holdfast::supervisor::testing {
 namespace {
 
@@ -62,6 +64,18 @@ MountView View(schema::MountEntry::Reader entry) {
   return {entry.getMountId(),         entry.getPath().cStr(), Text(entry.getInitRequest()),
           Text(entry.getInitReply()), Text(entry.getBlob()),  entry.getState()};
 }
+
+class StepCollector final : public schema::Progress::Server {
+ public:
+  explicit StepCollector(std::vector<std::string>* begun) : begun_(*begun) {}
+  kj::Promise<void> step(StepContext context) override {
+    if (!context.getParams().getDone()) begun_.emplace_back(context.getParams().getStep().getName().cStr());
+    return kj::READY_NOW;
+  }
+
+ private:
+  std::vector<std::string>& begun_;
+};
 
 }  // namespace
 
@@ -206,6 +220,11 @@ StatusView Harness::Status() {
                             worker.getRole().cStr(), worker.getBuild().cStr(), worker.getExecutable().cStr(),
                             worker.getRequestsReceived()});
   }
+  for (auto step : status.getLastSwap().getSteps())
+    view.steps.push_back({step.getName().cStr(), step.getDetail().cStr(), step.getNanos()});
+  view.last_good = status.getLastGood().cStr();
+  view.spare = status.getSpareState().cStr();
+  view.probation_seconds = status.getProbationSeconds();
   for (auto warning : status.getWarnings()) view.warnings.emplace_back(warning.cStr());
   return view;
 }
@@ -228,6 +247,24 @@ std::string Harness::Upgrade(const std::string& path, bool force, bool* changed)
   } catch (const kj::Exception& exception) {
     return exception.getDescription().cStr();
   }
+}
+
+std::string Harness::Rollback(std::vector<std::string>* begun) {
+  auto request = KJ_ASSERT_NONNULL(control_).rollbackRequest();
+  if (begun != nullptr) request.setProgress(kj::heap<StepCollector>(begun));
+  try {
+    Wait(request.send().ignoreResult(), 30);
+    return "";
+  } catch (const kj::Exception& exception) {
+    return exception.getDescription().cStr();
+  }
+}
+
+std::string Harness::CheckRollback() {
+  auto response = Wait(
+      KJ_ASSERT_NONNULL(control_).checkRollbackRequest().send().then([](auto&& r) { return kj::mv(r); }));
+  if (response.getReady()) return std::string("ready ") + response.getExecutable().cStr();
+  return std::string("not ready: ") + response.getReason().cStr();
 }
 
 std::vector<MountView> Harness::Mounts(uint64_t after, uint32_t limit, bool* more) {
@@ -291,6 +328,7 @@ Info Harness::WorkerInfo() {
   info.gone = Numbers(response.getGone());
   info.ledgers_seen = Numbers(response.getLedgersSeen());
   for (auto blob : response.getBlobs()) info.blobs.push_back(Text(blob));
+  for (auto call : response.getCalls()) info.calls.emplace_back(call.cStr());
   for (auto fd : response.getOpenFds()) info.inherited_fds.emplace_back(fd.cStr());
   return info;
 }

@@ -25,11 +25,19 @@ struct WorkerView {
   uint64_t received = 0;
 };
 
+struct StepView {
+  std::string name, detail;
+  uint64_t nanos = 0;
+};
+
 struct StatusView {
   std::string phase, swap_kind, swap_result, to_build, from_build;
   uint64_t crashes = 0, swaps = 0, live = 0, detached = 0, carried = 0, pause_nanos = 0;
   std::vector<WorkerView> workers;
   std::vector<std::string> warnings;
+  std::vector<StepView> steps;  // of the last swap
+  std::string last_good, spare;
+  uint64_t probation_seconds = 0;
   // The worker with that role; fails the test when there is none.
   WorkerView Worker(const std::string& role) const;
 };
@@ -37,7 +45,7 @@ struct StatusView {
 struct Info {
   uint64_t generation = 0, adopted = 0, pages = 0;
   std::vector<uint64_t> mount_ids, exited, gone, ledgers_seen;
-  std::vector<std::string> blobs, inherited_fds;
+  std::vector<std::string> blobs, inherited_fds, calls;
   bool listener_works = false;
 };
 
@@ -72,6 +80,10 @@ class Harness {
   StatusView WaitPhase(const std::string& phase, int seconds = 20);
   // Empty when done, else the error; *changed as returned.
   std::string Upgrade(const std::string& path, bool force, bool* changed);
+  // Empty when done, else the error. *begun, if given: the names of the steps that it told, in order.
+  std::string Rollback(std::vector<std::string>* begun = nullptr);
+  // "ready <sha>" or "not ready: <reason>".
+  std::string CheckRollback();
   std::vector<MountView> Mounts(uint64_t after, uint32_t limit, bool* more);
   std::vector<uint64_t> LedgerGenerations();
 

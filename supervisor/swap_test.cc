@@ -1,0 +1,267 @@
+// The verified swap with the supervisor as a process, real mounts and the fake worker: what a candidate must
+// pass, what happens when it does not, probation, rollback, the spare.
+#include <linux/fuse.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "common/mountinfo.h"
+#include "gtest/gtest.h"
+#include "supervisor/testing/harness.h"
+
+namespace holdfast::supervisor {
+namespace {
+
+using testing::Eventually;
+using testing::Harness;
+using testing::Info;
+using testing::MountView;
+using testing::Stat;
+using testing::StatusView;
+
+bool Contains(const std::vector<std::string>& list, const std::string& what) {
+  return std::any_of(list.begin(), list.end(),
+                     [&](const std::string& entry) { return entry.find(what) != std::string::npos; });
+}
+
+std::vector<std::string> StepNames(const StatusView& status) {
+  std::vector<std::string> names;
+  for (const auto& step : status.steps) names.push_back(step.name);
+  return names;
+}
+
+// Canaries are gone: mounts and folders.
+void ExpectNoCanary(const Harness& harness) {
+  auto mounts = ReadMountInfo();
+  ASSERT_TRUE(mounts.ok());
+  for (const MountInfo& mount : *mounts) {
+    EXPECT_FALSE(mount.path.rfind(harness.state_dir() + "/supervisor/canary", 0) == 0) << mount.path;
+  }
+  std::error_code none;
+  for (const auto& entry :
+       std::filesystem::directory_iterator(harness.state_dir() + "/supervisor/canary", none))
+    ADD_FAILURE() << entry.path() << " is left";
+}
+
+TEST(SwapTest, ACandidateIsComparedAndProbedBeforeItMayCommit) {
+  Harness harness;
+  harness.Start();
+  MountView mount = harness.Mount("a", FUSE_IOCTL_DIR, "blob");
+  auto fds = harness.OpenFds();
+  bool changed = false;
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
+  EXPECT_TRUE(changed);
+  Info info = harness.WorkerInfo();
+  EXPECT_EQ(info.calls,
+            (std::vector<std::string>{"prepare", "replay 1", "add 1", "serve trial", "end trial"}));
+  EXPECT_EQ(info.mount_ids, std::vector<uint64_t>{mount.id}) << "the canary is gone";
+  StatusView status = harness.Status();
+  EXPECT_EQ(StepNames(status), (std::vector<std::string>{"copy", "start", "prepare", "rehearse", "park",
+                                                         "serve", "probe", "yield", "commit"}));
+  for (const auto& step : status.steps) EXPECT_GT(step.nanos, 0u) << step.name;
+  EXPECT_EQ(status.steps[3].detail, "1 requests compared, 1 canary mounts walked, 1 samples");
+  EXPECT_EQ(status.steps[6].detail, "1 live mounts probed: checked=2 skipped=0");
+  EXPECT_EQ(status.swap_result, "done");
+  EXPECT_GT(status.probation_seconds, 50u);
+  EXPECT_EQ(Stat(mount.path).Result(), static_cast<int64_t>(info.generation));
+  ExpectNoCanary(harness);
+  EXPECT_TRUE(Eventually([&] { return harness.Status().workers.size() == 1; }));
+}
+
+struct BadBuild {
+  std::string mode, step, reason;
+  bool touched_containers;
+};
+
+class BadBuildTest : public ::testing::TestWithParam<BadBuild> {};
+
+TEST_P(BadBuildTest, IsRefusedAndTheOldWorkerServesOn) {
+  const BadBuild& bad = GetParam();
+  Harness harness;
+  harness.Start();
+  MountView mount = harness.Mount("a", FUSE_IOCTL_DIR, "blob");
+  auto old = static_cast<int64_t>(harness.WorkerInfo().generation);
+  bool changed = false;
+  std::string error = harness.Upgrade(harness.MakeWorker(bad.mode), false, &changed);
+  EXPECT_NE(error.find(bad.reason), std::string::npos) << error;
+  StatusView status = harness.WaitPhase("running");
+  EXPECT_EQ(status.swap_kind, "upgrade");
+  EXPECT_NE(status.swap_result.find(bad.reason), std::string::npos) << status.swap_result;
+  EXPECT_TRUE(Contains(StepNames(status), bad.step)) << ::testing::PrintToString(StepNames(status));
+  EXPECT_EQ(Stat(mount.path).Result(), old);
+  Info info = harness.WorkerInfo();
+  EXPECT_EQ(Contains(info.calls, "distrust"), bad.touched_containers) << ::testing::PrintToString(info.calls);
+  EXPECT_EQ(status.crashes, 0u);
+  EXPECT_TRUE(Eventually([&] { return harness.Status().workers.size() == 1; })) << "the bad one is gone";
+  ExpectNoCanary(harness);
+  EXPECT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "") << "a good one is welcome";
+}
+
+INSTANTIATE_TEST_SUITE_P(Swap, BadBuildTest,
+                         ::testing::Values(BadBuild{"fail-prepare", "prepare", "this build cannot prepare",
+                                                    false},
+                                           BadBuild{"die-prepare", "prepare", "the new worker died", false},
+                                           BadBuild{"die-replay", "rehearse", "the new worker died", false},
+                                           BadBuild{"differs", "rehearse",
+                                                    "1 of 1 requests otherwise than the running one", false},
+                                           BadBuild{"wrong-everywhere", "rehearse", "canary walk", false},
+                                           BadBuild{"fail-serve", "serve", "this build cannot serve", true},
+                                           BadBuild{"die-serve", "serve", "the new worker died", true},
+                                           BadBuild{"wrong-generation", "probe", "generation", true},
+                                           BadBuild{"wrong-on-trial", "probe", "no such name", true},
+                                           BadBuild{"fail-take", "commit", "cannot read the metadata", true},
+                                           BadBuild{"die-take", "commit", "the new worker died", true}),
+                         [](const auto& info) {
+                           std::string name = info.param.mode;
+                           std::replace(name.begin(), name.end(), '-', '_');
+                           return name;
+                         });
+
+TEST(SwapTest, WhatACandidateAnsweredOnTrialIsTakenBack) {
+  Harness harness;
+  harness.Start();
+  MountView mount = harness.Mount("a", FUSE_IOCTL_DIR, "blob");
+  bool changed = false;
+  EXPECT_NE(harness.Upgrade(harness.MakeWorker("wrong-on-trial"), false, &changed), "");
+  uint64_t bad = harness.Status().Worker("owner").generation + 1;
+  EXPECT_TRUE(
+      Contains(harness.WorkerInfo().calls, "distrust " + std::to_string(bad) + " vault id 16 touched"));
+}
+
+TEST(SwapTest, ABuildThatKnowsNoTrialIsSwappedToWithoutOne) {
+  Harness harness;
+  harness.Start();
+  harness.Mount("a", FUSE_IOCTL_DIR, "blob");
+  bool changed = false;
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("old"), false, &changed), "");
+  EXPECT_EQ(harness.WorkerInfo().calls, std::vector<std::string>{"serve"});
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
+  EXPECT_EQ(harness.WorkerInfo().calls, std::vector<std::string>{"serve"})
+      << "the old one can name no samples";
+}
+
+void KillOwner(Harness& harness) {
+  StatusView before = harness.Status();
+  uint64_t generation = before.Worker("owner").generation;
+  kill(before.Worker("owner").pid, SIGKILL);
+  ASSERT_TRUE(Eventually([&] {
+    StatusView now = harness.Status();
+    return now.phase == "running" && now.Worker("owner").generation > generation;
+  }));
+}
+
+TEST(SwapTest, ABuildThatDiesTwiceInItsProbationIsReplacedByLastGood) {
+  Harness harness;
+  harness.Start();
+  std::string good = harness.Status().last_good;
+  ASSERT_EQ(good, harness.Status().Worker("owner").executable);
+  bool changed = false;
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
+  std::string bad = harness.Status().Worker("owner").executable;
+  EXPECT_NE(bad, good);
+  KillOwner(harness);
+  EXPECT_EQ(harness.Status().Worker("owner").executable, bad);
+  KillOwner(harness);
+  StatusView status = harness.Status();
+  EXPECT_EQ(status.Worker("owner").executable, good);
+  EXPECT_TRUE(Contains(status.warnings, bad)) << ::testing::PrintToString(status.warnings);
+  EXPECT_TRUE(Contains(status.warnings, "did not survive its probation"));
+  EXPECT_EQ(status.probation_seconds, 0u);
+  EXPECT_NE(harness.Rollback(), "") << "not back to the bad one";
+  KillOwner(harness);
+  EXPECT_EQ(harness.Status().Worker("owner").executable, good);
+  EXPECT_TRUE(Contains(harness.Status().warnings, "not to blame"));
+}
+
+TEST(SwapTest, ABuildThatSurvivesItsProbationIsLastGoodAlsoForTheNextSupervisor) {
+  Harness harness;
+  harness.Start({"--probation", "0"});
+  std::string first = harness.Status().last_good;
+  bool changed = false;
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
+  std::string second = harness.Status().Worker("owner").executable;
+  EXPECT_TRUE(Eventually([&] { return harness.Status().last_good == second; }));
+  EXPECT_NE(first, second);
+  auto kept = ReadFile(harness.state_dir() + "/supervisor/last-good");
+  EXPECT_TRUE(Eventually([&] {
+    kept = ReadFile(harness.state_dir() + "/supervisor/last-good");
+    return kept.ok() && *kept == second + "\n";
+  }));
+}
+
+TEST(SwapTest, ARollbackBringsTheBuildBeforeBackAndTellsItsSteps) {
+  Harness harness;
+  harness.Start();
+  EXPECT_NE(harness.Rollback().find("no other build"), std::string::npos);
+  std::string first = harness.Status().Worker("owner").executable;
+  bool changed = false;
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
+  EXPECT_EQ(harness.CheckRollback(), "ready " + first);
+  std::vector<std::string> begun;
+  ASSERT_EQ(harness.Rollback(&begun), "");
+  EXPECT_EQ(begun, (std::vector<std::string>{"start", "prepare", "rehearse", "park", "serve", "probe",
+                                             "yield", "commit"}));
+  StatusView status = harness.Status();
+  EXPECT_EQ(status.Worker("owner").executable, first);
+  EXPECT_EQ(status.swap_kind, "rollback");
+  EXPECT_EQ(status.swap_result, "done");
+  EXPECT_EQ(status.probation_seconds, 0u) << "it has proved itself";
+}
+
+TEST(SwapTest, RollbackReadinessIsProvenByStartingTheBuild) {
+  Harness harness;
+  harness.Start({}, "fail-self-test");
+  bool changed = false;
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
+  EXPECT_NE(harness.CheckRollback().find("not ready: "), std::string::npos);
+}
+
+TEST(SwapTest, ASpareTakesOverAndIsReplaced) {
+  Harness harness;
+  harness.Start({"--spare"});
+  MountView mount = harness.Mount("a", FUSE_IOCTL_DIR, "blob");
+  ASSERT_TRUE(Eventually([&] { return harness.Status().spare == "ready"; }));
+  StatusView before = harness.Status();
+  uint64_t spare = before.Worker("spare").generation;
+  EXPECT_EQ(Stat(mount.path).Result(), static_cast<int64_t>(before.Worker("owner").generation));
+  KillOwner(harness);
+  StatusView after = harness.Status();
+  EXPECT_EQ(after.Worker("owner").generation, spare);
+  EXPECT_EQ(after.swap_kind, "crash");
+  EXPECT_EQ(after.swap_result, "done");
+  EXPECT_EQ(Stat(mount.path).Result(), static_cast<int64_t>(spare));
+  EXPECT_EQ(harness.WorkerInfo().calls, (std::vector<std::string>{"prepare", "serve"}));
+  EXPECT_TRUE(Eventually([&] { return harness.Status().spare == "ready"; })) << "the next one";
+}
+
+TEST(SwapTest, InProbationTheSpareIsOfTheProvenBuildAndBringsItBack) {
+  Harness harness;
+  harness.Start({"--spare"});
+  std::string good = harness.Status().last_good;
+  ASSERT_TRUE(Eventually([&] { return harness.Status().spare == "ready"; }));
+  bool changed = false;
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
+  EXPECT_EQ(harness.Status().Worker("spare").executable, good);
+  KillOwner(harness);
+  EXPECT_EQ(harness.Status().Worker("owner").executable, good);
+  EXPECT_TRUE(Contains(harness.Status().warnings, "did not survive its probation"));
+}
+
+TEST(SwapTest, ADeadSpareIsNoCrashAndIsReplaced) {
+  Harness harness;
+  harness.Start({"--spare"});
+  ASSERT_TRUE(Eventually([&] { return harness.Status().spare == "ready"; }));
+  StatusView before = harness.Status();
+  kill(before.Worker("spare").pid, SIGKILL);
+  ASSERT_TRUE(Eventually([&] { return harness.Status().spare != "ready"; }));
+  ASSERT_TRUE(Eventually([&] { return harness.Status().spare == "ready"; }, 20));
+  StatusView after = harness.Status();
+  EXPECT_EQ(after.crashes, 0u);
+  EXPECT_EQ(after.Worker("owner").generation, before.Worker("owner").generation);
+}
+
+}  // namespace
+}  // namespace holdfast::supervisor

@@ -196,7 +196,9 @@ void Supervisor::Do(const Action& action) {
 
 // The steps of an upgrade follow the machine's phases.
 void Supervisor::NotePhase(Phase from, Phase to) {
-  bool forward = to > from && (to <= Phase::kCommitting || from == Phase::kCommitting) && to <= Phase::kRunning;
+  bool begins = to == Phase::kStarting && state_.upgrade;
+  bool forward = begins || (to > from && (to <= Phase::kCommitting || from == Phase::kCommitting) &&
+                            to <= Phase::kRunning);
   EndStep(forward);
   // After the step that failed there are no more.
   if (forward && StepName(to) != nullptr) BeginStep(StepName(to));
@@ -304,7 +306,8 @@ void Supervisor::CallWorker(const Action& action) {
   if (call == Call::kServe) swap_.carried_over = ledgers_.CountUnanswered(generation);
   worker->retired |= call == Call::kRetire;
   auto too_long = [this, generation] { KillWorker(generation); };  // nothing if it exited
-  if (worker->retired) tasks_.add(timer_.afterDelay(kRetireLimitSeconds * kj::SECONDS).then(too_long));
+  if (worker->retired)
+    tasks_.add(timer_.afterDelay(kRetireLimitSeconds * kj::SECONDS).then(kj::mv(too_long)));
   if (worker->client == nullptr) return;
   auto failed = [this, generation, call](kj::Exception&& exception) {
     // A broken connection is a death, and told as one.
@@ -344,10 +347,10 @@ kj::Promise<void> Supervisor::SendCall(WorkerProcess* worker, const Action& acti
     case Call::kRehearse: {
       WorkerProcess* owner = Find(state_.owner);
       if (owner == nullptr || owner->client == nullptr) return Failed("the running worker is gone");
-      return checks_.Rehearse(KJ_ASSERT_NONNULL(owner->client), client).then(note);
+      return checks_.Rehearse(KJ_ASSERT_NONNULL(owner->client), client).then(kj::mv(note));
     }
     case Call::kProbe:
-      return checks_.ProbeLive(worker->generation).then(note);
+      return checks_.ProbeLive(worker->generation).then(kj::mv(note));
     case Call::kDistrust: {
       // Content that the candidate stored is under the old id, and so is verified before its next use.
       vault_id_ = RandomBytes(16);
@@ -421,7 +424,8 @@ void Supervisor::NoteDeath(WorkerProcess* worker, const std::string& reason) {
   // In a swap it is the swap's affair.
   if (reading && !worker->retired && !upgrade_busy_) BeginSwap("crash");
   if (worker->retired) return;
-  if (!worker->killed && worker->generation != state_.spare) ++crashes_;
+  bool candidate = state_.upgrade && worker->generation == state_.successor;
+  if (!candidate && worker->generation != state_.spare) ++crashes_;
   LOG(ERROR) << "event=worker_died generation=" << worker->generation << " pid=" << worker->pid
              << " reason=" << LogValue(reason) << " phase=" << PhaseName(state_.phase);
 }

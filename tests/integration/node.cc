@@ -123,12 +123,12 @@ std::unique_ptr<ctl::ControlClient> Node::Control() const {
   return client.ok() ? std::move(*client) : nullptr;
 }
 
-bool Node::WaitRunning(int seconds) const {
-  return WaitUntil(seconds, [this] {
+bool Node::WaitRunning(int seconds, pid_t killed) const {
+  return WaitUntil(seconds, [&] {
     auto control = Control();
     if (control == nullptr) return false;
     auto status = control->Status();
-    return status.ok() && status->phase == "running";
+    return status.ok() && status->phase == "running" && (killed == 0 || WorkerPid() != killed);
   });
 }
 

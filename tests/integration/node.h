@@ -55,8 +55,8 @@ class Node {
 
   // A fresh connection, so any thread may have its own.
   std::unique_ptr<ctl::ControlClient> Control() const;
-  // False when the worker was not (again) the owner within the time.
-  bool WaitRunning(int seconds = 20) const;
+  // False when no worker was the owner within the time, or still the one that was killed.
+  bool WaitRunning(int seconds = 20, pid_t killed = 0) const;
   pid_t WorkerPid() const;  // of the owner; 0 = none
   // SIGKILL to the owner; its pid.
   pid_t KillWorker();

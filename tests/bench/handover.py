@@ -91,7 +91,7 @@ class Driver:
         if cold:
             self._proxy.delay(DELAYS_MS[number % len(DELAYS_MS)])
             planned = case == "planned"
-            self._load.cold(COLD_THREADS, 25 if planned else 0)
+            self._load.cold(COLD_THREADS, 60 if planned else 0)
             time.sleep(0.03 + self._rng.random() * 0.05)
         try:
             return self._planned() if case == "planned" else self._death(pid, case)

@@ -45,7 +45,7 @@ SEVENTY = Shape(images=12, layers=(6,) * 10 + (5,) * 2, busy_layers=6, warm_file
 def many(mounts: int, busy: int) -> Shape:
     """`mounts` layers in `busy` images, the topmost layer of each image is the busy one."""
     each, rest = divmod(mounts, busy)
-    return Shape(busy, (each + 1,) * rest + (each,) * (busy - rest), 1, 10, 40)
+    return Shape(busy, (each + 1,) * rest + (each,) * (busy - rest), 1, 10, max(40, 1200 // busy))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
 import random
 import signal
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from e2e_support import expect, run_steps
 from holdfast_harness import Containerd, HarnessError, Holdfast, Instance, Registry, SlowProxy, fleet
+from holdfast_harness.holdfast import binary
 from holdfast_harness.load import Event, EventLog, LoadResult, MixedLoad, Target
 from holdfast_harness.process import alive, wait_for
 
@@ -31,11 +33,11 @@ SHAPE = fleet.Shape(images=3, layers=(3,), busy_layers=3, warm_files=30, cold_fi
 KINDS = ("direct", "direct", "absent", "absent", "list", "cached", "mapped", "open", "unlinked", "exec")
 QUIET_SECONDS = 1.2  # a worker that lives less than a second counts as crash-looping and is held back
 
-options = argparse.Namespace()  # filled by main
+given = argparse.Namespace()  # filled by main
 
 
 def times(short: int, long: int) -> int:
-    return long if options.long else short
+    return long if given.long else short
 
 
 @dataclass
@@ -79,12 +81,12 @@ class Node:
 
 
 @contextlib.contextmanager
-def node(name: str, config: str = "") -> Iterator[Node]:
+def node(name: str, config: str = "", options: Sequence[str] = ()) -> Iterator[Node]:
     found = fleet.ensure(SHAPE, print)
     with Instance(name) as box, contextlib.ExitStack() as views:
         registry = box.registry(store=found.store, read_only=True)
         proxy = box.slow_proxy(registry.address)
-        holdfast = box.holdfast(config=config)
+        holdfast = box.holdfast(config=config, options=options)
         containerd = box.containerd(holdfast)
         targets = []
         for image in found.images:
@@ -92,7 +94,7 @@ def node(name: str, config: str = "") -> Iterator[Node]:
             view = views.enter_context(containerd.mounted_view(image.chain_id, "holdfast", writable=True))
             targets.append(Target(view, image.warm, image.cold, image.programs))
         expect(int(holdfast.status()["mounts_live"]) == found.layers, "not every layer is lazy")
-        yield Node(box, registry, proxy, holdfast, containerd, targets, EventLog(holdfast.log), random.Random(options.seed))
+        yield Node(box, registry, proxy, holdfast, containerd, targets, EventLog(holdfast.log), random.Random(given.seed))
 
 
 def expect_unharmed(result: LoadResult, kinds: Sequence[str] = KINDS) -> None:
@@ -130,7 +132,7 @@ def readers_notice_neither_swaps_nor_kills() -> None:
 def a_fetch_outstanding_through_many_kills_gets_its_data() -> None:
     """The registry holds its answers: not before the last kill does it give them."""
     seconds, kills = times(15, 60), times(20, 100)
-    with node("fetch", config='[fetch]\nmiss_timeout = "10m"\n' if options.long else "") as here:
+    with node("fetch", config='[fetch]\nmiss_timeout = "10m"\n' if given.long else "") as here:
         load = here.load(("direct", "absent"))
         here.proxy.hold()
         readers = 6
@@ -285,18 +287,65 @@ def _upgrade_to_a_bad_build(here: Node) -> None:
     expect(here.holdfast.worker_pid() == owner and alive(owner), "the running worker did not survive a refused upgrade")
 
 
+class Faults:
+    """What the soak does to a node with a spare. Each checks that it happened."""
+
+    def __init__(self, here: Node):
+        self._here = here
+        # Another build: the same program with something behind its end.
+        other = here.box.root / "other-build"
+        other.write_bytes(binary("holdfast-worker").read_bytes() + here.chance.randbytes(16))
+        other.chmod(0o755)
+        self._builds = {_sha256(path): path for path in (binary("holdfast-worker"), other)}
+
+    def _running(self) -> str:
+        """Digest of the owner's program."""
+        owners = [one for one in self._here.holdfast.status()["workers"] if one["role"] == "owner"]
+        expect(len(owners) == 1, f"{len(owners)} owners")
+        return str(owners[0]["executable"])
+
+    def kill(self) -> None:
+        self._here.kill()
+
+    def swap_to_the_same_build(self) -> None:
+        self._here.swap()
+
+    def swap_to_another_build(self) -> None:
+        other = next(digest for digest in self._builds if digest != self._running())
+        swap = self._here.holdfast.ctl_json("upgrade", "--worker", self._builds[other])["swap"]
+        expect(swap["result"] == "done" and self._running() == other, f"the upgrade ended with {swap}")
+
+    def rollback(self) -> None:
+        before = self._running()
+        self.swap_to_another_build()
+        self._here.holdfast.ctl("rollback")
+        expect(self._running() == before, "a rollback did not bring the former build back")
+
+    def refused_upgrade(self) -> None:
+        _upgrade_to_a_bad_build(self._here)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def readers_notice_nothing_of_random_faults() -> None:
-    with node("soak") as here:
-        faults = {"kill": here.kill, "swap": here.swap, "bad build": lambda: _upgrade_to_a_bad_build(here)}
+    with node("soak", options=["--spare", "--probation", "5"]) as here:
+        faults = Faults(here)
+        names = [name for name in dir(faults) if not name.startswith("_")]
         load = here.load()
         done: dict[str, int] = {}
         end = time.monotonic() + times(25, 1800)
-        while time.monotonic() < end or len(done) < len(faults):
+        while time.monotonic() < end or len(done) < len(names):
             here.proxy.delay(here.chance.choice((0, 5, 50, 200)))
             load.cold(here.chance.randrange(4), gap_ms=times(60, 3000))
             time.sleep(here.chance.random() * 2)
-            name = here.chance.choice(sorted(faults))
-            faults[name]()
+            # In the short form each comes before one comes again.
+            left = [name for name in names if name not in done] if time.monotonic() > end - 15 else names
+            name = here.chance.choice(left or names)
+            print(f"{name} ...", flush=True)
+            getattr(faults, name)()
+            here.wait_running()
             done[name] = done.get(name, 0) + 1
         load.cold(1, gap_ms=100)
         time.sleep(0.3)
@@ -319,9 +368,9 @@ def main() -> int:
     parser.add_argument("--long", action="store_true", default=os.environ.get("HOLDFAST_LOAD") == "long")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("step", nargs="*", choices=[[], *(step.__name__ for step in STEPS)])
-    parser.parse_args(namespace=options)
-    print(f"seed {options.seed}")
-    return run_steps(*(step for step in STEPS if not options.step or step.__name__ in options.step))
+    parser.parse_args(namespace=given)
+    print(f"seed {given.seed}")
+    return run_steps(*(step for step in STEPS if not given.step or step.__name__ in given.step))
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def readers_notice_neither_swaps_nor_kills() -> None:
             for what, disturb in (("swap", here.swap), ("kill", here.kill)):
                 delay = (5, 50)[number % 2]
                 here.proxy.delay(delay)
-                load.cold(3, gap_ms=times(100, 350))
+                load.cold(3, gap_ms=times(140, 350))
                 time.sleep(QUIET_SECONDS / 2 + here.chance.random() * 0.1)
                 key = (what, delay)
                 carried[key] = carried.get(key, 0) + disturb()

@@ -21,6 +21,7 @@ namespace holdfast::supervisor {
 namespace {
 
 constexpr uint64_t kMaxProbationSeconds = 86'400;
+constexpr uint64_t kMaxHangMillis = 86'400'000;
 
 absl::Status RefuseInsideFuse(const std::string& folder) {
   HF_ASSIGN_OR_RETURN(std::vector<MountInfo> mounts, ReadMountInfo());
@@ -78,6 +79,7 @@ Usage: holdfast-supervisor [options] [-- worker arguments...]
   --snapshotter-socket PATH  containerd's end (default <runtime>/snapshotter.sock): proxy_plugins address
   --control-socket PATH      holdfastctl's end (default <runtime>/supervisor.sock), for root only
   --spare                    keep a second worker ready that takes over at once when the first one dies
+  --hang-limit MS            how long the worker may be stuck before it is replaced (default 3000; 0: for ever)
   --probation SECONDS        how long a new build must run to become the one that is brought back (default 60)
 
 What follows -- goes to every worker, e.g. -- --config /etc/holdfast/config.toml
@@ -90,6 +92,7 @@ Exit codes: 0 stopped in good order, 1 failed (one line on standard error says w
 absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
   Options options;
   std::string probation;
+  std::string hang_limit;
   std::string register_limit;  // for tests: how long a worker may take to register, in milliseconds
   std::map<std::string, std::string*> flags = {{"--worker", &options.worker},
                                                {"--state", &options.state_dir},
@@ -97,6 +100,7 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
                                                {"--snapshotter-socket", &options.snapshotter_socket},
                                                {"--control-socket", &options.control_socket},
                                                {"--probation", &probation},
+                                               {"--hang-limit", &hang_limit},
                                                {"--register-limit-ms", &register_limit}};
   for (size_t i = 0; i < args.size(); ++i) {
     options.help |= args[i] == "--help" || args[i] == "-h";
@@ -118,6 +122,11 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
   }
   if (!register_limit.empty() && !absl::SimpleAtoi(ToAbsl(register_limit), &options.limits.register_ms)) {
     return InvalidArgument("--register-limit-ms needs a number, not '" + register_limit + "'");
+  }
+  if (!hang_limit.empty() && (!absl::SimpleAtoi(ToAbsl(hang_limit), &options.hang_limit_ms) ||
+                              options.hang_limit_ms > kMaxHangMillis)) {
+    return InvalidArgument("--hang-limit needs a number of milliseconds up to a day, not '" + hang_limit +
+                           "'");
   }
   uint64_t seconds = options.limits.probation_ms / 1'000;
   if (!probation.empty() &&

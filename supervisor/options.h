@@ -18,6 +18,7 @@ struct Options {
   std::string control_socket;      // default: <runtime>/supervisor.sock
   std::vector<std::string> worker_args;
   Limits limits;
+  uint64_t hang_limit_ms = 3'000;  // 0: a hanging worker is left alone
   bool help = false;
 };
 

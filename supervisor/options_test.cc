@@ -33,6 +33,11 @@ TEST(OptionsTest, MistakesAreNamed) {
   EXPECT_NE(ParseOptions({"--worker"}).status().ToString().find("needs a value"), std::string::npos);
   EXPECT_NE(ParseOptions({"--state="}).status().ToString().find("needs a value"), std::string::npos);
   EXPECT_FALSE(ParseOptions({"--register-limit-ms", "soon"}).ok());
+  EXPECT_FALSE(ParseOptions({"--hang-limit", "3s"}).ok());
+  EXPECT_FALSE(ParseOptions({"--hang-limit", "18446744073710"}).ok())
+      << "too large to be counted in nanoseconds";
+  EXPECT_EQ(ParseOptions({})->hang_limit_ms, 3'000u);
+  EXPECT_EQ(ParseOptions({"--hang-limit=0"})->hang_limit_ms, 0u);
 }
 
 // What PrepareProcess says in a process that `unfit` has changed: that it returned `code`, and `words`.

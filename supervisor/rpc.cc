@@ -42,6 +42,7 @@ void FillLedger(const Ledger& ledger, bool with_pipes, schema::OldLedger::Builde
   out.setGeneration(ledger.generation());
   out.setLedger(MakeDescriptor(ledger.memory()));
   out.setOwnerExited(ledger.owner_exited);
+  out.setOwnerHung(ledger.owner_hung);
   if (with_pipes) FillPipes(ledger, out.initRequestPipes(static_cast<unsigned>(ledger.pipes().size())));
 }
 
@@ -284,6 +285,7 @@ void Supervisor::FillStatus(schema::Status::Builder status) const {
   status.setStartedWallNanos(started_wall_nanos_);
   status.setPhase(PhaseName(state_.phase));
   status.setCrashes(crashes_);
+  status.setHangs(hangs_);
   status.setSwaps(swaps_);
   status.setRequestsCarriedOverTotal(carried_over_total_);
   status.setStateDir(options_.state_dir.c_str());

@@ -25,7 +25,7 @@ constexpr uint64_t kGonePollMillis = 1'000;
 
 constexpr uint64_t kNeeded = schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER;
 constexpr uint64_t kVerifiable = schema::CAP_PREPARE | schema::CAP_TRIAL;
-constexpr uint64_t kOurs = kNeeded | kVerifiable;
+constexpr uint64_t kOurs = kNeeded | kVerifiable | schema::CAP_HEALTH;
 
 // Steps of a swap as people see them; null: not one of its own.
 const char* StepName(Phase phase) {
@@ -102,6 +102,7 @@ kj::Promise<void> Supervisor::Run() {
   auto pair = kj::newPromiseAndFulfiller<void>();
   stopped_ = kj::mv(pair.fulfiller);
   tasks_.add(WatchMounts());
+  if (options_.hang_limit_ms != 0) tasks_.add(WatchWorker());
   Dispatch({.type = EventType::kStart});
   return kj::mv(pair.promise);
 }
@@ -302,7 +303,10 @@ void Supervisor::CallWorker(const Action& action) {
     }));
     return;
   }
-  if (call == Call::kPark) reads_stopped_boot_nanos_ = clock_->BootNanos();
+  if (call == Call::kPark) {
+    worker->reading = false;
+    reads_stopped_boot_nanos_ = clock_->BootNanos();
+  }
   if (call == Call::kServe) swap_.carried_over = ledgers_.CountUnanswered(generation);
   worker->retired |= call == Call::kRetire;
   auto too_long = [this, generation] { KillWorker(generation); };  // nothing if it exited
@@ -317,7 +321,12 @@ void Supervisor::CallWorker(const Action& action) {
                  << " error=" << LogValue(why);
     Dispatch({.type = EventType::kFailed, .generation = generation, .call = call, .reason = why});
   };
+  ++worker->calls;
+  auto over = kj::defer([this, generation] {
+    if (WorkerProcess* called = Find(generation)) --called->calls;
+  });
   tasks_.add(SendCall(worker, action)
+                 .attach(kj::mv(over))
                  .then([this, generation, call] { OnCallDone(generation, call); }, kj::mv(failed)));
 }
 
@@ -382,7 +391,10 @@ void Supervisor::OnCallDone(Generation generation, Call call) {
     LOG(INFO) << "event=reads_taken_over generation=" << generation << " pause_ns=" << swap_.pause_nanos
               << " requests_carried_over=" << swap_.carried_over;
   }
-  if (call == Call::kServe || call == Call::kResume) reads_stopped_boot_nanos_ = 0;
+  if (call == Call::kServe || call == Call::kResume) {
+    reads_stopped_boot_nanos_ = 0;
+    if (WorkerProcess* worker = Find(generation)) worker->reading = true;
+  }
   // Parked: it writes there no more. The owner, which retires at the end, was never parked.
   if (call == Call::kRetire && generation != state_.owner) ledgers_.OwnerExited(generation);
   Dispatch({.type = EventType::kReplied, .generation = generation, .call = call});
@@ -422,12 +434,14 @@ void Supervisor::NoteDeath(WorkerProcess* worker, const std::string& reason) {
   bool reading = worker->generation == (successor_reads ? state_.successor : state_.owner);
   if (reading && reads_stopped_boot_nanos_ == 0) reads_stopped_boot_nanos_ = worker->dead_since_boot_nanos;
   // In a swap it is the swap's affair.
-  if (reading && !worker->retired && !upgrade_busy_) BeginSwap("crash");
+  if (reading && !worker->retired && !upgrade_busy_) BeginSwap(worker->hung.empty() ? "crash" : "hang");
   if (worker->retired) return;
+  if (!worker->hung.empty()) ++hangs_;
   bool candidate = state_.upgrade && worker->generation == state_.successor;
   if (!candidate && worker->generation != state_.spare) ++crashes_;
   LOG(ERROR) << "event=worker_died generation=" << worker->generation << " pid=" << worker->pid
-             << " reason=" << LogValue(reason) << " phase=" << PhaseName(state_.phase);
+             << " reason=" << LogValue(worker->hung.empty() ? reason : worker->hung)
+             << " phase=" << PhaseName(state_.phase);
 }
 
 void Supervisor::OnDisconnected(Generation generation) {

@@ -20,6 +20,7 @@
 #include "schema/handover.capnp.h"
 #include "supervisor/fuse_mount.h"
 #include "supervisor/handover_machine.h"
+#include "supervisor/hang_monitor.h"
 #include "supervisor/offload.h"
 #include "supervisor/options.h"
 #include "supervisor/spawner.h"
@@ -33,6 +34,16 @@ inline constexpr uint64_t kNanosPerSecond = 1'000'000'000;
 inline constexpr uint64_t kRetireLimitSeconds = 600;  // a retired worker's old calls are cut off then
 inline constexpr uint64_t kStopUnmountSeconds = 10;   // what is not unmounted by then is left to the kernel
 inline constexpr uint64_t kUnkillableSeconds = 5;     // a killed worker that still exists then is reported
+
+// What is known of the health of a worker that reads, from one look to the next.
+struct WorkerWatch {
+  explicit WorkerWatch(const HangLimits& limits) : monitor(limits) {}
+  HangMonitor monitor;
+  uint64_t ping = 0;  // the one under way; 0: none
+  uint64_t loop_age_ns = 0;
+  std::string loop{};
+  std::vector<uint64_t> held_back{};
+};
 
 struct WorkerProcess {
   Generation generation = 0;
@@ -50,6 +61,10 @@ struct WorkerProcess {
   int64_t started_wall_nanos = 0;
   uint64_t dead_since_boot_nanos = 0;  // first sign of death, or our SIGKILL; 0: alive
   bool killed = false, retired = false, disconnected = false, exited = false;
+  bool reading = false;  // from its answer to serve or resume until it is told to park
+  uint32_t calls = 0;    // of the machine, under way
+  std::string hung{};    // the verdict; empty: none
+  std::unique_ptr<WorkerWatch> watch;
 };
 
 // A step of an upgrade, for people.
@@ -157,6 +172,14 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   MountState FinishUnmount(uint64_t id, const absl::StatusOr<bool>& gone);
   void RequireOwner(Generation caller) const;
   kj::Promise<void> WatchMounts();
+
+  // Hangs (hang_watch.cc).
+  kj::Promise<void> WatchWorker();
+  void LookAt(WorkerProcess* worker);
+  void Ping(WorkerProcess* worker);
+  void FindOverdue(Generation generation, HangSample* sample) const;
+  void OnHang(WorkerProcess* worker, const HangVerdict& verdict);
+
   void NotifyGone(const std::vector<uint64_t>& ids);
   kj::Promise<void> UnmountAll();
 
@@ -189,10 +212,11 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   SharedFd touched_;  // what the candidate on trial answered for (schema/touched.h)
 
   Swap swap_;
-  std::string swap_kind_;    // of the one asked for
+  std::string swap_kind_;        // of the one asked for
   std::vector<SwapStep> steps_;  // of it; the last one is under way
   kj::Maybe<schema::Progress::Client> progress_;
   uint64_t reads_stopped_boot_nanos_ = 0;  // 0: somebody reads
+  uint64_t hangs_ = 0, pings_ = 0;
   uint64_t crashes_ = 0, swaps_ = 0, carried_over_total_ = 0;
   bool upgrade_busy_ = false, stopping_ = false;
   kj::Maybe<kj::Own<kj::PromiseFulfiller<void>>> upgrade_waiter_;

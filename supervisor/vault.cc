@@ -77,21 +77,26 @@ size_t Vault::Count(MountState state) const {
                                            [&](const auto& entry) { return entry.second.state == state; }));
 }
 
-std::vector<uint64_t> Vault::TakeGone() {
+std::vector<uint64_t> Vault::Polled(short events, short wanted) const {
   std::vector<pollfd> polls;
-  std::vector<uint64_t> ids;
+  std::vector<uint64_t> ids, found;
   for (const auto& [id, mount] : mounts_) {
     if (mount.state == MountState::kMounting) continue;
-    polls.push_back({.fd = mount.device->get(), .events = 0, .revents = 0});
+    polls.push_back({.fd = mount.device->get(), .events = events, .revents = 0});
     ids.push_back(id);
   }
-  std::vector<uint64_t> gone;
-  if (polls.empty() || poll(polls.data(), polls.size(), 0) <= 0) return gone;
+  if (polls.empty() || poll(polls.data(), polls.size(), 0) <= 0) return found;
   for (size_t i = 0; i < polls.size(); ++i) {
-    if ((polls[i].revents & (POLLERR | POLLNVAL)) == 0) continue;
-    gone.push_back(ids[i]);
-    mounts_.erase(ids[i]);
+    if ((polls[i].revents & wanted) != 0) found.push_back(ids[i]);
   }
+  return found;
+}
+
+std::vector<uint64_t> Vault::Readable() const { return Polled(POLLIN, POLLIN); }
+
+std::vector<uint64_t> Vault::TakeGone() {
+  std::vector<uint64_t> gone = Polled(0, POLLERR | POLLNVAL);
+  for (uint64_t id : gone) mounts_.erase(id);
   return gone;
 }
 

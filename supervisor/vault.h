@@ -48,10 +48,14 @@ class Vault {
   // Live and detached entries with id > after, in order; *more says whether there are others.
   std::vector<const Mount*> Page(uint64_t after, size_t limit, bool* more) const;
   size_t Count(MountState state) const;
+  // Mounts with a request that nobody has read.
+  std::vector<uint64_t> Readable() const;
   // Forgets and returns the entries whose descriptor polls POLLERR: their superblock exists no more.
   std::vector<uint64_t> TakeGone();
 
  private:
+  // The entries whose descriptor polls one of `wanted`. No epoll: it would be woken by every request.
+  std::vector<uint64_t> Polled(short events, short wanted) const;
   IdFile ids_;
   std::map<uint64_t, Mount> mounts_;
 };

@@ -2,7 +2,8 @@
 // roots, through the ledger, and nothing else. How it misbehaves is read from the tail of its own executable
 // ("HFMODE:<mode>\n"), so that a test makes differently behaving builds by appending to a copy. Files in the
 // state folder steer a running one: while "hold" exists a request taken is left in its slot, with "hold-pipe"
-// in its pipe.
+// in its pipe; with "stuck" the reading thread never ends executing it, with "slow" only after two seconds,
+// with "deaf" it reads nothing; with "held-back" ping says that it does so on purpose.
 #include <capnp/rpc-twoparty.h>
 #include <dirent.h>
 #include <errno.h>
@@ -28,6 +29,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/clock.h"
 #include "common/io.h"
 #include "schema/handover.capnp.h"
 #include "schema/ledger.h"
@@ -142,12 +144,13 @@ class Server {
 
  private:
   void Loop() {
+    pthread_setname_np(pthread_self(), "fake-reader");
     for (;;) {
       std::vector<pollfd> polls;
       std::vector<uint64_t> ids;
       {
         std::lock_guard turn(turn_);
-        if (!holding_) {
+        if (!holding_ && !PathExists(state_dir_ + "/deaf")) {
           {
             std::lock_guard lock(mutex_);
             for (auto& [id, fd] : devices_) {
@@ -174,6 +177,7 @@ class Server {
     hf_slot* slot = own_.slot(0);
     Word(slot->request) = 0;
     slot->mount_id = id;
+    slot->received_ns = Clock::Real()->BootNanos();
     slot->owner_generation = static_cast<uint32_t>(generation_);
     Word(&slot->state) = HF_SLOT_RECEIVING;
     ssize_t got = splice(device, nullptr, own_.pipes[0].second.get(), nullptr, HF_LEDGER_REQUEST_BYTES,
@@ -196,6 +200,8 @@ class Server {
       return;
     }
     ++own_.header()->requests_received;
+    if (PathExists(state_dir_ + "/slow")) usleep(2'000'000);
+    while (PathExists(state_dir_ + "/stuck")) usleep(1'000);
     Answer(id, slot->request);
     ++own_.header()->requests_answered;
     Word(&slot->state) = HF_SLOT_FREE;
@@ -454,6 +460,14 @@ class WorkerServer final : public schema::Worker::Server {
     }).detach();
     return kj::READY_NOW;
   }
+  kj::Promise<void> ping(PingContext context) override {
+    if (c_.server == nullptr || !PathExists(c_.state_dir + "/held-back")) return kj::READY_NOW;
+    auto blobs = c_.server->blobs();
+    auto list = context.getResults().initHeldBack(static_cast<unsigned>(blobs.size()));
+    unsigned i = 0;
+    for (const auto& [id, blob] : blobs) list.set(i++, id);
+    return kj::READY_NOW;
+  }
   kj::Promise<void> prepare(PrepareContext) override {
     c_.calls.emplace_back("prepare");
     if (c_.mode == "fail-prepare") KJ_FAIL_REQUIRE("this build cannot prepare");
@@ -628,7 +642,7 @@ int Run() {
   if (token == nullptr) return 98;
   std::string secret = c.mode == "wrong-token" ? "guess" : token;
   auto hello = request.initHello();
-  uint64_t verifiable = c.mode == "old" ? 0 : schema::CAP_PREPARE | schema::CAP_TRIAL;
+  uint64_t verifiable = c.mode == "old" ? 0 : schema::CAP_PREPARE | schema::CAP_TRIAL | schema::CAP_HEALTH;
   hello.setCapabilities(schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER | verifiable |
                         schema::CAP_NEVER_SUPPORTED);
   hello.setBuild("fake " + c.mode);

@@ -128,7 +128,9 @@ std::string Harness::MakeWorker(const std::string& mode) {
 
 pid_t Harness::Launch(const std::vector<std::string>& args, int output) {
   std::vector<std::string> all = {Bin("holdfast-supervisor"), "--state", state_dir(), "--runtime",
-                                  dir_.path() + "/run"};
+                                  dir_.path() + "/run",
+                                  // Tests that hold a request back take their time; tests of hangs say 3000.
+                                  "--hang-limit", "60000"};
   all.insert(all.end(), args.begin(), args.end());
   std::vector<char*> argv;
   for (std::string& arg : all) argv.push_back(arg.data());
@@ -212,6 +214,7 @@ StatusView Harness::Status() {
   view.carried = status.getLastSwap().getRequestsCarriedOver();
   view.pause_nanos = status.getLastSwap().getPauseNanos();
   view.crashes = status.getCrashes();
+  view.hangs = status.getHangs();
   view.swaps = status.getSwaps();
   view.live = status.getMountsLive();
   view.detached = status.getMountsDetached();

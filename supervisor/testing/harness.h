@@ -32,7 +32,7 @@ struct StepView {
 
 struct StatusView {
   std::string phase, swap_kind, swap_result, to_build, from_build;
-  uint64_t crashes = 0, swaps = 0, live = 0, detached = 0, carried = 0, pause_nanos = 0;
+  uint64_t crashes = 0, hangs = 0, swaps = 0, live = 0, detached = 0, carried = 0, pause_nanos = 0;
   std::vector<WorkerView> workers;
   std::vector<std::string> warnings;
   std::vector<StepView> steps;  // of the last swap

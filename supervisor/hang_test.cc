@@ -1,0 +1,137 @@
+// Hangs of real processes: noticed, evidence kept, replaced; what is only slow is left alone.
+#include <fcntl.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+
+#include "common/io.h"
+#include "gtest/gtest.h"
+#include "supervisor/testing/harness.h"
+
+namespace holdfast::supervisor {
+namespace {
+
+using std::chrono::steady_clock;
+using testing::Eventually;
+using testing::Harness;
+using testing::MountView;
+using testing::Stat;
+using testing::StatusView;
+
+constexpr auto kDetected = std::chrono::milliseconds(5'000);  // the promise
+
+class HangTest : public ::testing::Test {
+ protected:
+  ~HangTest() noexcept override {}
+  void Start(const std::string& mode = "good") {
+    harness_.Start({"--hang-limit", "3000"}, mode);
+    harness_.WaitPhase("running");
+    mount_ = harness_.Mount("a");
+    before_ = harness_.Status();
+  }
+  std::string File(const std::string& name) { return harness_.state_dir() + "/" + name; }
+  void Make(const std::string& name) { std::ofstream(File(name)) << "1"; }
+  // The text of the only report.
+  std::string Report() {
+    std::string folder = File("supervisor/hangs"), text;
+    EXPECT_TRUE(Eventually([&] { return PathExists(folder) && !std::filesystem::is_empty(folder); }, 2));
+    for (const auto& entry : std::filesystem::directory_iterator(folder)) text += *ReadFile(entry.path());
+    return text;
+  }
+  // A reader that is not answered. The worker may have been about to read when it was made deaf: the first
+  // ones may be.
+  std::unique_ptr<Stat> UnreadStat() {
+    Make("deaf");
+    auto stat = std::make_unique<Stat>(mount_.path);
+    for (int i = 0; i < 10 && stat->Done(1); ++i) stat = std::make_unique<Stat>(mount_.path);
+    return stat;
+  }
+  // Since `begin` the worker hangs: it is replaced in time, and `stat` answered by its successor.
+  void ExpectReplaced(steady_clock::time_point begin) {
+    ASSERT_TRUE(Eventually([&] { return harness_.Status().hangs == 1; }, 10)) << "nobody noticed";
+    EXPECT_LT(steady_clock::now() - begin, kDetected);
+    for (const char* name : {"stuck", "deaf"}) unlink(File(name).c_str());
+    ASSERT_TRUE(Eventually([&] { return harness_.Status().swap_result == "done"; }));
+    StatusView after = harness_.WaitPhase("running");
+    EXPECT_EQ(after.swap_kind, "hang");
+    EXPECT_EQ(after.crashes, 1u) << "a hang is one of the crashes";
+    EXPECT_GT(after.pause_nanos, 2'500'000'000u) << "the pause begins with the hang";
+    EXPECT_LT(after.pause_nanos, 6'000'000'000u);
+    EXPECT_NE(after.Worker("owner").pid, before_.Worker("owner").pid);
+  }
+  void ExpectLeftAlone() {
+    StatusView after = harness_.Status();
+    EXPECT_EQ(after.hangs, 0u);
+    EXPECT_EQ(after.crashes, 0u);
+    EXPECT_EQ(after.Worker("owner").pid, before_.Worker("owner").pid);
+  }
+
+  Harness harness_;
+  MountView mount_;
+  StatusView before_;
+};
+
+TEST_F(HangTest, AStoppedWorkerIsReplacedAndItsReadersAnswered) {
+  Start();
+  auto begin = steady_clock::now();
+  ASSERT_EQ(kill(before_.Worker("owner").pid, SIGSTOP), 0);
+  Stat stat(mount_.path);
+  ExpectReplaced(begin);
+  EXPECT_GT(stat.Result(), 0);
+  std::string report = Report();
+  EXPECT_EQ(report.find("worker generation " + std::to_string(before_.Worker("owner").generation)), 0u)
+      << report;
+  EXPECT_NE(report.find(" fake-reader: T (stopped), wchan "), std::string::npos) << report;
+}
+
+TEST_F(HangTest, AThreadStuckInARequestIsNamedAndTheRequestIsAnsweredByTheSuccessor) {
+  Start();
+  Make("stuck");
+  auto begin = steady_clock::now();
+  Stat stat(mount_.path);
+  ExpectReplaced(begin);
+  EXPECT_GT(stat.Result(), static_cast<int64_t>(before_.Worker("owner").generation));
+  std::string report = Report();
+  EXPECT_NE(report.find(": slot 0 executing for 3."), std::string::npos) << report;
+  EXPECT_NE(report.find(", mount " + std::to_string(mount_.id) + ", opcode 3\n"), std::string::npos)
+      << report;
+  EXPECT_NE(report.find(" fake-reader: S (sleeping), wchan "), std::string::npos) << report;
+}
+
+TEST_F(HangTest, RequestsThatNobodyReadsAreNoticed) {
+  Start();
+  auto begin = steady_clock::now();
+  auto stat = UnreadStat();
+  ExpectReplaced(begin);
+  EXPECT_GT(stat->Result(), 0);
+  EXPECT_NE(Report().find("a request of mount " + std::to_string(mount_.id) + " unread for 3."),
+            std::string::npos);
+}
+
+TEST_F(HangTest, MountsThatAreHeldBackOnPurposeAreNoHang) {
+  Start();
+  Make("held-back");
+  auto stat = UnreadStat();
+  EXPECT_FALSE(stat->Done(8)) << "the request was held back";
+  ExpectLeftAlone();
+  unlink(File("deaf").c_str());
+  EXPECT_GT(stat->Result(), 0);
+}
+
+class SlowTest : public HangTest, public ::testing::WithParamInterface<const char*> {};
+
+TEST_P(SlowTest, AWorkerThatIsOnlySlowIsLeftAlone) {
+  Start(GetParam());
+  Make("slow");
+  auto begin = steady_clock::now();
+  for (int i = 0; i < 3; ++i) EXPECT_GT(Stat(mount_.path).Result(), 0);
+  EXPECT_GT(steady_clock::now() - begin, std::chrono::seconds(6)) << "it was slow";
+  ExpectLeftAlone();
+}
+INSTANTIATE_TEST_SUITE_P(Builds, SlowTest, ::testing::Values("good", "old"));
+
+}  // namespace
+}  // namespace holdfast::supervisor

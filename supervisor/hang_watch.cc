@@ -1,0 +1,127 @@
+// The supervisor's look at the worker that reads, twice a second, and what follows a verdict (README.md,
+// "Hangs").
+#include <poll.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/cgroup.h"
+#include "common/log.h"
+#include "glog/logging.h"
+#include "supervisor/hang_report.h"
+#include "supervisor/offload.h"
+#include "supervisor/rpc.h"
+#include "supervisor/supervisor.h"
+
+namespace holdfast::supervisor {
+namespace {
+
+constexpr uint64_t kSaveStacksMillis = 300;  // the longest that this may delay the kill
+constexpr uint64_t kDumpMillis = 200;        // for the worker to print its own stacks
+
+}  // namespace
+
+kj::Promise<void> Supervisor::WatchWorker() {
+  return timer_.afterDelay(kHangTickMillis * kj::MILLISECONDS).then([this] {
+    for (auto& [generation, worker] : workers_) LookAt(worker.get());
+    return WatchWorker();
+  });
+}
+
+void Supervisor::LookAt(WorkerProcess* worker) {
+  const Ledger* ledger = ledgers_.Find(worker->generation);
+  bool reads =
+      worker->reading && !worker->retired && worker->dead_since_boot_nanos == 0 && worker->hung.empty();
+  if (!reads || ledger == nullptr) return void(worker->watch = nullptr);
+  if (worker->watch == nullptr) {
+    worker->watch = std::make_unique<WorkerWatch>(HangLimits{.limit_ns = options_.hang_limit_ms * 1'000'000});
+  }
+  WorkerWatch& watch = *worker->watch;
+  Ping(worker);
+  HangSample sample{.now_ns = clock_->BootNanos(),
+                    .received = ledger->received(),
+                    .heartbeat_ns = ledger->heartbeat(),
+                    .executing = ledger->ExecutingSlots(),
+                    .ping = watch.ping,
+                    .loop = watch.loop,
+                    .throttled_ns = ThrottledNanos(worker->pid)};
+  FindOverdue(worker->generation, &sample);
+  if ((worker->capabilities & schema::CAP_HEALTH) != 0) {
+    sample.readable = vault_.Readable();
+    sample.held_back = watch.held_back;
+    // A call of the machine may take long, and has a limit of its own.
+    if (worker->calls == 0) sample.loop_age_ns = watch.loop_age_ns;
+  }
+  auto verdict = watch.monitor.Tick(sample);
+  if (verdict) OnHang(worker, *verdict);
+}
+
+// At most one is under way.
+void Supervisor::Ping(WorkerProcess* worker) {
+  WorkerWatch& watch = *worker->watch;
+  if (watch.ping != 0) return;
+  watch.ping = ++pings_;
+  // Null when it is not watched any more, or anew.
+  auto find = [this, generation = worker->generation, ping = watch.ping]() -> WorkerWatch* {
+    WorkerProcess* pinged = Find(generation);
+    if (pinged == nullptr || pinged->watch == nullptr || pinged->watch->ping != ping) return nullptr;
+    pinged->watch->ping = 0;
+    return pinged->watch.get();
+  };
+  auto answered = [find](capnp::Response<schema::Worker::PingResults>&& response) {
+    WorkerWatch* pinged = find();
+    if (pinged == nullptr) return;
+    pinged->loop_age_ns = response.getLoopAgeNanos();
+    pinged->loop = response.getLoop().cStr();
+    pinged->held_back.clear();
+    for (uint64_t mount : response.getHeldBack()) pinged->held_back.push_back(mount);
+  };
+  // An error is an answer, too: builds that know no ping.
+  tasks_.add(
+      KJ_ASSERT_NONNULL(worker->client).pingRequest().send().then(kj::mv(answered), [find](kj::Exception&&) {
+        find();
+      }));
+}
+
+// In all ledgers: it has adopted what its predecessors left.
+void Supervisor::FindOverdue(Generation generation, HangSample* sample) const {
+  bool more = false;
+  for (const Ledger* ledger : ledgers_.Page(0, 0, SIZE_MAX, &more)) {
+    uint64_t mount = 0;
+    uint64_t deadline = ledger->OverdueDeadline(generation, sample->now_ns, &mount);
+    if (deadline == 0 || (sample->overdue_deadline_ns != 0 && deadline >= sample->overdue_deadline_ns))
+      continue;
+    sample->overdue_deadline_ns = deadline;
+    sample->overdue_mount = mount;
+  }
+}
+
+void Supervisor::OnHang(WorkerProcess* worker, const HangVerdict& verdict) {
+  Generation generation = worker->generation;
+  worker->hung = "hung: " + verdict.what;
+  LOG(ERROR) << "event=hang generation=" << generation << " pid=" << worker->pid
+             << " seen=" << LogValue(verdict.what);
+  ledgers_.Find(generation)->owner_hung = true;
+  // Reads stopped when it began, not now.
+  if (reads_stopped_boot_nanos_ == 0) reads_stopped_boot_nanos_ = clock_->BootNanos() - verdict.age_ns;
+  using Saved = absl::StatusOr<std::string>;
+  auto saved = Offload<Saved>(
+      [state_dir = options_.state_dir, pid = worker->pid, generation, what = verdict.what,
+       now = clock_->WallNanos()] { return SaveStacks(state_dir, pid, generation, what, now); });
+  auto told = saved.then([](kj::Own<Saved>&& path) {
+    LOG(INFO) << "event=hang_report result=" << LogValue(path->ok() ? **path : path->status().ToString());
+  });
+  auto limited = told.exclusiveJoin(timer_.afterDelay(kSaveStacksMillis * kj::MILLISECONDS));
+  auto dumped = limited.then([this] { return timer_.afterDelay(kDumpMillis * kj::MILLISECONDS); });
+  tasks_.add(dumped.then([this, generation] {
+    WorkerProcess* hung = Find(generation);
+    if (hung == nullptr || hung->dead_since_boot_nanos != 0) return;
+    NoteDeath(hung, hung->hung);
+    KillWorker(generation);
+    Dispatch({.type = EventType::kDied, .generation = generation, .reason = hung->hung});
+  }));
+}
+
+}  // namespace holdfast::supervisor

@@ -65,6 +65,13 @@ bool Refused(const std::string& socket_path) {
          errno == ECONNREFUSED;
 }
 
+pid_t OwnerOf(const ctl::SupervisorStatus& status) {
+  for (const ctl::WorkerStatus& worker : status.workers) {
+    if (worker.role == "owner") return static_cast<pid_t>(worker.pid);
+  }
+  return 0;
+}
+
 }  // namespace
 
 Node::Node(const std::string& config, Programs programs) : programs_(std::move(programs)) {
@@ -128,7 +135,9 @@ bool Node::WaitRunning(int seconds, pid_t killed) const {
     auto control = Control();
     if (control == nullptr) return false;
     auto status = control->Status();
-    return status.ok() && status->phase == "running" && (killed == 0 || WorkerPid() != killed);
+    if (!status.ok() || status->phase != "running") return false;
+    const pid_t owner = OwnerOf(*status);
+    return owner != 0 && owner != killed;
   });
 }
 
@@ -136,11 +145,7 @@ pid_t Node::WorkerPid() const {
   auto control = Control();
   if (control == nullptr) return 0;
   auto status = control->Status();
-  if (!status.ok()) return 0;
-  for (const ctl::WorkerStatus& worker : status->workers) {
-    if (worker.role == "owner") return static_cast<pid_t>(worker.pid);
-  }
-  return 0;
+  return status.ok() ? OwnerOf(*status) : 0;
 }
 
 void Node::NoteWorkers() {

@@ -5,6 +5,7 @@
 
 #include "common/log.h"
 #include "glog/logging.h"
+#include "worker/app/samples.h"
 #include "worker/layer/digest.h"
 #include "worker/layer/layer_index.h"
 
@@ -142,7 +143,7 @@ absl::Status LayerService::MountIndex(const handover::MountBlob& blob, const std
                       parts_.vault->Mount(folder, LayerInitOptions(), handover::EncodeMountBlob(blob)));
   HF_RETURN_IF_ERROR(PassFault(parts_.faults, "layer.after_mount"));
   const uint64_t mount_id = entry.mount_id;
-  absl::Status served = Serve(std::move(entry), blob, absl::OkStatus());
+  absl::Status served = Serve(std::move(entry), blob, absl::OkStatus(), /*private_mount=*/false);
   if (served.ok()) {
     LOG(INFO) << "layer.mounted layer=" << blob.layer_digest << " mount=" << mount_id
               << " snapshot=" << blob.snapshot_id << " index=" << blob.index_digest;
@@ -155,7 +156,7 @@ absl::Status LayerService::MountIndex(const handover::MountBlob& blob, const std
 }
 
 absl::Status LayerService::Serve(handover::MountEntry entry, const handover::MountBlob& blob,
-                                 const absl::Status& unreadable) {
+                                 const absl::Status& unreadable, bool private_mount) {
   const uint64_t mount_id = entry.mount_id;
   MutexLock one_at_a_time(&serve_mutex_);
   {
@@ -165,9 +166,14 @@ absl::Status LayerService::Serve(handover::MountEntry entry, const handover::Mou
     if (it != mounts_.end() && it->second.blob == blob) return absl::OkStatus();
     if (it != mounts_.end())
       return AlreadyExists("mount " + std::to_string(mount_id) + " is served with another blob");
-    mounts_[mount_id] = {blob, entry.state == handover::MountState::kDetached};
+    MountRow& row = mounts_[mount_id];
+    row.blob = blob;
+    row.detached = entry.state == handover::MountState::kDetached;
+    row.private_mount = private_mount;
   }
+  const int device = entry.device.get();
   fuse::MountSpec spec;
+  spec.serve_now = private_mount;
   spec.mount_id = mount_id;
   spec.device = std::move(entry.device);
   spec.init_request = std::move(entry.init_request);
@@ -175,30 +181,101 @@ absl::Status LayerService::Serve(handover::MountEntry entry, const handover::Mou
   spec.description = blob.layer_digest;
   // The index was verified when the layer was mounted, under this same vault: on the first request its bytes
   // need not be hashed again.
-  spec.open_layer = [this, blob, unreadable]() -> absl::StatusOr<std::shared_ptr<layer::Layer>> {
+  spec.open_layer = [this, mount_id, blob, unreadable]() -> absl::StatusOr<std::shared_ptr<layer::Layer>> {
     HF_RETURN_IF_ERROR(unreadable);
-    return OpenLayer(blob, /*verify_index=*/false);
+    return OpenLayer(blob, /*verify_index=*/false, OpenedAhead(mount_id));
   };
   absl::Status added = parts_.server->AddMount(std::move(spec));
+  MutexLock lock(&mutex_);
   if (!added.ok()) {
-    MutexLock lock(&mutex_);
     mounts_.erase(mount_id);
+  } else if (auto it = mounts_.find(mount_id); it != mounts_.end()) {
+    it->second.device = device;
   }
   return added;
 }
 
-absl::Status LayerService::AdoptMount(handover::MountEntry entry) {
+absl::Status LayerService::AdoptMount(handover::MountEntry entry, bool private_mount) {
   absl::StatusOr<handover::MountBlob> blob = handover::DecodeMountBlob(entry.blob);
-  if (blob.ok()) return Serve(std::move(entry), *blob, absl::OkStatus());
+  if (blob.ok()) return Serve(std::move(entry), *blob, absl::OkStatus(), private_mount);
   const absl::Status unreadable =
       Annotate(blob.status(), "mount " + std::to_string(entry.mount_id) + " at " + entry.path);
   LOG(ERROR) << "layer.mount_unreadable mount=" << entry.mount_id
              << " error=" << LogValue(FromAbsl(unreadable.message())) << " effect=\"reads get EIO\"";
-  return Serve(std::move(entry), handover::MountBlob(), unreadable);
+  return Serve(std::move(entry), handover::MountBlob(), unreadable, private_mount);
+}
+
+void LayerService::OpenIndexes(uint64_t budget_nanos) {
+  const Clock* clock = Clock::Real();
+  const uint64_t deadline = clock->BootNanos() + budget_nanos;
+  std::map<std::pair<std::string, std::string>, IndexPtr> opened;  // by index and layer digest
+  {
+    MutexLock lock(&mutex_);
+    for (const auto& [id, row] : mounts_) {
+      if (!row.blob.index_digest.empty()) opened[{row.blob.index_digest, row.blob.layer_digest}] = row.index;
+    }
+  }
+  size_t failed = 0;
+  for (auto& [key, index] : opened) {
+    if (index != nullptr) continue;
+    if (clock->BootNanos() >= deadline) break;
+    absl::StatusOr<IndexPtr> now = OpenIndex(key.second, key.first, /*verify=*/false);
+    if (now.ok()) index = *std::move(now);
+    failed += now.ok() ? 0 : 1;  // its first request tries again and says why
+  }
+  LOG_IF(WARNING, failed > 0) << "layer.indexes_not_opened count=" << failed;
+  MutexLock lock(&mutex_);
+  for (auto& [id, row] : mounts_) {
+    auto it = opened.find({row.blob.index_digest, row.blob.layer_digest});
+    if (row.index == nullptr && it != opened.end()) row.index = it->second;
+  }
+}
+
+LayerService::IndexPtr LayerService::OpenedAhead(uint64_t mount_id) const {
+  MutexLock lock(&mutex_);
+  auto it = mounts_.find(mount_id);
+  return it == mounts_.end() ? nullptr : it->second.index;
+}
+
+std::vector<handover::SampleFile> LayerService::Samples(uint32_t limit, uint64_t deadline_boot_nanos) {
+  std::vector<std::pair<uint64_t, handover::MountBlob>> mounts;
+  {
+    MutexLock lock(&mutex_);
+    for (const auto& [id, row] : mounts_) {
+      if (!row.detached && !row.private_mount && !row.blob.index_digest.empty())
+        mounts.push_back({id, row.blob});
+    }
+  }
+  return SampleMounts(
+      mounts.size(),
+      [&](size_t i) -> SampledMount {
+        absl::StatusOr<std::shared_ptr<layer::Layer>> layer =
+            OpenLayer(mounts[i].second, /*verify_index=*/false, OpenedAhead(mounts[i].first));
+        return {mounts[i].first, layer.ok() ? *layer : nullptr};
+      },
+      limit, deadline_boot_nanos, *Clock::Real());
+}
+
+absl::StatusOr<handover::Page<handover::HeldMount>> LayerService::HeldMounts(uint64_t after,
+                                                                             size_t limit) const {
+  handover::Page<handover::HeldMount> page;
+  // A row goes before its device does (ForgetMounts), so under the lock the number is that of the device.
+  MutexLock lock(&mutex_);
+  for (auto it = mounts_.upper_bound(after); it != mounts_.end(); ++it) {
+    if (it->second.device < 0) continue;
+    if (page.elements.size() == limit) {
+      page.more = true;
+      break;
+    }
+    HF_ASSIGN_OR_RETURN(UniqueFd device, DupFd(it->second.device));
+    page.elements.push_back({it->first, std::move(device)});
+  }
+  return page;
 }
 
 absl::StatusOr<std::shared_ptr<layer::Layer>> LayerService::OpenLayer(const handover::MountBlob& blob,
-                                                                      bool verify_index) {
+                                                                      bool verify_index,
+                                                                      IndexPtr opened_ahead) {
   {
     MutexLock lock(&mutex_);
     auto it = layers_.find({blob.index_digest, blob.image_ref});
@@ -206,7 +283,10 @@ absl::StatusOr<std::shared_ptr<layer::Layer>> LayerService::OpenLayer(const hand
       if (std::shared_ptr<layer::Layer> open = it->second.lock()) return open;
     }
   }
-  HF_ASSIGN_OR_RETURN(IndexPtr index, OpenIndex(blob.layer_digest, blob.index_digest, verify_index));
+  IndexPtr index = std::move(opened_ahead);
+  if (index == nullptr) {
+    HF_ASSIGN_OR_RETURN(index, OpenIndex(blob.layer_digest, blob.index_digest, verify_index));
+  }
   if (index->numbering_version() != blob.numbering_version ||
       index->info().layer_digest != blob.layer_digest) {
     return DataLoss("index " + blob.index_digest + " is not the one this mount was made with");
@@ -298,7 +378,9 @@ bool LayerService::Serves(uint64_t mount_id) const {
 std::vector<uint64_t> LayerService::ServedMounts() const {
   MutexLock lock(&mutex_);
   std::vector<uint64_t> ids;
-  for (const auto& [id, row] : mounts_) ids.push_back(id);
+  for (const auto& [id, row] : mounts_) {
+    if (!row.private_mount) ids.push_back(id);
+  }
   return ids;
 }
 

@@ -68,31 +68,49 @@ class LayerService final : public snapshot::LayerMounter {
 
   // Serves a mount that the vault holds already. Fast. An entry whose blob cannot be read is served with EIO:
   // guessing would mean wrong bytes, and unserved its readers would hang.
-  absl::Status AdoptMount(handover::MountEntry entry);
+  // `private_mount`: read at once, also by a server that is not started, and not missed when the vault's list
+  // does not have it.
+  absl::Status AdoptMount(handover::MountEntry entry, bool private_mount = false);
   // The vault says these are gone.
   void ForgetMounts(const std::vector<uint64_t>& mount_ids);
 
+  // Maps the indexes of mounts that are served ahead of their first request, for at most that long, so that a
+  // successor's first requests find them. Their content is not opened: held open, it would keep the space of
+  // what is evicted.
+  void OpenIndexes(uint64_t budget_nanos);
+  // Something to look at in mounts that can be looked at: see samples.h. A layer that cannot be opened is
+  // left out.
+  std::vector<handover::SampleFile> Samples(uint32_t limit, uint64_t deadline_boot_nanos);
+
   std::vector<handover::LayerInfo> Layers() const;
   bool Serves(uint64_t mount_id) const;
-  std::vector<uint64_t> ServedMounts() const;
+  std::vector<uint64_t> ServedMounts() const;  // private ones left out
   size_t mount_count() const;
+  // Dups of the devices of at most `limit` mounts with an id above `after`, in order.
+  absl::StatusOr<handover::Page<handover::HeldMount>> HeldMounts(uint64_t after, size_t limit) const;
 
  private:
+  using IndexPtr = std::shared_ptr<const layer::LayerIndex>;
   struct MountRow {
     handover::MountBlob blob;
     bool detached = false;
+    bool private_mount = false;
+    // Owned by the server, which has it as long as this row exists.
+    int device = -1;
+    IndexPtr index;  // opened ahead
   };
-  using IndexPtr = std::shared_ptr<const layer::LayerIndex>;
 
   absl::StatusOr<IndexPtr> OpenIndex(const std::string& layer_digest, const std::string& sha256, bool verify);
   absl::StatusOr<IndexPtr> BindToParents(IndexPtr base, const std::vector<snapshot::ParentLayer>& parents,
                                          const std::string& layer_digest, std::string* sha256);
   absl::StatusOr<LayerBelow> Below(const snapshot::ParentLayer& parent);
-  absl::StatusOr<std::shared_ptr<layer::Layer>> OpenLayer(const handover::MountBlob& blob, bool verify_index);
+  absl::StatusOr<std::shared_ptr<layer::Layer>> OpenLayer(const handover::MountBlob& blob, bool verify_index,
+                                                          IndexPtr opened_ahead = nullptr);
   absl::Status MountIndex(const handover::MountBlob& blob, const std::string& folder);
   // `unreadable`: not OK when the blob is not known; every request then gets EIO.
   absl::Status Serve(handover::MountEntry entry, const handover::MountBlob& blob,
-                     const absl::Status& unreadable);
+                     const absl::Status& unreadable, bool private_mount);
+  IndexPtr OpenedAhead(uint64_t mount_id) const;  // null when it was not
 
   const LayerServiceParts parts_;
   Mutex serve_mutex_;  // before mutex_; a mount's row and its place in the server appear together

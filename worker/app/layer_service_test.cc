@@ -12,6 +12,7 @@
 
 #include "gtest/gtest.h"
 #include "tests/support/registry_server.h"
+#include "worker/app/samples.h"
 #include "worker/layer/digest.h"
 #include "worker/layer/layer_index.h"
 #include "worker/toc/testing/estargz_writer.h"
@@ -436,6 +437,126 @@ TEST_F(LayerServiceTest, ContentThatOneTocVouchedForNeverServesAnImageThatNamesA
   ASSERT_TRUE(Mount(Request(honest), 2).ok());
   EXPECT_EQ(Read(2, "f"), "honest");
   EXPECT_EQ(Read(1, "f"), "forged");
+}
+
+std::vector<handover::SampleFile> OfKind(const std::vector<handover::SampleFile>& samples,
+                                         handover::SampleKind kind) {
+  std::vector<handover::SampleFile> found;
+  for (const auto& sample : samples) {
+    if (sample.kind == kind) found.push_back(sample);
+  }
+  return found;
+}
+
+std::string RawSha256(const std::string& bytes) {
+  const toc::Digest digest = layer::Sha256Raw(bytes);
+  return std::string(digest.begin(), digest.end());
+}
+
+constexpr uint64_t kLater = 30'000'000'000;
+
+TEST_F(LayerServiceTest, SamplesShowOnlyWhatLiesOnThisDiskAndAskNobody) {
+  const std::string odd = "odd \n n\xc3\xa4me";  // a table of contents holds UTF-8 only
+  const std::string content(5000, 'c');
+  EstargzLayer layer =
+      Push({Dir("d"), Dir("d/e"), File("d/e/cached", content), File("d/e/" + odd, content + "2"),
+            File("d/e/missing", std::string(200'000, 'm')), File("d/.wh.deleted", ""), File("empty", "")});
+  ASSERT_TRUE(Mount(Request(layer), 7).ok());
+  std::vector<handover::SampleFile> before = service_->Samples(50, Clock::Real()->BootNanos() + kLater);
+  EXPECT_TRUE(OfKind(before, handover::SampleKind::kFile).empty()) << "nothing was read yet";
+  ASSERT_EQ(OfKind(before, handover::SampleKind::kFolder).size(), 1u);
+  EXPECT_EQ(before.at(0).path, "") << "the root";
+
+  EXPECT_EQ(Read(1, "d/e/cached"), content);
+  EXPECT_EQ(Read(1, "d/e/" + odd), content + "2");
+  const uint64_t asked = registry_.blob_requests();
+  registry_.Stop();
+  std::vector<handover::SampleFile> samples = service_->Samples(50, Clock::Real()->BootNanos() + kLater);
+  std::map<std::string, std::string> files;
+  for (const auto& sample : OfKind(samples, handover::SampleKind::kFile)) {
+    EXPECT_EQ(sample.mount_id, 1u);
+    EXPECT_EQ(sample.offset, 0u);
+    files[sample.path] = sample.digest;
+  }
+  EXPECT_EQ(files.at("d/e/cached"), RawSha256(content));
+  EXPECT_EQ(files.at("d/e/" + odd), RawSha256(content + "2")) << "a name of any bytes";
+  EXPECT_EQ(files.count("empty"), 0u);
+  auto folders = OfKind(samples, handover::SampleKind::kFolder);
+  ASSERT_EQ(folders.size(), 1u);
+  EXPECT_EQ(folders[0].path, "d/e") << "where a file was";
+  const std::string names = std::string("cached") + '\0' + "missing" + '\0' + odd + '\0';
+  EXPECT_EQ(folders[0].digest, RawSha256(names));
+  auto absent = OfKind(samples, handover::SampleKind::kAbsent);
+  ASSERT_EQ(absent.size(), 1u);
+  EXPECT_NE(absent[0].path, OfKind(before, handover::SampleKind::kAbsent).at(0).path)
+      << "the kernel may remember the absence of a name that was asked for";
+  EXPECT_EQ(asked, registry_.blob_requests());
+}
+
+TEST_F(LayerServiceTest, AWhiteoutIsListedUnderTheNameOfItsDevice) {
+  EstargzLayer layer =
+      Push({Dir("d"), File("d/.wh.gone", ""), File("d/.wh..wh..opq", ""), File("d/f", "content")});
+  ASSERT_TRUE(Mount(Request(layer), 1).ok());
+  EXPECT_EQ(Read(1, "d/f"), "content");
+  auto folders =
+      OfKind(service_->Samples(50, Clock::Real()->BootNanos() + kLater), handover::SampleKind::kFolder);
+  ASSERT_EQ(folders.size(), 1u);
+  EXPECT_EQ(folders[0].path, "d");
+  EXPECT_EQ(folders[0].digest, RawSha256(std::string("f") + '\0' + "gone" + '\0'));
+}
+
+TEST_F(LayerServiceTest, SamplesAreSpreadOverMountsBoundedInNumberInLengthAndInTime) {
+  std::string large(1'000'000, '\0');
+  for (size_t i = 0; i < large.size(); ++i) large[i] = static_cast<char>(i * 2654435761u >> 13);
+  for (uint64_t id = 1; id <= 4; ++id) {
+    EstargzLayer layer = Push({File("large", large), File("f", "content " + std::to_string(id))});
+    ASSERT_TRUE(Mount(Request(layer), id).ok());
+    EXPECT_EQ(Read(id, "f"), "content " + std::to_string(id));
+    EXPECT_EQ(Read(id, "large"), large);
+  }
+  auto samples = service_->Samples(12, Clock::Real()->BootNanos() + kLater);
+  ASSERT_EQ(samples.size(), 12u);
+  std::map<uint64_t, int> of_mount;
+  for (const auto& sample : samples) of_mount[sample.mount_id]++;
+  EXPECT_EQ(of_mount.size(), 4u);
+  samples = service_->Samples(1000, Clock::Real()->BootNanos() + kLater);
+  int large_ones = 0;
+  for (const auto& sample : OfKind(samples, handover::SampleKind::kFile)) {
+    EXPECT_LE(sample.length, kSampleBytes);
+    if (sample.path != "large") continue;
+    large_ones++;
+    EXPECT_EQ(sample.digest, RawSha256(large.substr(sample.offset, sample.length)));
+  }
+  EXPECT_EQ(large_ones, 4);
+  EXPECT_TRUE(service_->Samples(1000, 1).empty()) << "the time is over";
+  EXPECT_TRUE(service_->Samples(0, Clock::Real()->BootNanos() + kLater).empty());
+}
+
+TEST_F(LayerServiceTest, IndexesOpenedAheadServeTheFirstRequestAndKeepNoContentOpen) {
+  EstargzLayer layer = Push({File("f", "content")});
+  auto mounted = Mount(Request(layer), 1);
+  ASSERT_TRUE(mounted.ok());
+  service_->OpenIndexes(kLater);
+  const std::string path = files_.IndexPath(layer.layer_digest, mounted->index_sha256);
+  ASSERT_EQ(unlink(path.c_str()), 0);
+  EXPECT_EQ(Read(1, "f"), "content") << "from the index that was open";
+}
+
+TEST_F(LayerServiceTest, TheDevicesOfMountsAreHandedOutInPages) {
+  EstargzLayer layer = Push({File("f", "x")});
+  for (uint64_t id = 1; id <= 3; ++id) ASSERT_TRUE(Mount(Request(layer), id).ok());
+  auto first = service_->HeldMounts(0, 2);
+  ASSERT_TRUE(first.ok()) << first.status();
+  ASSERT_EQ(first->elements.size(), 2u);
+  EXPECT_TRUE(first->more);
+  auto second = service_->HeldMounts(2, 2);
+  ASSERT_EQ(second->elements.size(), 1u);
+  EXPECT_FALSE(second->more);
+  struct stat null {
+  }, dup{};
+  EXPECT_EQ(stat("/dev/null", &null), 0);
+  EXPECT_EQ(fstat(second->elements[0].device.get(), &dup), 0);
+  EXPECT_EQ(dup.st_rdev, null.st_rdev);
 }
 
 TEST(LayerFilesTest, TheRecordOfTheFirstReleaseIsReadable) {

@@ -15,6 +15,7 @@
 #include "worker/app/build_info.h"
 #include "worker/app/config.h"
 #include "worker/app/self_test.h"
+#include "worker/app/stack_dump.h"
 #include "worker/app/worker.h"
 
 namespace holdfast::app {
@@ -32,8 +33,13 @@ swap to another build while containers go on reading.
   --version, --help
 
 Environment: HOLDFAST_TOKEN is set by the supervisor. HOLDFAST_FAULTS arms fault points (docs/FAILURES.md), for tests only.
+On SIGQUIT the thread that gets it writes its stack to standard error.
 Exit codes: 0 ended in good order, 1 failed (the last line on standard error says why), 2 wrong usage.
 )";
+
+constexpr uint64_t kCapabilities = handover::kCapServeReads | handover::kCapMetadataHandover |
+                                   handover::kCapPrepare | handover::kCapTrial | handover::kCapHealth |
+                                   handover::kCapReattach;
 
 enum ExitCode { kDone = 0, kFailed = 1, kUsageError = 2 };
 
@@ -97,6 +103,7 @@ int Fail(const absl::Status& status) {
 
 int Serve(const Arguments& arguments) {
   const sigset_t signals = PrepareSignals();
+  InstallStackDump();
   RaiseDescriptorLimit();
   absl::StatusOr<Config> config = LoadConfig(arguments.config);
   if (!config.ok()) return Fail(config.status());
@@ -107,12 +114,19 @@ int Serve(const Arguments& arguments) {
   Worker::Options options;
   options.config = *std::move(config);
   const char* faults = getenv("HOLDFAST_FAULTS");
-  if (faults != nullptr) options.fault_spec = faults;
+  if (faults != nullptr) {
+    absl::StatusOr<std::string> spec = FaultSpecFrom(faults);
+    if (!spec.ok()) return Fail(spec.status());
+    options.fault_spec = *std::move(spec);
+  }
+  options.build = BuildName();
   options.exit = [](int code) { ExitNow(code); };
   absl::StatusOr<std::unique_ptr<Worker>> worker = Worker::Create(options);
   if (!worker.ok()) return Fail(worker.status());
 
-  auto link = handover::SupervisorLink::Connect(UniqueFd(handover::kSupervisorFd), token, BuildName());
+  if (absl::Status fault = (*worker)->BeforeRegister(); !fault.ok()) return Fail(fault);
+  auto link = handover::SupervisorLink::Connect(UniqueFd(handover::kSupervisorFd),
+                                                {token, BuildName(), kCapabilities});
   if (!link.ok()) return Fail(link.status());
   unsetenv("HOLDFAST_TOKEN");  // credential helpers that we run need not see it
   absl::Status running = (*worker)->Run(std::move(*link));

@@ -1,5 +1,6 @@
 #include "worker/app/worker.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -24,7 +25,10 @@ using std::chrono::milliseconds;
 constexpr milliseconds kHousekeeping{200};
 constexpr uint64_t kFlushEveryNanos = 5'000'000'000;
 constexpr uint64_t kMetadataLockWaitNanos = 5'000'000'000;
-constexpr milliseconds kDrainLimit{120'000};
+constexpr milliseconds kDrainLimit{570'000};         // short of the supervisor's limit of 10 minutes
+constexpr uint64_t kSampleNanos = 40'000'000;        // a swap waits for it
+constexpr uint64_t kOpenAheadNanos = 1'000'000'000;  // nobody waits for a worker that prepares
+constexpr size_t kHeldMountsPerPage = 200, kHeldLedgersPerPage = 7;  // 253 descriptors a message
 
 // Where the successor will answer snapshots calls: the listening socket is the same for all generations.
 absl::StatusOr<std::string> PathOfSocket(int fd) {
@@ -34,6 +38,21 @@ absl::StatusOr<std::string> PathOfSocket(int fd) {
     return ErrnoStatus(errno, "snapshot listener");
   }
   return std::string(address.sun_path, strnlen(address.sun_path, sizeof address.sun_path));
+}
+
+absl::StatusOr<handover::OldLedger> DupLedger(const handover::OldLedger& ledger) {
+  handover::OldLedger copy;
+  copy.generation = ledger.generation;
+  copy.owner_exited = ledger.owner_exited;
+  copy.owner_hung = ledger.owner_hung;
+  HF_ASSIGN_OR_RETURN(copy.memory, DupFd(ledger.memory.get()));
+  for (const handover::PipePair& pair : ledger.pipes) {
+    handover::PipePair both;
+    HF_ASSIGN_OR_RETURN(both.read_end, DupFd(pair.read_end.get()));
+    HF_ASSIGN_OR_RETURN(both.write_end, DupFd(pair.write_end.get()));
+    copy.pipes.push_back(std::move(both));
+  }
+  return copy;
 }
 
 fuse::LedgerHandle ToHandle(UniqueFd memory, std::vector<handover::PipePair> pipes) {
@@ -46,9 +65,10 @@ fuse::LedgerHandle ToHandle(UniqueFd memory, std::vector<handover::PipePair> pip
 }
 
 int PoolThreads(const Config& config) {
-  if (config.fuse.threads > 0) return static_cast<int>(config.fuse.threads);
+  constexpr long kMost = HF_LEDGER_SLOTS - 1;  // the last slot is for adopted requests
+  if (config.fuse.threads > 0) return static_cast<int>(std::min<long>(config.fuse.threads, kMost));
   const long processors = sysconf(_SC_NPROCESSORS_ONLN);
-  return static_cast<int>(std::clamp<long>(processors, 2, HF_LEDGER_SLOTS));
+  return static_cast<int>(std::clamp<long>(processors, 2, kMost));
 }
 
 }  // namespace
@@ -82,6 +102,13 @@ absl::Status Worker::Run(std::unique_ptr<handover::SupervisorLink> link) {
   handover::Welcome* welcome = link_->welcome();
   state_dir_ = welcome->state_dir;
   generation_ = welcome->generation;
+  capabilities_ = welcome->capabilities;
+  {
+    MutexLock lock(&mutex_);
+    vault_id_ = welcome->vault_id;
+  }
+  may_reattach_ = (capabilities_ & handover::kCapReattach) != 0 && !welcome->control_socket.empty() &&
+                  welcome->state.valid();
   HF_ASSIGN_OR_RETURN(forward_path_, PathOfSocket(welcome->snapshot_listener.get()));
   HF_RETURN_IF_ERROR(BuildLayers(state_dir_, welcome->vault_id));
   HF_RETURN_IF_ERROR(BuildFuse(welcome));
@@ -96,8 +123,14 @@ absl::Status Worker::Run(std::unique_ptr<handover::SupervisorLink> link) {
   parts.trace = &trace_;
   parts.faults = faults_;
   layers_ = std::make_unique<LayerService>(parts);
+  housekeeping_loop_ = LoopWatch::Add(&watch_, "housekeeping");
   housekeeping_thread_ = std::thread([this] { Housekeeping(); });
   UniqueFd listener = std::move(welcome->snapshot_listener);
+  if (may_reattach_) {
+    HF_ASSIGN_OR_RETURN(UniqueFd copy, DupFd(listener.get()));
+    MutexLock lock(&mutex_);
+    listener_ = std::move(copy);
+  }
   link_->Start(this, this);
   // Reads do not wait for gRPC to start; TakeMetadata does.
   auto service = api::SnapshotService::Create(std::move(listener));
@@ -118,11 +151,13 @@ void Worker::Warm() {
     fetch_options.hosts[host] = {entry.plain_http, entry.ca_file, entry.username, entry.password};
   }
   fetch_options.trace = &trace_;
+  fetch_options.watch = &watch_;
   client_ = fetch::RegistryClient::Create(fetch_options);
 
   layer::LayerReaderOptions reader_options;
   reader_options.trace = &trace_;
   reader_options.faults = faults_;
+  reader_options.watch = &watch_;
   reader_ = layer::LayerReader::Create(reader_options);
   reader_->Pause(true);  // until this worker is the owner
 }
@@ -150,13 +185,18 @@ absl::Status Worker::BuildFuse(handover::Welcome* welcome) {
   ledger_header_ = header;
   fuse::ServerOptions options;
   options.generation = generation_;
+  options.build = options_.build;
   options.threads = PoolThreads(options_.config);
   options.miss_timeout_nanos = options_.config.fetch.miss_timeout_nanos;
   options.trace = &trace_;
   options.faults = faults_;
-  HF_ASSIGN_OR_RETURN(server_,
-                      fuse::FuseServer::Create(
-                          options, ToHandle(std::move(welcome->ledger), std::move(welcome->request_pipes))));
+  handover::OldLedger own;
+  own.generation = generation_;
+  own.memory = std::move(welcome->ledger);
+  own.pipes = std::move(welcome->request_pipes);
+  if (may_reattach_) HF_RETURN_IF_ERROR(Keep(own));
+  HF_ASSIGN_OR_RETURN(
+      server_, fuse::FuseServer::Create(options, ToHandle(std::move(own.memory), std::move(own.pipes))));
   fuse::InstallCrashRecorder(server_.get());
   server_->OnMountEnded([this](uint64_t mount_id) {
     MutexLock lock(&mutex_);
@@ -172,19 +212,30 @@ absl::Status Worker::WaitForService() {
   return service_status_;
 }
 
-absl::Status Worker::SyncMounts() {
-  // Asked first: what a Prepare mounts meanwhile may be missing in the list, and is not gone for that.
-  const std::vector<uint64_t> served = layers_->ServedMounts();
-  HF_ASSIGN_OR_RETURN(std::vector<handover::MountEntry> entries, link_->ListMounts());
-  std::set<uint64_t> held;
+absl::Status Worker::Keep(const handover::OldLedger& ledger) {
+  HF_ASSIGN_OR_RETURN(handover::OldLedger copy, DupLedger(ledger));
+  MutexLock lock(&mutex_);
+  held_ledgers_[ledger.generation] = std::move(copy);
+  return absl::OkStatus();
+}
+
+void Worker::AdoptMounts(std::vector<handover::MountEntry> entries) {
   for (handover::MountEntry& entry : entries) {
     const uint64_t id = entry.mount_id;
-    held.insert(id);
     if (layers_->Serves(id)) continue;
     absl::Status adopted = layers_->AdoptMount(std::move(entry));
     // One broken mount must not keep the others from being served.
     LOG_IF(ERROR, !adopted.ok()) << "worker.mount_not_served mount=" << id << " error=" << adopted;
   }
+}
+
+absl::Status Worker::SyncMounts() {
+  // Asked first: what a Prepare mounts meanwhile may be missing in the list, and is not gone for that.
+  const std::vector<uint64_t> served = layers_->ServedMounts();
+  HF_ASSIGN_OR_RETURN(std::vector<handover::MountEntry> entries, link_->ListMounts(0));
+  std::set<uint64_t> held;
+  for (const handover::MountEntry& entry : entries) held.insert(entry.mount_id);
+  AdoptMounts(std::move(entries));
   std::vector<uint64_t> gone;
   for (uint64_t id : served) {
     if (held.count(id) == 0) gone.push_back(id);
@@ -193,22 +244,34 @@ absl::Status Worker::SyncMounts() {
   return absl::OkStatus();
 }
 
+absl::Status Worker::AddNewMounts() {
+  HF_ASSIGN_OR_RETURN(std::vector<handover::MountEntry> entries, link_->ListMounts(last_mount_seen_));
+  if (!entries.empty()) last_mount_seen_ = entries.back().mount_id;
+  AdoptMounts(std::move(entries));
+  return absl::OkStatus();
+}
+
 absl::Status Worker::AdoptLedgers() {
   HF_ASSIGN_OR_RETURN(std::vector<handover::OldLedger> ledgers, link_->OldLedgers());
   size_t failed = 0;
   for (handover::OldLedger& ledger : ledgers) {
+    const uint64_t generation = ledger.generation;
+    const bool exited = ledger.owner_exited;
+    absl::Status kept = may_reattach_ ? Keep(ledger) : absl::OkStatus();
+    LOG_IF(ERROR, !kept.ok()) << "worker.ledger_not_kept generation=" << generation << " error=" << kept;
     absl::StatusOr<uint64_t> taken = server_->AdoptLedger(
-        ledger.generation, ToHandle(std::move(ledger.memory), std::move(ledger.pipes)), ledger.owner_exited,
-        /*owner_hung=*/false);
+        generation, ToHandle(std::move(ledger.memory), std::move(ledger.pipes)), exited, ledger.owner_hung);
     if (taken.ok()) {
       // Only now: the housekeeping thread reports it as drained, and a ledger not yet walked looks empty.
       MutexLock lock(&mutex_);
-      old_ledgers_[ledger.generation] |= ledger.owner_exited;
+      OldLedgerState& state = old_ledgers_[generation];
+      state.exited |= exited;
+      state.hung |= ledger.owner_hung;
       continue;
     }
     // One unreadable ledger must not keep this worker, and every one after it, from serving all mounts.
     failed++;
-    LOG(ERROR) << "worker.ledger_not_adopted generation=" << ledger.generation
+    LOG(ERROR) << "worker.ledger_not_adopted generation=" << generation
                << " error=" << LogValue(FromAbsl(taken.status().message()));
   }
   LOG_IF(ERROR, failed > 0) << "worker.ledgers_not_adopted count=" << failed << " of=" << ledgers.size()
@@ -216,32 +279,147 @@ absl::Status Worker::AdoptLedgers() {
   return absl::OkStatus();
 }
 
-absl::Status Worker::Serve() {
-  TraceSpan span(&trace_, "worker.serve", "generation=" + std::to_string(generation_));
-  HF_RETURN_IF_ERROR(PassFault(faults_, "worker.serve"));
+absl::Status Worker::Prepare() {
+  TraceSpan span(&trace_, "worker.prepare", "generation=" + std::to_string(generation_));
+  HF_RETURN_IF_ERROR(PassFault(faults_, "worker.prepare"));
+  // Nothing that it stores is believed before it has proved itself.
+  if (!served_ && (capabilities_ & handover::kCapTrial) != 0) {
+    content_->SetWriting(cache::ContentStore::Writing::kOnTrial);
+  }
   HF_RETURN_IF_ERROR(SyncMounts());
-  HF_RETURN_IF_ERROR(AdoptLedgers());
-  server_->Start();
-  LOG(INFO) << "worker.serving generation=" << generation_ << " mounts=" << layers_->mount_count();
+  const std::vector<uint64_t> served = layers_->ServedMounts();
+  if (!served.empty()) last_mount_seen_ = std::max(last_mount_seen_, served.back());
+  prepared_ = true;
+  layers_->OpenIndexes(kOpenAheadNanos);
+  LOG(INFO) << "worker.prepared generation=" << generation_ << " mounts=" << served.size();
   return absl::OkStatus();
 }
 
+absl::Status Worker::Serve(bool trial, UniqueFd touched) {
+  TraceSpan span(&trace_, "worker.serve", "generation=" + std::to_string(generation_));
+  HF_RETURN_IF_ERROR(PassFault(faults_, "worker.serve"));
+  const uint64_t begin = clock_->BootNanos();
+  if (trial) HF_RETURN_IF_ERROR(server_->BeginTrial(std::move(touched)));
+  trial_ = trial;
+  content_->SetWriting(trial ? cache::ContentStore::Writing::kOnTrial
+                             : cache::ContentStore::Writing::kTrusted);
+  if (prepared_) {
+    HF_RETURN_IF_ERROR(AddNewMounts());
+  } else {
+    HF_RETURN_IF_ERROR(SyncMounts());
+  }
+  const uint64_t mounted = clock_->BootNanos();
+  HF_RETURN_IF_ERROR(AdoptLedgers());
+  const uint64_t adopted = clock_->BootNanos();
+  served_ = true;
+  server_->Start();
+  const uint64_t started = clock_->BootNanos();
+  LOG(INFO) << "worker.serving generation=" << generation_ << " mounts=" << layers_->mount_count()
+            << " prepared=" << prepared_ << " trial=" << trial << " mounts_us=" << (mounted - begin) / 1000
+            << " ledgers_us=" << (adopted - mounted) / 1000 << " start_us=" << (started - adopted) / 1000
+            << " us=" << (started - begin) / 1000;
+  // The supervisor starts workers so that a spare is not the OOM killer's choice.
+  if (absl::StatusOr<UniqueFd> score = OpenFile(options_.oom_score_file, O_WRONLY); score.ok()) {
+    static_cast<void>(PwriteFull(score->get(), "0", 1, 0));
+  }
+  MutexLock lock(&mutex_);
+  // A mount that was being made while Prepare asked may have got an id below one that was there already.
+  sync_due_ = prepared_;
+  changed_.SignalAll();
+  return absl::OkStatus();
+}
+
+absl::Status Worker::AddMounts(std::vector<handover::MountEntry> entries) {
+  HF_RETURN_IF_ERROR(PassFault(faults_, "worker.add_mounts"));
+  for (handover::MountEntry& entry : entries) {
+    HF_RETURN_IF_ERROR(layers_->AdoptMount(std::move(entry), /*private_mount=*/true));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<handover::SampleSet> Worker::Samples(uint32_t limit) {
+  TraceSpan span(&trace_, "worker.samples", "limit=" + std::to_string(limit));
+  HF_RETURN_IF_ERROR(PassFault(faults_, "worker.samples"));
+  const uint64_t begin = clock_->BootNanos();
+  handover::SampleSet set;
+  for (fuse::Sample& sample : server_->Samples(limit)) {
+    set.requests.push_back({sample.mount_id, std::move(sample.request), std::move(sample.reply_digest)});
+  }
+  set.files = layers_->Samples(limit, begin + kSampleNanos);
+  LOG(INFO) << "worker.sampled requests=" << set.requests.size() << " files=" << set.files.size()
+            << " us=" << (clock_->BootNanos() - begin) / 1000;
+  return set;
+}
+
+absl::StatusOr<handover::ReplayResult> Worker::Replay(const std::vector<handover::SampleRequest>& requests) {
+  TraceSpan span(&trace_, "worker.replay", "requests=" + std::to_string(requests.size()));
+  HF_RETURN_IF_ERROR(PassFault(faults_, "worker.replay"));
+  handover::ReplayResult result;
+  for (uint32_t i = 0; i < requests.size(); ++i) {
+    const handover::SampleRequest& sample = requests[i];
+    absl::StatusOr<std::string> digest = server_->Replay(sample.mount_id, sample.request);
+    if (digest.ok() && *digest == sample.reply_digest) continue;
+    // Unmounted meanwhile, content evicted meanwhile, or a kind of request that this build does not sample.
+    const absl::StatusCode code = digest.status().code();
+    if (code == absl::StatusCode::kNotFound || code == absl::StatusCode::kUnavailable ||
+        code == absl::StatusCode::kInvalidArgument) {
+      result.skipped++;
+      continue;
+    }
+    result.different.push_back(i);
+    LOG(ERROR) << "worker.replay_differs mount=" << sample.mount_id << " index=" << i
+               << " status=" << LogValue(FromAbsl(digest.status().ToString()));
+  }
+  return result;
+}
+
+void Worker::MayWrite() {
+  const bool owner_and_trusted = snapshotter_ != nullptr && !trial_ && !parked_;
+  content_->AllowEviction(owner_and_trusted);
+  reader_->Pause(!owner_and_trusted);
+}
+
+absl::Status Worker::EndTrial() {
+  HF_RETURN_IF_ERROR(PassFault(faults_, "worker.end_trial"));
+  server_->EndTrial();
+  trial_ = false;
+  content_->SetWriting(cache::ContentStore::Writing::kTrusted);
+  MayWrite();
+  LOG(INFO) << "worker.trial_ended generation=" << generation_;
+  return absl::OkStatus();
+}
+
+absl::Status Worker::Distrust(uint64_t generation, UniqueFd touched, const std::string& vault_id) {
+  TraceSpan span(&trace_, "worker.distrust", "generation=" + std::to_string(generation));
+  HF_RETURN_IF_ERROR(PassFault(faults_, "worker.distrust"));
+  // The store first: what the kernel forgets is read again at once.
+  HF_RETURN_IF_ERROR(UseVaultId(vault_id));
+  absl::StatusOr<uint64_t> forgotten = server_->ForgetCached(std::move(touched));
+  LOG(WARNING) << "worker.distrusted generation=" << generation
+               << " nodes=" << (forgotten.ok() ? *forgotten : 0)
+               << " status=" << LogValue(FromAbsl(forgotten.status().ToString()));
+  return forgotten.status();
+}
+
 absl::Status Worker::OwnerExited(uint64_t generation) {
+  bool hung = false;
   {
     MutexLock lock(&mutex_);
-    if (old_ledgers_.count(generation) == 0) return absl::OkStatus();  // its ledger was never ours to empty
+    auto it = old_ledgers_.find(generation);
+    if (it == old_ledgers_.end()) return absl::OkStatus();  // its ledger was never ours to empty
+    hung = it->second.hung;
+    if (auto held = held_ledgers_.find(generation); held != held_ledgers_.end())
+      held->second.owner_exited = true;
   }
   if (parked_) {  // Resume walks it
     exited_while_parked_.push_back(generation);
     return absl::OkStatus();
   }
   // The server knows the ledger from the first walk; it needs no new descriptors.
-  HF_RETURN_IF_ERROR(server_
-                         ->AdoptLedger(generation, fuse::LedgerHandle(), /*final_walk=*/true,
-                                       /*owner_hung=*/false)
-                         .status());
+  HF_RETURN_IF_ERROR(
+      server_->AdoptLedger(generation, fuse::LedgerHandle(), /*final_walk=*/true, hung).status());
   MutexLock lock(&mutex_);
-  old_ledgers_[generation] = true;  // not before the walk: see AdoptLedgers
+  old_ledgers_[generation].exited = true;  // not before the walk: see AdoptLedgers
   return absl::OkStatus();
 }
 
@@ -250,12 +428,12 @@ absl::Status Worker::TakeMetadata() {
   HF_RETURN_IF_ERROR(PassFault(faults_, "worker.take_metadata"));
   HF_RETURN_IF_ERROR(WaitForService());
   HF_RETURN_IF_ERROR(SyncMounts());
-  if (snapshotter_ == nullptr) HF_RETURN_IF_ERROR(OpenMetadata());
-  content_->AllowEviction(true);
-  reader_->Pause(false);
+  const bool opened = snapshotter_ == nullptr;
+  if (opened) HF_RETURN_IF_ERROR(OpenMetadata());
+  MayWrite();
   service_->Attach(snapshotter_.get());
   service_->StartAccepting();
-  restore_thread_ = std::thread([snapshotter = snapshotter_.get()] { snapshotter->Restore(); });
+  if (opened) restore_thread_ = std::thread([snapshotter = snapshotter_.get()] { snapshotter->Restore(); });
   LOG(INFO) << "worker.owner generation=" << generation_;
   return absl::OkStatus();
 }
@@ -263,7 +441,7 @@ absl::Status Worker::TakeMetadata() {
 absl::Status Worker::OpenMetadata() {
   HF_ASSIGN_OR_RETURN(
       std::unique_ptr<metadata::MetadataStore> store,
-      metadata::MetadataStore::Open(state_dir_ + "/metadata", kMetadataLockWaitNanos, faults_));
+      metadata::MetadataStore::Open(state_dir_ + "/metadata", kMetadataLockWaitNanos, faults_, &watch_));
   snapshot::Options options;
   options.root = state_dir_;
   options.lazy_deadline_nanos = options_.config.snapshotter.lazy_deadline_nanos;
@@ -291,21 +469,22 @@ absl::Status Worker::Park() {
   TraceSpan span(&trace_, "worker.park", "generation=" + std::to_string(generation_));
   HF_RETURN_IF_ERROR(PassFault(faults_, "worker.park"));
   parked_ = true;
-  content_->AllowEviction(false);  // the successor reads by now
-  reader_->Pause(true);
+  // Before the successor is granted anything: no eviction, no prefetch, nothing stored any more.
+  MayWrite();
+  content_->SetWriting(cache::ContentStore::Writing::kNone);
   server_->Park();
   return absl::OkStatus();
 }
 
 absl::Status Worker::Resume() {
   TraceSpan span(&trace_, "worker.resume", "generation=" + std::to_string(generation_));
-  HF_RETURN_IF_ERROR(SyncMounts());
-  server_->Resume();
+  HF_RETURN_IF_ERROR(PassFault(faults_, "worker.resume"));
+  content_->SetWriting(cache::ContentStore::Writing::kTrusted);
+  server_->Resume();  // first of all: readers wait
   parked_ = false;
-  if (snapshotter_ != nullptr) {  // still the owner
-    content_->AllowEviction(true);
-    reader_->Pause(false);
-  }
+  trial_ = false;
+  MayWrite();
+  HF_RETURN_IF_ERROR(SyncMounts());
   HF_RETURN_IF_ERROR(AdoptLedgers());
   // The supervisor names only ledgers that still hold something; these are let go all the same.
   for (uint64_t generation : std::exchange(exited_while_parked_, {})) {
@@ -331,6 +510,10 @@ absl::Status Worker::Retire() {
   retire_thread_ = std::thread([this, limit] {
     // While old connections age, a new supervisor must be able to listen.
     if (WaitForService().ok()) service_->CloseListener();
+    {
+      MutexLock lock(&mutex_);
+      listener_.Reset();
+    }
     content_->Flush();
     const bool drained = limit.count() == 0 || !WaitForService().ok() || service_->WaitDrained(limit);
     LOG(INFO) << "worker.retired generation=" << generation_ << " connections_left=" << !drained;
@@ -341,51 +524,159 @@ absl::Status Worker::Retire() {
 
 void Worker::MountsGone(const std::vector<uint64_t>& mount_ids) { layers_->ForgetMounts(mount_ids); }
 
-void Worker::SupervisorLost() {
+absl::StatusOr<handover::Page<handover::HeldMount>> Worker::HeldMounts(uint64_t after) {
+  return layers_->HeldMounts(after, kHeldMountsPerPage);
+}
+
+absl::StatusOr<handover::Page<handover::OldLedger>> Worker::HeldLedgers(uint64_t after) {
+  handover::Page<handover::OldLedger> page;
+  MutexLock lock(&mutex_);
+  for (auto it = held_ledgers_.upper_bound(after); it != held_ledgers_.end(); ++it) {
+    if (page.elements.size() == kHeldLedgersPerPage) {
+      page.more = true;
+      break;
+    }
+    HF_ASSIGN_OR_RETURN(handover::OldLedger copy, DupLedger(it->second));
+    page.elements.push_back(std::move(copy));
+  }
+  return page;
+}
+
+absl::StatusOr<UniqueFd> Worker::HeldListener() {
+  MutexLock lock(&mutex_);
+  if (!listener_.valid()) return FailedPrecondition("the listening socket is closed");
+  return DupFd(listener_.get());
+}
+
+handover::WorkerActions::AfterLoss Worker::SupervisorLost() {
   const size_t mounts = layers_->mount_count();
+  const bool retiring = retire_thread_.joinable();
+  const bool looks_for_next = may_reattach_ && !refused_ && !retiring;
   LOG(ERROR) << "worker.supervisor_lost generation=" << generation_ << " mounts=" << mounts
+             << " looks_for_next=" << looks_for_next
              << " effect=\"reads go on; nothing can be mounted or unmounted\"";
-  if (mounts == 0) options_.exit(0);
+  looks_for_next_ = looks_for_next;
+  lost_since_nanos_ = clock_->BootNanos();
+  if (!served_ || (mounts == 0 && !looks_for_next)) options_.exit(0);
   // Parked for a successor that may never serve now. Should it serve after all, both may read: every request
   // reaches one of them.
-  if (parked_ && !retire_thread_.joinable()) {
+  if (parked_ && !retiring) {
+    content_->SetWriting(cache::ContentStore::Writing::kTrusted);
     server_->Resume();
     parked_ = false;
   }
-  // Soon, too: the next supervisor cannot listen while we hold the socket.
+  if (looks_for_next) return AfterLoss::kReattach;
+  GiveUpMetadata();
+  return AfterLoss::kServeOn;
+}
+
+void Worker::GiveUpMetadata() {
+  // Soon: the next supervisor cannot listen while we hold the socket.
   if (WaitForService().ok()) service_->CloseListener();
+  {
+    MutexLock lock(&mutex_);
+    listener_.Reset();
+  }
   // Its worker needs the metadata; calls on old connections go to it.
   absl::Status yielded = YieldMetadata();
   LOG_IF(ERROR, !yielded.ok()) << "worker.yield_failed error=" << yielded;
 }
 
-uint64_t Worker::PingLoopAgeNanos() {
+absl::StatusOr<bool> Worker::Reattaching() {
+  HF_RETURN_IF_ERROR(PassFault(faults_, "worker.reattach"));
+  MutexLock lock(&mutex_);
+  return store_ != nullptr;
+}
+
+void Worker::Reattached(const std::string& vault_id) {
+  lost_since_nanos_ = 0;
+  LOG(INFO) << "worker.reattached generation=" << generation_ << " mounts=" << layers_->mount_count();
+  {
+    MutexLock lock(&mutex_);
+    if (vault_id.empty() || vault_id == vault_id_) return;
+  }
+  absl::Status used = UseVaultId(vault_id);
+  LOG_IF(ERROR, !used.ok()) << "worker.vault_id_refused error=" << LogValue(FromAbsl(used.message()));
+}
+
+absl::Status Worker::UseVaultId(const std::string& vault_id) {
+  absl::Status renewed = content_->SetVaultId(vault_id);
+  if (absl::IsInvalidArgument(renewed)) return renewed;
+  // The marks are distrusted all the same, and the file is renamed when it is opened next.
+  LOG_IF(ERROR, !renewed.ok()) << "worker.vault_id_not_written error="
+                               << LogValue(FromAbsl(renewed.message()));
+  MutexLock lock(&mutex_);
+  vault_id_ = vault_id;
+  return absl::OkStatus();
+}
+
+void Worker::ReattachRefused(const absl::Status& why) {
+  refused_ = true;
+  looks_for_next_ = false;
+  LOG(ERROR) << "worker.reattach_refused generation=" << generation_
+             << " reason=" << LogValue(FromAbsl(why.message()))
+             << " effect=\"reads go on until the last mount ends\"";
+  GiveUpMetadata();
+  if (layers_->mount_count() == 0) options_.exit(0);
+}
+
+uint64_t Worker::PoolAgeNanos() const {
+  if (!served_) return 0;  // there is no pool yet
   const auto* header = static_cast<const hf_ledger_header*>(ledger_header_);
   const uint64_t beat = __atomic_load_n(&header->loop_heartbeat_ns, __ATOMIC_RELAXED);
   const uint64_t now = clock_->BootNanos();
   return beat == 0 || beat > now ? 0 : now - beat;
 }
 
+handover::Health Worker::Ping() {
+  handover::Health health;
+  LoopWatch::Age oldest = watch_.Oldest();
+  health.loop_age_nanos = PoolAgeNanos();
+  health.loop = "fuse";
+  if (oldest.nanos > health.loop_age_nanos) {
+    health.loop_age_nanos = oldest.nanos;
+    health.loop = std::move(oldest.name);
+  }
+  health.held_back = server_->HeldBack();
+  return health;
+}
+
 void Worker::Housekeeping() {
   uint64_t next_flush = clock_->BootNanos() + kFlushEveryNanos;
   while (true) {
-    bool owner = false;
+    bool owner = false, sync = false;
     std::vector<uint64_t> ended;
+    housekeeping_loop_->Idle();
     {
       MutexLock lock(&mutex_);
-      if (!stopping_) changed_.WaitUntil(&mutex_, std::chrono::steady_clock::now() + kHousekeeping);
+      if (!stopping_ && !sync_due_) {
+        changed_.WaitUntil(&mutex_, std::chrono::steady_clock::now() + kHousekeeping);
+      }
       if (stopping_) return;
       owner = store_ != nullptr;
+      sync = std::exchange(sync_due_, false);
       ended.swap(ended_mounts_);
     }
-    if (!ended.empty()) layers_->ForgetMounts(ended);
-    // An orphan ends with the last container that needs it.
-    if (link_->lost() && layers_->mount_count() == 0) options_.exit(0);
+    if (sync) {
+      absl::Status synced = SyncMounts();  // waits for the supervisor, so it is not the loop's work
+      LOG_IF(ERROR, !synced.ok()) << "worker.sync_failed error=" << LogValue(FromAbsl(synced.message()));
+    }
     ReportDrained();
+    LoopWatch::Turn turn(housekeeping_loop_.get());
+    if (!ended.empty()) layers_->ForgetMounts(ended);
+    EndIfUnneeded();
     if (!owner || clock_->BootNanos() < next_flush) continue;
     content_->Flush();
     next_flush = clock_->BootNanos() + kFlushEveryNanos;
   }
+}
+
+// An orphan ends with the last container that needs it; one that looks for a supervisor waits a little first.
+void Worker::EndIfUnneeded() {
+  const uint64_t lost_since = lost_since_nanos_;
+  if (lost_since == 0 || !link_->lost() || layers_->mount_count() > 0) return;
+  const uint64_t limit = looks_for_next_ ? options_.orphan_limit_nanos : 0;
+  if (clock_->BootNanos() - lost_since >= limit) options_.exit(0);
 }
 
 // The supervisor drops a ledger by itself when nothing is in it; this tells it of records that we answered
@@ -394,8 +685,8 @@ void Worker::ReportDrained() {
   std::vector<uint64_t> candidates;
   {
     MutexLock lock(&mutex_);
-    for (const auto& [generation, exited] : old_ledgers_) {
-      if (exited) candidates.push_back(generation);
+    for (const auto& [generation, state] : old_ledgers_) {
+      if (state.exited) candidates.push_back(generation);
     }
   }
   for (uint64_t generation : candidates) {
@@ -404,6 +695,7 @@ void Worker::ReportDrained() {
     if (!told.ok()) return;
     MutexLock lock(&mutex_);
     old_ledgers_.erase(generation);
+    held_ledgers_.erase(generation);
   }
 }
 

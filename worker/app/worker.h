@@ -2,11 +2,16 @@
 // asks.
 //
 // What is exclusive comes and goes: reads between Serve/Resume and Park, metadata between TakeMetadata and
-// YieldMetadata. Everything else lives as long as the process.
+// YieldMetadata. Everything else lives as long as the process. From Prepare until it is told to serve without
+// trial, or until its trial ends, what it stores is not believed by anybody
+// (cache::ContentStore::SetWriting).
 //
-// Threads: calls of the supervisor arrive one at a time (SupervisorLink's action thread); one housekeeping
-// thread; the threads of the parts. How it fails: without a supervisor it serves reads on; it ends on SIGTERM
-// then, or by itself when it serves no mount.
+// Threads: calls of the supervisor arrive one at a time (SupervisorLink's action thread), Distrust on its
+// slow thread, Reattaching on the thread that looks for a supervisor; one housekeeping thread; the threads of
+// the parts. How it fails: without a supervisor it serves reads on and, where that was agreed on, keeps the
+// metadata and looks for the next supervisor. Refused by that one, or without the agreement, it gives up the
+// metadata and the listening socket. It ends on SIGTERM then, or by itself when it serves no mount; one that
+// never served ends at once.
 #pragma once
 
 #include <atomic>
@@ -21,6 +26,7 @@
 
 #include "common/clock.h"
 #include "common/fault.h"
+#include "common/loop_watch.h"
 #include "common/mutex.h"
 #include "common/status.h"
 #include "common/trace.h"
@@ -44,6 +50,10 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   struct Options {
     Config config;
     std::string fault_spec;  // HOLDFAST_FAULTS; empty: no faults
+    std::string build;       // what the live probe answers
+    // A worker that waits for a supervisor and serves no mount ends after this.
+    uint64_t orphan_limit_nanos = 10'000'000'000;
+    std::string oom_score_file = "/proc/self/oom_score_adj";  // set to 0 when told to serve
     // Ends the process: the worker has retired (0) or has nothing left to do. Called once, on any thread.
     std::function<void(int exit_code)> exit;
   };
@@ -53,12 +63,14 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   static absl::StatusOr<std::unique_ptr<Worker>> Create(const Options& options);
   ~Worker() override;
 
+  // Call before registering: a fault point.
+  absl::Status BeforeRegister() { return PassFault(faults_, "worker.register"); }
   // `link` is connected and not started. Makes the rest and opens the link's gate: from then on the
   // supervisor's calls are carried out.
   absl::Status Run(std::unique_ptr<handover::SupervisorLink> link);
   bool supervisor_lost() const { return link_->lost(); }
 
-  absl::Status Serve() override;
+  absl::Status Serve(bool trial, UniqueFd touched) override;
   absl::Status OwnerExited(uint64_t generation) override;
   absl::Status TakeMetadata() override;
   absl::Status Park() override;
@@ -66,8 +78,21 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   absl::Status YieldMetadata() override;
   absl::Status Retire() override;
   void MountsGone(const std::vector<uint64_t>& mount_ids) override;
-  void SupervisorLost() override;
-  uint64_t PingLoopAgeNanos() override;
+  absl::Status Prepare() override;
+  absl::StatusOr<handover::SampleSet> Samples(uint32_t limit) override;
+  absl::StatusOr<handover::ReplayResult> Replay(
+      const std::vector<handover::SampleRequest>& requests) override;
+  absl::Status AddMounts(std::vector<handover::MountEntry> entries) override;
+  absl::Status EndTrial() override;
+  absl::Status Distrust(uint64_t generation, UniqueFd touched, const std::string& vault_id) override;
+  absl::StatusOr<handover::Page<handover::HeldMount>> HeldMounts(uint64_t after) override;
+  absl::StatusOr<handover::Page<handover::OldLedger>> HeldLedgers(uint64_t after) override;
+  absl::StatusOr<UniqueFd> HeldListener() override;
+  AfterLoss SupervisorLost() override;
+  absl::StatusOr<bool> Reattaching() override;
+  void Reattached(const std::string& vault_id) override;
+  void ReattachRefused(const absl::Status& why) override;
+  handover::Health Ping() override;
 
   std::vector<handover::LayerInfo> Layers() override;
   std::vector<handover::SnapshotInfo> Snapshots() override;
@@ -84,10 +109,20 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
 
   // Serves every mount of the vault that is not served yet, and forgets those it no longer holds.
   absl::Status SyncMounts();
+  // Those with an id above every one seen so far; forgets none.
+  absl::Status AddNewMounts();
+  void AdoptMounts(std::vector<handover::MountEntry> entries);
+  // The own ledger or another one, from what is kept for HeldLedgers.
+  absl::Status Keep(const handover::OldLedger& ledger);
+  void MayWrite();  // eviction and prefetch, if this worker is the owner and trusted
+  void GiveUpMetadata();
+  absl::Status UseVaultId(const std::string& vault_id);
+  uint64_t PoolAgeNanos() const;
   absl::Status AdoptLedgers();
   absl::Status OpenMetadata();
   void CloseMetadata();
   void Housekeeping();
+  void EndIfUnneeded();
   void ReportDrained();
 
   const Options options_;
@@ -95,11 +130,14 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   FaultPoints fault_points_;
   FaultPoints* faults_ = nullptr;
   TraceRing trace_;
+  LoopWatch watch_{clock_};  // the parts report to it, so it outlives them
 
   // Destroyed last to first: whoever uses another stands below it.
   std::unique_ptr<handover::SupervisorLink> link_;
   std::string state_dir_, forward_path_;
   uint64_t generation_ = 0;
+  uint64_t capabilities_ = 0;  // agreed on
+  bool may_reattach_ = false;
   const void* ledger_header_ =
       nullptr;  // a read-only mapping of the own ledger's header page, never unmapped
   std::unique_ptr<fetch::RegistryClient> client_;
@@ -112,7 +150,10 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   std::unique_ptr<api::SnapshotService> service_;  // set once service_started_
 
   // Action thread only.
-  bool parked_ = false;
+  bool prepared_ = false;
+  bool trial_ = false;
+  bool refused_ = false;  // by the next supervisor
+  uint64_t last_mount_seen_ = 0;
   std::vector<uint64_t> exited_while_parked_;
   std::vector<std::unique_ptr<snapshot::Snapshotter>>
       former_;  // aborted; may wait for an overdue mount when destroyed
@@ -123,13 +164,26 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   Mutex mutex_;
   CondVar changed_;
   std::unique_ptr<metadata::MetadataStore> store_
-      ABSL_GUARDED_BY(mutex_);                                    // set while this worker is the owner
-  std::map<uint64_t, bool> old_ledgers_ ABSL_GUARDED_BY(mutex_);  // generation -> its owner's exit is proven
+      ABSL_GUARDED_BY(mutex_);  // set while this worker is the owner
+  struct OldLedgerState {
+    bool exited = false;  // its owner's exit is proven
+    bool hung = false;
+  };
+  std::map<uint64_t, OldLedgerState> old_ledgers_ ABSL_GUARDED_BY(mutex_);  // by generation
   bool service_started_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status service_status_ ABSL_GUARDED_BY(mutex_);
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  bool sync_due_ ABSL_GUARDED_BY(mutex_) = false;
+  std::string vault_id_ ABSL_GUARDED_BY(mutex_);
+  std::map<uint64_t, handover::OldLedger> held_ledgers_ ABSL_GUARDED_BY(mutex_);  // the own one too
+  UniqueFd listener_ ABSL_GUARDED_BY(mutex_);
   std::vector<uint64_t> ended_mounts_
       ABSL_GUARDED_BY(mutex_);  // the kernel said so; housekeeping forgets them
+  // Written on the action thread, read on any.
+  std::atomic<bool> served_{false}, parked_{false}, looks_for_next_{false};
+  std::atomic<uint64_t> lost_since_nanos_{0};  // 0: there is a supervisor
+
+  std::unique_ptr<LoopWatch::Loop> housekeeping_loop_;
   std::thread housekeeping_thread_;
 };
 

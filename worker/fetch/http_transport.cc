@@ -156,10 +156,11 @@ void Judge(CURLcode code, bool connected, CURL* easy, HttpResult* result) {
 
 class CurlTransport final : public HttpTransport {
  public:
-  CurlTransport(const HttpLimits& limits, const Clock* clock, OnBytes on_bytes)
+  CurlTransport(const HttpLimits& limits, const Clock* clock, OnBytes on_bytes, LoopWatch::Loop* loop)
       : limits_(limits),
         clock_(clock),
         on_bytes_(std::move(on_bytes)),
+        loop_(loop),
         share_(curl_share_init()),
         multi_(curl_multi_init()) {}
 
@@ -204,7 +205,10 @@ class CurlTransport final : public HttpTransport {
     curl_multi_perform(multi_.get(), &running);
     if (FinishEnded() + FinishStalled() > 0 || !starting_.empty()) return;
     const uint64_t millis = std::min<uint64_t>((wait_nanos + 999'999) / 1'000'000, NextStallMillis());
-    curl_multi_poll(multi_.get(), nullptr, 0, static_cast<int>(millis), nullptr);
+    {
+      LoopWatch::Pause waiting(loop_);
+      curl_multi_poll(multi_.get(), nullptr, 0, static_cast<int>(millis), nullptr);
+    }
     curl_multi_perform(multi_.get(), &running);
     FinishEnded();
     FinishStalled();
@@ -340,6 +344,7 @@ class CurlTransport final : public HttpTransport {
   const HttpLimits limits_;
   const Clock* const clock_;
   const OnBytes on_bytes_;
+  LoopWatch::Loop* const loop_;
   // Destroyed in reverse order: easy handles, then the multi, then what they share.
   const std::unique_ptr<CURLSH, ShareFreer> share_;
   const std::unique_ptr<CURLM, MultiFreer> multi_;
@@ -352,10 +357,11 @@ class CurlTransport final : public HttpTransport {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<HttpTransport>> HttpTransport::Create(const HttpLimits& limits,
-                                                                     const Clock* clock, OnBytes on_bytes) {
+                                                                     const Clock* clock, OnBytes on_bytes,
+                                                                     LoopWatch::Loop* loop) {
   static std::once_flag once;
   std::call_once(once, [] { curl_global_init(CURL_GLOBAL_DEFAULT); });
-  auto transport = std::make_unique<CurlTransport>(limits, clock, std::move(on_bytes));
+  auto transport = std::make_unique<CurlTransport>(limits, clock, std::move(on_bytes), loop);
   if (!transport->Init()) return Internal("libcurl cannot be set up");
   return std::unique_ptr<HttpTransport>(std::move(transport));
 }

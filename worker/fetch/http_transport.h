@@ -9,6 +9,7 @@
 #include <string>
 
 #include "common/clock.h"
+#include "common/loop_watch.h"
 #include "common/status.h"
 #include "worker/fetch/http_headers.h"
 #include "worker/fetch/retry_policy.h"
@@ -50,9 +51,10 @@ class HttpTransport {
   // Body bytes as they arrive, for statistics.
   using OnBytes = std::function<void(uint64_t)>;
 
-  // Internal if libcurl cannot be set up.
+  // Internal if libcurl cannot be set up. `loop`, if any, is idle while Poll waits for the network.
   static absl::StatusOr<std::unique_ptr<HttpTransport>> Create(const HttpLimits& limits, const Clock* clock,
-                                                               OnBytes on_bytes);
+                                                               OnBytes on_bytes,
+                                                               LoopWatch::Loop* loop = nullptr);
   virtual ~HttpTransport() = default;  // pending exchanges end without a call
 
   // Returns an id, never 0. `done` is called from Poll, once. May be called from any of the callbacks.

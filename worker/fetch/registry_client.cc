@@ -26,9 +26,12 @@ std::string DockerConfigPath(const ClientOptions& options) {
 // What the client and the sources it gave out share. Outlives the client's thread if a source is kept longer.
 class Core {
  public:
-  Core(const ClientOptions& options, std::unique_ptr<HttpTransport> transport,
-       std::unique_ptr<FetchCounters> counters)
-      : options_(options), counters_(std::move(counters)), transport_(std::move(transport)) {}
+  Core(const ClientOptions& options, std::unique_ptr<LoopWatch::Loop> loop,
+       std::unique_ptr<HttpTransport> transport, std::unique_ptr<FetchCounters> counters)
+      : options_(options),
+        counters_(std::move(counters)),
+        loop_(std::move(loop)),
+        transport_(std::move(transport)) {}
 
   void Start() {
     engine_ = std::make_unique<FetchEngine>(
@@ -44,6 +47,7 @@ class Core {
     }
     transport_->Wake();
     thread_.join();
+    loop_.reset();  // the watch need not live as long as the sources
   }
 
   void Submit(FetchJob job) {
@@ -82,7 +86,9 @@ class Core {
     sigaddset(&pipe, SIGPIPE);
     pthread_sigmask(SIG_BLOCK, &pipe, nullptr);
     bool stop = false;
+    LoopWatch::Turn turns(loop_.get());
     while (!stop) {
+      if (loop_ != nullptr) loop_->AtWork();  // the next turn
       std::vector<FetchJob> jobs;
       std::vector<std::function<void()>> posted;
       {
@@ -103,6 +109,7 @@ class Core {
 
   const ClientOptions options_;
   const std::unique_ptr<FetchCounters> counters_;
+  std::unique_ptr<LoopWatch::Loop> loop_;
   const std::unique_ptr<HttpTransport> transport_;
   std::unique_ptr<FetchEngine> engine_;  // the thread's, once it runs
   std::thread thread_;
@@ -163,10 +170,11 @@ std::unique_ptr<RegistryClient> RegistryClient::Create(const ClientOptions& opti
   limits.connect_timeout_nanos = options.connect_timeout_nanos;
   limits.stall_timeout_nanos = options.stall_timeout_nanos;
   limits.kept_connections = options.max_requests + options.max_connections_per_host;
+  std::unique_ptr<LoopWatch::Loop> loop = LoopWatch::Add(options.watch, "fetch");
   absl::StatusOr<std::unique_ptr<HttpTransport>> transport = HttpTransport::Create(
-      limits, options.clock, [bytes = &counters->bytes](uint64_t count) { *bytes += count; });
+      limits, options.clock, [bytes = &counters->bytes](uint64_t count) { *bytes += count; }, loop.get());
   CHECK(transport.ok()) << transport.status().ToString();
-  auto core = std::make_shared<Core>(options, std::move(*transport), std::move(counters));
+  auto core = std::make_shared<Core>(options, std::move(loop), std::move(*transport), std::move(counters));
   core->Start();
   return std::make_unique<Client>(std::move(core));
 }

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "common/clock.h"
+#include "common/loop_watch.h"
 #include "common/status.h"
 #include "common/trace.h"
 #include "worker/cache/blob_source.h"
@@ -58,6 +59,7 @@ struct ClientOptions {
   uint64_t max_backoff_nanos = 5'000'000'000;
   const Clock* clock = Clock::Real();
   TraceRing* trace = nullptr;
+  LoopWatch* watch = nullptr;  // the client's thread, but for its waits for the network
 };
 
 struct FetchStats {

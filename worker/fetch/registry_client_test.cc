@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/fake_clock.h"
 #include "worker/fetch/client_test_support.h"
 
 namespace holdfast::fetch {
@@ -353,6 +354,46 @@ TEST_F(RegistryClientTest, CallbacksMayAskForMore) {
     client().FetchRange(blob, 3, 4, Priority::kDemand, 0, second.Callback());
   });
   EXPECT_EQ(second.Get().value(), "tent");
+}
+
+TEST_F(RegistryClientTest, TenMinutesWithoutAnAnswerNeverLookLikeALoopThatHangs) {
+  FakeClock clock;
+  LoopWatch watch(&clock);
+  options_.watch = &watch;
+  options_.stall_timeout_nanos = 50 * kMilli;  // so that the loop has things to do meanwhile
+  RegistryFault silence;
+  silence.stall = true;
+  registry_.FailNext(silence, 1000);
+  Waiter<std::string> waiter;
+  client().FetchRange(Blob("content"), 0, 7, Priority::kDemand, In(60 * kSecond), waiter.Callback());
+  while (registry_.requests() < 3) std::this_thread::yield();
+  for (int i = 0; i < 600; i++) {
+    clock.Advance(kSecond);
+    // At most the turn that is just under way began before the clock went on.
+    const uint64_t give_up = In(10 * kSecond);
+    while (watch.Oldest().nanos > kSecond && Clock::Real()->BootNanos() < give_up) std::this_thread::yield();
+    ASSERT_LE(watch.Oldest().nanos, kSecond) << i;
+  }
+  client_.reset();
+  EXPECT_FALSE(waiter.Get().ok());
+}
+
+TEST_F(RegistryClientTest, ACallbackThatDoesNotReturnIsSeen) {
+  FakeClock clock;
+  LoopWatch watch(&clock);
+  options_.watch = &watch;
+  std::promise<void> called, release;
+  client().FetchRange(Blob("content"), 0, 7, Priority::kDemand, In(20 * kSecond),
+                      [&](const absl::StatusOr<std::string>&) {
+                        called.set_value();
+                        release.get_future().wait();
+                      });
+  called.get_future().wait();
+  clock.Advance(5 * kSecond);
+  EXPECT_EQ(watch.Oldest().nanos, 5 * kSecond);
+  EXPECT_EQ(watch.Oldest().name, "fetch");
+  release.set_value();
+  client_.reset();
 }
 
 }  // namespace

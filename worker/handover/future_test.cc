@@ -173,7 +173,7 @@ TEST(FutureSupervisorTest, TodaysWorkerTakesWhatItKnowsAndIgnoresTheRest) {
   ASSERT_TRUE(device.ok());
   Seen seen;
   FutureEnd supervisor(std::move(theirs), device->get(), &seen);
-  auto connected = SupervisorLink::Connect(std::move(ours), "secret", "today");
+  auto connected = SupervisorLink::Connect(std::move(ours), {"secret", "today"});
   ASSERT_TRUE(connected.ok()) << connected.status();
   SupervisorLink& link = **connected;
 
@@ -186,7 +186,7 @@ TEST(FutureSupervisorTest, TodaysWorkerTakesWhatItKnowsAndIgnoresTheRest) {
   EXPECT_EQ(link.welcome()->request_pipes.size(), 2u);
   EXPECT_TRUE(link.welcome()->ledger.valid());
 
-  auto mounts = link.ListMounts();
+  auto mounts = link.ListMounts(0);
   ASSERT_TRUE(mounts.ok()) << mounts.status();
   ASSERT_EQ(mounts->size(), 2u) << "a mount of an unknown state must not be lost";
   EXPECT_EQ((*mounts)[0].state, MountState::kLive);

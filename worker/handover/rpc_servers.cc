@@ -4,7 +4,9 @@
 #include <kj/debug.h>
 
 #include <memory>
+#include <string>
 #include <utility>
+#include <vector>
 
 namespace holdfast::handover {
 namespace {
@@ -22,13 +24,39 @@ kj::Promise<T> RunOn(SerialExecutor* executor, Function function) {
   return kj::mv(pair.promise);
 }
 
+class DescriptorServer final : public schema::Descriptor::Server {
+ public:
+  explicit DescriptorServer(UniqueFd fd) : fd_(std::move(fd)) {}
+  kj::Maybe<int> getFd() override { return fd_.get(); }
+
+ private:
+  const UniqueFd fd_;
+};
+
+template <typename T>
+T ValueOrThrow(absl::StatusOr<T> value) {
+  if (!value.ok()) kj::throwFatalException(ToException(value.status()));
+  return *std::move(value);
+}
+
 class WorkerServer final : public schema::Worker::Server {
  public:
-  WorkerServer(SerialExecutor* executor, const Callbacks* callbacks)
-      : executor_(executor), callbacks_(callbacks) {}
+  WorkerServer(SerialExecutor* executor, SerialExecutor* slow, const Callbacks* callbacks)
+      : executor_(executor), slow_(slow), callbacks_(callbacks) {}
 
  protected:
-  kj::Promise<void> serve(ServeContext) override { return Run(&WorkerActions::Serve); }
+  kj::Promise<void> serve(ServeContext context) override {
+    const bool trial = context.getParams().getTrial();
+    auto touched = std::make_shared<UniqueFd>();
+    kj::Promise<void> taken = kj::READY_NOW;
+    if (context.getParams().hasTouched()) taken = TakeFd(context.getParams().getTouched(), touched.get());
+    context.releaseParams();
+    return taken.then([this, trial, touched] {
+      return RunStatus(executor_, [callbacks = callbacks_, trial, touched] {
+        return callbacks->actions.load()->Serve(trial, std::move(*touched));
+      });
+    });
+  }
   kj::Promise<void> takeMetadata(TakeMetadataContext) override { return Run(&WorkerActions::TakeMetadata); }
   kj::Promise<void> park(ParkContext) override { return Run(&WorkerActions::Park); }
   kj::Promise<void> resume(ResumeContext) override { return Run(&WorkerActions::Resume); }
@@ -39,14 +67,15 @@ class WorkerServer final : public schema::Worker::Server {
 
   kj::Promise<void> ownerExited(OwnerExitedContext context) override {
     uint64_t generation = context.getParams().getGeneration();
-    return RunStatus(
-        [callbacks = callbacks_, generation] { return callbacks->actions.load()->OwnerExited(generation); });
+    return RunStatus(executor_, [callbacks = callbacks_, generation] {
+      return callbacks->actions.load()->OwnerExited(generation);
+    });
   }
 
   kj::Promise<void> mountsGone(MountsGoneContext context) override {
     std::vector<uint64_t> ids;
     for (uint64_t id : context.getParams().getMountIds()) ids.push_back(id);
-    return RunStatus([callbacks = callbacks_, ids] {
+    return RunStatus(executor_, [callbacks = callbacks_, ids] {
       callbacks->actions.load()->MountsGone(ids);
       return absl::OkStatus();
     });
@@ -54,21 +83,152 @@ class WorkerServer final : public schema::Worker::Server {
 
   kj::Promise<void> ping(PingContext context) override {
     WorkerActions* actions = callbacks_->actions;
-    context.getResults().setLoopAgeNanos(actions == nullptr ? 0 : actions->PingLoopAgeNanos());
+    if (actions == nullptr) return kj::READY_NOW;
+    const Health health = actions->Ping();
+    auto results = context.getResults();
+    results.setLoopAgeNanos(health.loop_age_nanos);
+    results.setLoop(health.loop.c_str());
+    auto held = results.initHeldBack(static_cast<uint32_t>(health.held_back.size()));
+    for (uint32_t i = 0; i < held.size(); ++i) held.set(i, health.held_back[i]);
     return kj::READY_NOW;
+  }
+
+  kj::Promise<void> prepare(PrepareContext) override { return Run(&WorkerActions::Prepare); }
+  kj::Promise<void> endTrial(EndTrialContext) override { return Run(&WorkerActions::EndTrial); }
+
+  kj::Promise<void> samples(SamplesContext context) override {
+    const uint32_t limit = context.getParams().getLimit();
+    return RunOn<absl::StatusOr<SampleSet>>(
+               executor_,
+               [callbacks = callbacks_, limit] { return callbacks->actions.load()->Samples(limit); })
+        .then([context](absl::StatusOr<SampleSet> sampled) mutable {
+          const SampleSet set = ValueOrThrow(std::move(sampled));
+          auto requests = context.getResults().initRequests(static_cast<uint32_t>(set.requests.size()));
+          for (uint32_t i = 0; i < requests.size(); ++i) {
+            requests[i].setMountId(set.requests[i].mount_id);
+            requests[i].setRequest(DataOf(set.requests[i].request));
+            requests[i].setReplyDigest(DataOf(set.requests[i].reply_digest));
+          }
+          auto files = context.getResults().initFiles(static_cast<uint32_t>(set.files.size()));
+          for (uint32_t i = 0; i < files.size(); ++i) {
+            files[i].setMountId(set.files[i].mount_id);
+            files[i].setKind(static_cast<schema::SampleKind>(set.files[i].kind));
+            files[i].setPath(DataOf(set.files[i].path));
+            files[i].setOffset(set.files[i].offset);
+            files[i].setLength(set.files[i].length);
+            files[i].setDigest(DataOf(set.files[i].digest));
+          }
+        });
+  }
+
+  kj::Promise<void> replay(ReplayContext context) override {
+    std::vector<SampleRequest> requests;
+    for (auto request : context.getParams().getRequests()) {
+      requests.push_back(
+          {request.getMountId(), BytesOf(request.getRequest()), BytesOf(request.getReplyDigest())});
+    }
+    return RunOn<absl::StatusOr<ReplayResult>>(executor_,
+                                               [callbacks = callbacks_, requests = std::move(requests)] {
+                                                 return callbacks->actions.load()->Replay(requests);
+                                               })
+        .then([context](absl::StatusOr<ReplayResult> replayed) mutable {
+          const ReplayResult result = ValueOrThrow(std::move(replayed));
+          auto different = context.getResults().initDifferent(static_cast<uint32_t>(result.different.size()));
+          for (uint32_t i = 0; i < different.size(); ++i) different.set(i, result.different[i]);
+          context.getResults().setSkipped(result.skipped);
+        });
+  }
+
+  kj::Promise<void> addMounts(AddMountsContext context) override {
+    auto list = context.getParams().getEntries();
+    auto entries = std::make_shared<std::vector<MountEntry>>(list.size());
+    kj::Vector<kj::Promise<void>> taken;
+    for (uint32_t i = 0; i < list.size(); ++i) {
+      FillInfo(list[i], &(*entries)[i]);
+      taken.add(TakeFd(list[i].getDevice(), &(*entries)[i].device));
+    }
+    return kj::joinPromises(taken.releaseAsArray()).then([this, entries] {
+      return RunStatus(executor_, [callbacks = callbacks_, entries] {
+        return callbacks->actions.load()->AddMounts(std::move(*entries));
+      });
+    });
+  }
+
+  kj::Promise<void> distrust(DistrustContext context) override {
+    auto params = context.getParams();
+    const uint64_t generation = params.getGeneration();
+    const std::string vault_id = HexOf(params.getVaultId());
+    auto touched = std::make_shared<UniqueFd>();
+    kj::Promise<void> taken = kj::READY_NOW;
+    if (params.hasTouched()) taken = TakeFd(params.getTouched(), touched.get());
+    return taken.then([this, generation, vault_id, touched] {
+      return RunStatus(slow_, [callbacks = callbacks_, generation, vault_id, touched] {
+        return callbacks->actions.load()->Distrust(generation, std::move(*touched), vault_id);
+      });
+    });
+  }
+
+  kj::Promise<void> heldMounts(HeldMountsContext context) override {
+    const uint64_t after = context.getParams().getAfter();
+    return RunOn<absl::StatusOr<Page<HeldMount>>>(
+               executor_,
+               [callbacks = callbacks_, after] { return callbacks->actions.load()->HeldMounts(after); })
+        .then([context](absl::StatusOr<Page<HeldMount>> held) mutable {
+          Page<HeldMount> page = ValueOrThrow(std::move(held));
+          auto list = context.getResults().initMounts(static_cast<uint32_t>(page.elements.size()));
+          for (uint32_t i = 0; i < list.size(); ++i) {
+            list[i].setMountId(page.elements[i].mount_id);
+            list[i].setDevice(MakeDescriptor(std::move(page.elements[i].device)));
+          }
+          context.getResults().setMore(page.more);
+        });
+  }
+
+  kj::Promise<void> heldLedgers(HeldLedgersContext context) override {
+    const uint64_t after = context.getParams().getAfter();
+    return RunOn<absl::StatusOr<Page<OldLedger>>>(
+               executor_,
+               [callbacks = callbacks_, after] { return callbacks->actions.load()->HeldLedgers(after); })
+        .then([context](absl::StatusOr<Page<OldLedger>> held) mutable {
+          Page<OldLedger> page = ValueOrThrow(std::move(held));
+          auto list = context.getResults().initLedgers(static_cast<uint32_t>(page.elements.size()));
+          for (uint32_t i = 0; i < list.size(); ++i) {
+            OldLedger& ledger = page.elements[i];
+            list[i].setGeneration(ledger.generation);
+            list[i].setOwnerExited(ledger.owner_exited);
+            list[i].setOwnerHung(ledger.owner_hung);
+            list[i].setLedger(MakeDescriptor(std::move(ledger.memory)));
+            auto pipes = list[i].initRequestPipes(static_cast<uint32_t>(ledger.pipes.size()));
+            for (uint32_t k = 0; k < pipes.size(); ++k) {
+              pipes[k].setReadEnd(MakeDescriptor(std::move(ledger.pipes[k].read_end)));
+              pipes[k].setWriteEnd(MakeDescriptor(std::move(ledger.pipes[k].write_end)));
+            }
+          }
+          context.getResults().setMore(page.more);
+        });
+  }
+
+  kj::Promise<void> heldListener(HeldListenerContext context) override {
+    return RunOn<absl::StatusOr<UniqueFd>>(
+               executor_, [callbacks = callbacks_] { return callbacks->actions.load()->HeldListener(); })
+        .then([context](absl::StatusOr<UniqueFd> held) mutable {
+          context.getResults().setSnapshotListener(MakeDescriptor(ValueOrThrow(std::move(held))));
+        });
   }
 
  private:
   kj::Promise<void> Run(absl::Status (WorkerActions::*method)()) {
-    return RunStatus([callbacks = callbacks_, method] { return (callbacks->actions.load()->*method)(); });
+    return RunStatus(executor_,
+                     [callbacks = callbacks_, method] { return (callbacks->actions.load()->*method)(); });
   }
-  kj::Promise<void> RunStatus(std::function<absl::Status()> function) {
-    return RunOn<absl::Status>(executor_, std::move(function)).then([](absl::Status status) {
+  static kj::Promise<void> RunStatus(SerialExecutor* executor, std::function<absl::Status()> function) {
+    return RunOn<absl::Status>(executor, std::move(function)).then([](const absl::Status& status) {
       if (!status.ok()) kj::throwFatalException(ToException(status));
     });
   }
 
   SerialExecutor* const executor_;
+  SerialExecutor* const slow_;
   const Callbacks* const callbacks_;
 };
 
@@ -160,12 +320,51 @@ class AdminServer final : public schema::WorkerAdmin::Server {
 
 }  // namespace
 
-schema::Worker::Client MakeWorkerServer(SerialExecutor* executor, const Callbacks* callbacks) {
-  return kj::heap<WorkerServer>(executor, callbacks);
+schema::Worker::Client MakeWorkerServer(SerialExecutor* executor, SerialExecutor* slow,
+                                        const Callbacks* callbacks) {
+  return kj::heap<WorkerServer>(executor, slow, callbacks);
 }
 
 schema::WorkerAdmin::Client MakeAdminServer(SerialExecutor* executor, const Callbacks* callbacks) {
   return kj::heap<AdminServer>(executor, callbacks);
+}
+
+std::string BytesOf(capnp::Data::Reader data) { return std::string(data.begin(), data.end()); }
+std::string TextOf(capnp::Text::Reader text) { return std::string(text.cStr(), text.size()); }
+capnp::Data::Reader DataOf(const std::string& bytes) {
+  return capnp::Data::Reader(reinterpret_cast<const kj::byte*>(bytes.data()), bytes.size());
+}
+
+std::string HexOf(capnp::Data::Reader data) {
+  static constexpr char kDigits[] = "0123456789abcdef";
+  std::string hex;
+  for (kj::byte byte : data) {
+    hex += kDigits[byte >> 4];
+    hex += kDigits[byte & 15];
+  }
+  return hex;
+}
+
+kj::Promise<void> TakeFd(schema::Descriptor::Client descriptor, UniqueFd* out) {
+  auto promise = descriptor.getFd();
+  return promise.then([out, keep = kj::mv(descriptor)](kj::Maybe<int> fd) mutable {
+    KJ_IF_MAYBE (number, fd) {
+      absl::StatusOr<UniqueFd> copy = DupFd(*number);
+      if (!copy.ok()) kj::throwFatalException(ToException(copy.status()));
+      *out = std::move(*copy);
+    }
+  });
+}
+
+schema::Descriptor::Client MakeDescriptor(UniqueFd fd) { return kj::heap<DescriptorServer>(std::move(fd)); }
+
+void FillInfo(schema::MountEntry::Reader from, MountEntry* to) {
+  to->mount_id = from.getMountId();
+  to->state = static_cast<MountState>(from.getState());
+  to->path = TextOf(from.getPath());
+  to->init_request = BytesOf(from.getInitRequest());
+  to->init_reply = BytesOf(from.getInitReply());
+  to->blob = BytesOf(from.getBlob());
 }
 
 kj::Exception ToException(const absl::Status& status) {

@@ -17,8 +17,22 @@ struct Callbacks {
   std::atomic<AdminActions*> admin{nullptr};
 };
 
-schema::Worker::Client MakeWorkerServer(SerialExecutor* executor, const Callbacks* callbacks);
+// `executor` carries out everything but Distrust, for which there is `slow`.
+schema::Worker::Client MakeWorkerServer(SerialExecutor* executor, SerialExecutor* slow,
+                                        const Callbacks* callbacks);
 schema::WorkerAdmin::Client MakeAdminServer(SerialExecutor* executor, const Callbacks* callbacks);
+
+std::string BytesOf(capnp::Data::Reader data);
+std::string TextOf(capnp::Text::Reader text);
+capnp::Data::Reader DataOf(const std::string& bytes);
+// A vault id: 16 bytes on the wire, 32 hex digits for the rest of the worker.
+std::string HexOf(capnp::Data::Reader data);
+// Dups the descriptor that a capability carries into *out; invalid when it carries none.
+kj::Promise<void> TakeFd(schema::Descriptor::Client descriptor, UniqueFd* out);
+// A descriptor on its way to the other side, which dups it out.
+schema::Descriptor::Client MakeDescriptor(UniqueFd fd);
+// The entry without its descriptor.
+void FillInfo(schema::MountEntry::Reader from, MountEntry* to);
 
 // A status as the exception that Cap'n Proto carries to the caller, and back.
 kj::Exception ToException(const absl::Status& status);

@@ -5,14 +5,23 @@
 #include <fcntl.h>
 #include <kj/async-io.h>
 #include <kj/async-unix.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
 #include <future>
 #include <thread>
 #include <utility>
 
+#include "common/log.h"
+#include "common/mutex.h"
 #include "glog/logging.h"
+#include "schema/control.capnp.h"
 #include "worker/handover/rpc_servers.h"
 
 namespace holdfast::handover {
@@ -20,33 +29,18 @@ namespace {
 
 constexpr uint32_t kMaxFdsPerMessage = 253;  // SCM_RIGHTS carries no more
 constexpr uint32_t kMountsPerPage = 200;
+constexpr std::chrono::milliseconds kFirstPause{20}, kLongestPause{1000};
 
-std::string BytesOf(capnp::Data::Reader data) { return std::string(data.begin(), data.end()); }
-std::string TextOf(capnp::Text::Reader text) { return std::string(text.cStr(), text.size()); }
-capnp::Data::Reader DataOf(const std::string& bytes) {
-  return capnp::Data::Reader(reinterpret_cast<const kj::byte*>(bytes.data()), bytes.size());
-}
-
-std::string HexOf(capnp::Data::Reader data) {
-  static constexpr char kDigits[] = "0123456789abcdef";
-  std::string hex;
-  for (kj::byte byte : data) {
-    hex += kDigits[byte >> 4];
-    hex += kDigits[byte & 15];
-  }
-  return hex;
-}
-
-// Dups the descriptor that a capability carries into *out; invalid when it carries none.
-kj::Promise<void> TakeFd(schema::Descriptor::Client descriptor, UniqueFd* out) {
-  auto promise = descriptor.getFd();
-  return promise.then([out, keep = kj::mv(descriptor)](kj::Maybe<int> fd) mutable {
-    KJ_IF_MAYBE (number, fd) {
-      absl::StatusOr<UniqueFd> copy = DupFd(*number);
-      if (!copy.ok()) kj::throwFatalException(ToException(copy.status()));
-      *out = std::move(*copy);
-    }
-  });
+absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  if (path.size() >= sizeof address.sun_path) return InvalidArgument("socket path too long: " + path);
+  memcpy(address.sun_path, path.data(), path.size());
+  UniqueFd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  if (!socket.valid()) return ErrnoStatus(errno, "socket");
+  const auto* target = static_cast<const sockaddr*>(static_cast<const void*>(&address));
+  if (connect(socket.get(), target, sizeof address) != 0) return ErrnoStatus(errno, path);
+  return socket;
 }
 
 using PipeList = capnp::List<schema::PipePair>::Reader;
@@ -59,14 +53,10 @@ void TakePipes(PipeList list, std::vector<PipePair>* out, kj::Vector<kj::Promise
   }
 }
 
-void FillInfo(schema::MountEntry::Reader from, MountEntry* to) {
-  to->mount_id = from.getMountId();
-  to->state = static_cast<MountState>(from.getState());
-  to->path = TextOf(from.getPath());
-  to->init_request = BytesOf(from.getInitRequest());
-  to->init_reply = BytesOf(from.getInitReply());
-  to->blob = BytesOf(from.getBlob());
-}
+static_assert(kCapServeReads == schema::CAP_SERVE_READS &&
+              kCapMetadataHandover == schema::CAP_METADATA_HANDOVER && kCapPrepare == schema::CAP_PREPARE &&
+              kCapTrial == schema::CAP_TRIAL && kCapHealth == schema::CAP_HEALTH &&
+              kCapReattach == schema::CAP_REATTACH);
 
 // The type a promise resolves to; never called.
 template <typename T>
@@ -77,7 +67,7 @@ class LinkImpl final : public SupervisorLink {
   LinkImpl() = default;
   ~LinkImpl() noexcept override;
 
-  absl::Status Register(UniqueFd socket, const std::string& token, const std::string& build);
+  absl::Status Register(UniqueFd socket, const Identity& identity);
 
   Welcome* welcome() override { return &welcome_; }
   void Start(WorkerActions* actions, AdminActions* admin) override;
@@ -86,62 +76,90 @@ class LinkImpl final : public SupervisorLink {
   absl::StatusOr<MountEntry> Mount(const std::string& path, const InitOptions& options,
                                    const std::string& blob) override;
   absl::StatusOr<MountState> Unmount(uint64_t mount_id) override;
-  absl::StatusOr<std::vector<MountEntry>> ListMounts() override;
+  absl::StatusOr<std::vector<MountEntry>> ListMounts(uint64_t after) override;
   absl::StatusOr<std::vector<OldLedger>> OldLedgers() override;
   absl::Status Drained(uint64_t generation) override;
 
  private:
-  // Everything that belongs to the event loop's thread.
-  struct Loop {
-    kj::AsyncIoContext io;
+  // One socket to a supervisor; belongs to the event loop's thread. `Bootstrap`: what the other side is.
+  struct Connection {
     kj::Own<kj::AsyncCapabilityStream> stream;
     capnp::TwoPartyVatNetwork network;
     capnp::RpcSystem<capnp::rpc::twoparty::VatId> rpc;
-    schema::Supervisor::Client supervisor;
-    kj::Own<kj::PromiseFulfiller<void>> quit;
+    kj::Promise<void> watch = nullptr;
 
-    Loop(kj::AsyncIoContext context, kj::Own<kj::AsyncCapabilityStream> connected)
-        : io(kj::mv(context)),
-          stream(kj::mv(connected)),
+    explicit Connection(kj::Own<kj::AsyncCapabilityStream> connected)
+        : stream(kj::mv(connected)),
           network(*stream, kMaxFdsPerMessage, capnp::rpc::twoparty::Side::CLIENT),
-          rpc(capnp::makeRpcClient(network)),
-          supervisor(Bootstrap()) {}
+          rpc(capnp::makeRpcClient(network)) {}
 
-    schema::Supervisor::Client Bootstrap() {
+    capnp::Capability::Client Bootstrap() {
       capnp::MallocMessageBuilder message(8);
       auto vat = message.getRoot<capnp::rpc::twoparty::VatId>();
       vat.setSide(capnp::rpc::twoparty::Side::SERVER);
-      return rpc.bootstrap(vat).castAs<schema::Supervisor>();
+      return rpc.bootstrap(vat);
     }
+  };
+  // Everything that belongs to the event loop's thread.
+  struct Loop {
+    kj::AsyncIoContext io;
+    kj::Own<Connection> connection;
+    schema::Supervisor::Client supervisor = nullptr;
+    kj::Own<kj::PromiseFulfiller<void>> quit;
+    explicit Loop(kj::AsyncIoContext context) : io(kj::mv(context)) {}
   };
 
   void RunLoop(int socket, std::promise<absl::Status>* started);
+  void Open(int socket);  // a connection in place of the one before it
   void OnDisconnect();
-  kj::Promise<void> SendHello(const std::string& token, const std::string& build);
+  void FillHello(schema::Hello::Builder hello) const;
+  kj::Promise<void> SendHello();
   kj::Promise<void> TakeWelcome(schema::Welcome::Reader welcome);
+
+  void StartReattaching();
+  void LookForSupervisor();
+  // Unavailable: no supervisor there yet, or it went away. Any other error: it does not want us.
+  absl::Status Reattach(UniqueFd socket, bool holds_metadata);
+  kj::Promise<bool> SendReattach(bool holds_metadata);
+
   kj::Promise<std::vector<MountEntry>> FetchPage(uint64_t after, bool* more);
   kj::Promise<std::vector<OldLedger>> FetchLedgers(uint64_t after, bool* more);
   template <typename T, typename Fetch, typename Number>
-  absl::StatusOr<std::vector<T>> AllPages(Fetch fetch, Number number);
+  absl::StatusOr<std::vector<T>> AllPages(uint64_t after, Fetch fetch, Number number);
 
-  // Runs `function`, which returns a kj::Promise, on the loop and waits for its result.
+  // Runs `function`, which returns a kj::Promise, on the loop and waits for its result. OnLoop: only while
+  // there is a supervisor.
   template <typename Function>
   auto OnLoop(Function&& function) -> absl::StatusOr<decltype(Resolved(function()))>;
+  template <typename Function>
+  auto OnLoopEvenIfLost(Function&& function) -> absl::StatusOr<decltype(Resolved(function()))>;
 
   absl::Status LostStatus() const { return Unavailable("the supervisor is gone"); }
 
   std::thread thread_;
   kj::Own<const kj::Executor> executor_;
   Loop* loop_ = nullptr;  // loop thread only; alive while executor_ accepts work
+  Identity identity_;
   Welcome welcome_;
+  uint64_t generation_ = 0;
   Callbacks callbacks_;
-  SerialExecutor action_thread_, admin_thread_;
+  SerialExecutor action_thread_, slow_thread_, admin_thread_;
   std::atomic<bool> lost_{false};
+
+  Mutex reattach_mutex_;
+  CondVar reattach_changed_;
+  bool stopping_ ABSL_GUARDED_BY(reattach_mutex_) = false;
+  std::thread reattach_thread_;  // action thread's, and the destructor's once that has ended
 };
 
 template <typename Function>
 auto LinkImpl::OnLoop(Function&& function) -> absl::StatusOr<decltype(Resolved(function()))> {
   if (lost_) return LostStatus();
+  return OnLoopEvenIfLost(std::forward<Function>(function));
+}
+
+template <typename Function>
+auto LinkImpl::OnLoopEvenIfLost(Function&& function) -> absl::StatusOr<decltype(Resolved(function()))> {
   try {
     return executor_->executeSync([&] { return function(); });
   } catch (const kj::Exception& exception) {
@@ -151,17 +169,28 @@ auto LinkImpl::OnLoop(Function&& function) -> absl::StatusOr<decltype(Resolved(f
 
 LinkImpl::~LinkImpl() noexcept {
   action_thread_.Stop();
+  slow_thread_.Stop();
   admin_thread_.Stop();
+  {
+    MutexLock lock(&reattach_mutex_);
+    stopping_ = true;
+    reattach_changed_.SignalAll();
+  }
   if (!thread_.joinable()) return;
   try {
-    executor_->executeSync([this] { loop_->quit->fulfill(); });
+    executor_->executeSync([this] {
+      loop_->connection = nullptr;  // whoever waits for an answer is told that there will be none
+      loop_->quit->fulfill();
+    });
   } catch (const kj::Exception&) {
     // The loop has ended by itself.
   }
+  if (reattach_thread_.joinable()) reattach_thread_.join();
   thread_.join();
 }
 
-absl::Status LinkImpl::Register(UniqueFd socket, const std::string& token, const std::string& build) {
+absl::Status LinkImpl::Register(UniqueFd socket, const Identity& identity) {
+  identity_ = identity;
   std::promise<absl::Status> started;
   std::future<absl::Status> result = started.get_future();
   thread_ = std::thread([this, fd = socket.Release(), &started] { RunLoop(fd, &started); });
@@ -170,21 +199,21 @@ absl::Status LinkImpl::Register(UniqueFd socket, const std::string& token, const
     thread_.join();
     return status;
   }
-  return OnLoop([&] { return SendHello(token, build).then([] { return true; }); }).status();
+  return OnLoop([&] { return SendHello().then([] { return true; }); }).status();
 }
 
 void LinkImpl::RunLoop(int socket, std::promise<absl::Status>* started) {
   bool announced = false;
   try {
     kj::AsyncIoContext io = kj::setupAsyncIo();
-    auto stream = io.lowLevelProvider->wrapUnixSocketFd(socket, kj::LowLevelAsyncIoProvider::TAKE_OWNERSHIP);
     kj::WaitScope& wait_scope = io.waitScope;
-    Loop loop(kj::mv(io), kj::mv(stream));
+    Loop loop(kj::mv(io));
     auto quit = kj::newPromiseAndFulfiller<void>();
     loop.quit = kj::mv(quit.fulfiller);
     loop_ = &loop;
+    Open(socket);
+    loop.supervisor = loop.connection->Bootstrap().castAs<schema::Supervisor>();
     executor_ = kj::getCurrentThreadExecutor().addRef();
-    auto watch = loop.network.onDisconnect().then([this] { OnDisconnect(); }).eagerlyEvaluate(nullptr);
     announced = true;
     started->set_value(absl::OkStatus());
     quit.promise.wait(wait_scope);
@@ -195,19 +224,35 @@ void LinkImpl::RunLoop(int socket, std::promise<absl::Status>* started) {
   }
 }
 
-void LinkImpl::OnDisconnect() {
-  if (lost_.exchange(true)) return;
-  action_thread_.Post([this] { callbacks_.actions.load()->SupervisorLost(); });
+void LinkImpl::Open(int socket) {
+  auto stream =
+      loop_->io.lowLevelProvider->wrapUnixSocketFd(socket, kj::LowLevelAsyncIoProvider::TAKE_OWNERSHIP);
+  loop_->connection = nullptr;  // calls of its supervisor fail from now on, those under way too
+  loop_->connection = kj::heap<Connection>(kj::mv(stream));
+  Connection& connection = *loop_->connection;
+  connection.watch =
+      connection.network.onDisconnect().then([this] { OnDisconnect(); }).eagerlyEvaluate(nullptr);
 }
 
-kj::Promise<void> LinkImpl::SendHello(const std::string& token, const std::string& build) {
-  auto request = loop_->supervisor.registerRequest();
-  auto hello = request.initHello();
-  hello.setCapabilities(schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER);
-  hello.setBuild(build.c_str());
-  hello.setToken(DataOf(token));
+void LinkImpl::OnDisconnect() {
+  if (lost_.exchange(true)) return;
+  action_thread_.Post([this] {
+    if (callbacks_.actions.load()->SupervisorLost() == WorkerActions::AfterLoss::kReattach)
+      StartReattaching();
+  });
+}
+
+void LinkImpl::FillHello(schema::Hello::Builder hello) const {
+  hello.setCapabilities(identity_.capabilities);
+  hello.setBuild(identity_.build.c_str());
+  hello.setToken(DataOf(identity_.token));
   hello.setPid(static_cast<uint32_t>(getpid()));
-  request.setWorker(MakeWorkerServer(&action_thread_, &callbacks_));
+}
+
+kj::Promise<void> LinkImpl::SendHello() {
+  auto request = loop_->supervisor.registerRequest();
+  FillHello(request.initHello());
+  request.setWorker(MakeWorkerServer(&action_thread_, &slow_thread_, &callbacks_));
   request.setAdmin(MakeAdminServer(&admin_thread_, &callbacks_));
   return request.send().then([this](auto&& response) {
     auto promise = TakeWelcome(response.getWelcome());
@@ -215,17 +260,87 @@ kj::Promise<void> LinkImpl::SendHello(const std::string& token, const std::strin
   });
 }
 
+void LinkImpl::StartReattaching() {
+  if (welcome_.control_socket.empty()) return;
+  if (reattach_thread_.joinable()) reattach_thread_.join();  // it has found the supervisor that is lost now
+  reattach_thread_ = std::thread([this] { LookForSupervisor(); });
+}
+
+void LinkImpl::LookForSupervisor() {
+  std::chrono::milliseconds pause = kFirstPause;
+  absl::Status status;
+  while (true) {
+    absl::StatusOr<bool> holds_metadata = callbacks_.actions.load()->Reattaching();
+    status = holds_metadata.status();
+    if (status.ok()) {
+      absl::StatusOr<UniqueFd> socket = ConnectUnix(welcome_.control_socket);
+      if (socket.ok()) {
+        status = Reattach(std::move(*socket), *holds_metadata);
+        if (status.ok()) return;
+        if (!absl::IsUnavailable(status)) break;
+      }
+    }
+    MutexLock lock(&reattach_mutex_);
+    const auto until = std::chrono::steady_clock::now() + pause;
+    while (!stopping_ && reattach_changed_.WaitUntil(&reattach_mutex_, until)) {
+    }
+    if (stopping_) return;
+    pause = std::min(2 * pause, kLongestPause);
+  }
+  action_thread_.Post([this, status] { callbacks_.actions.load()->ReattachRefused(status); });
+}
+
+absl::Status LinkImpl::Reattach(UniqueFd socket, bool holds_metadata) {
+  {
+    // Whoever stops this link ends the connection after this; nothing is sent on a later one.
+    MutexLock lock(&reattach_mutex_);
+    if (stopping_) return LostStatus();
+  }
+  auto attempt = [&] {
+    Open(socket.Release());
+    return SendReattach(holds_metadata);
+  };
+  absl::Status status = OnLoopEvenIfLost(attempt).status();
+  LOG_IF(WARNING, !status.ok()) << "supervisor_link.not_reattached error="
+                                << LogValue(FromAbsl(status.message()));
+  return status;
+}
+
+kj::Promise<bool> LinkImpl::SendReattach(bool holds_metadata) {
+  auto request = loop_->connection->Bootstrap().castAs<schema::Control>().reattachRequest();
+  FillHello(request.initHello());
+  request.setWorker(MakeWorkerServer(&action_thread_, &slow_thread_, &callbacks_));
+  request.setAdmin(MakeAdminServer(&admin_thread_, &callbacks_));
+  if (welcome_.state.valid()) {
+    absl::StatusOr<UniqueFd> state = DupFd(welcome_.state.get());
+    if (!state.ok()) kj::throwFatalException(ToException(state.status()));
+    request.setState(MakeDescriptor(std::move(*state)));
+  }
+  request.setGeneration(generation_);
+  request.setHoldsMetadata(holds_metadata);
+  return request.send().then([this](auto&& response) {
+    loop_->supervisor = response.getSupervisor();
+    // On the loop's thread, as OnDisconnect: a loss of this connection is noticed after it.
+    lost_ = false;
+    action_thread_.Post(
+        [this, vault_id = HexOf(response.getVaultId())] { callbacks_.actions.load()->Reattached(vault_id); });
+    return true;
+  });
+}
+
 kj::Promise<void> LinkImpl::TakeWelcome(schema::Welcome::Reader welcome) {
-  welcome_.capabilities = welcome.getCapabilities();
-  welcome_.generation = welcome.getGeneration();
+  welcome_.capabilities = welcome.getCapabilities() & identity_.capabilities;
+  welcome_.generation = generation_ = welcome.getGeneration();
   welcome_.vault_id = HexOf(welcome.getVaultId());
   welcome_.state_dir = TextOf(welcome.getStateDir());
   welcome_.runtime_dir = TextOf(welcome.getRuntimeDir());
+  welcome_.control_socket = TextOf(welcome.getControlSocket());
   kj::Vector<kj::Promise<void>> promises;
   promises.add(TakeFd(welcome.getLedger(), &welcome_.ledger));
   if (welcome.hasSnapshotListener()) {
     promises.add(TakeFd(welcome.getSnapshotListener(), &welcome_.snapshot_listener));
   }
+  if (welcome.hasState()) promises.add(TakeFd(welcome.getState(), &welcome_.state));
   TakePipes(welcome.getRequestPipes(), &welcome_.request_pipes, &promises);
   return kj::joinPromises(promises.releaseAsArray());
 }
@@ -234,6 +349,7 @@ void LinkImpl::Start(WorkerActions* actions, AdminActions* admin) {
   callbacks_.actions = actions;
   callbacks_.admin = admin;
   action_thread_.Open();
+  slow_thread_.Open();
   admin_thread_.Open();
 }
 
@@ -301,6 +417,7 @@ kj::Promise<std::vector<OldLedger>> LinkImpl::FetchLedgers(uint64_t after, bool*
       OldLedger& ledger = (*ledgers)[i];
       ledger.generation = list[i].getGeneration();
       ledger.owner_exited = list[i].getOwnerExited();
+      ledger.owner_hung = list[i].getOwnerHung();
       promises.add(TakeFd(list[i].getLedger(), &ledger.memory));
       TakePipes(list[i].getRequestPipes(), &ledger.pipes, &promises);
     }
@@ -310,28 +427,30 @@ kj::Promise<std::vector<OldLedger>> LinkImpl::FetchLedgers(uint64_t after, bool*
   });
 }
 
-// All pages of a list whose elements are numbered by `number`.
+// All pages, from behind `after`, of a list whose elements are numbered by `number`.
 template <typename T, typename Fetch, typename Number>
-absl::StatusOr<std::vector<T>> LinkImpl::AllPages(Fetch fetch, Number number) {
+absl::StatusOr<std::vector<T>> LinkImpl::AllPages(uint64_t after, Fetch fetch, Number number) {
   std::vector<T> all;
   bool more = true;
   while (more) {
-    uint64_t after = all.empty() ? 0 : number(all.back());
     HF_ASSIGN_OR_RETURN(std::vector<T> page, OnLoop([&] { return fetch(after, &more); }));
     if (page.empty()) break;
     for (T& element : page) all.push_back(std::move(element));
+    after = number(all.back());
   }
   return all;
 }
 
-absl::StatusOr<std::vector<MountEntry>> LinkImpl::ListMounts() {
-  return AllPages<MountEntry>([this](uint64_t after, bool* more) { return FetchPage(after, more); },
-                              [](const MountEntry& entry) { return entry.mount_id; });
+absl::StatusOr<std::vector<MountEntry>> LinkImpl::ListMounts(uint64_t after) {
+  return AllPages<MountEntry>(
+      after, [this](uint64_t from, bool* more) { return FetchPage(from, more); },
+      [](const MountEntry& entry) { return entry.mount_id; });
 }
 
 absl::StatusOr<std::vector<OldLedger>> LinkImpl::OldLedgers() {
-  return AllPages<OldLedger>([this](uint64_t after, bool* more) { return FetchLedgers(after, more); },
-                             [](const OldLedger& ledger) { return ledger.generation; });
+  return AllPages<OldLedger>(
+      0, [this](uint64_t from, bool* more) { return FetchLedgers(from, more); },
+      [](const OldLedger& ledger) { return ledger.generation; });
 }
 
 absl::Status LinkImpl::Drained(uint64_t generation) {
@@ -346,11 +465,9 @@ absl::Status LinkImpl::Drained(uint64_t generation) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<SupervisorLink>> SupervisorLink::Connect(UniqueFd socket,
-                                                                        const std::string& token,
-                                                                        const std::string& build) {
+                                                                        const Identity& identity) {
   auto link = std::make_unique<LinkImpl>();
-  HF_RETURN_IF_ERROR(
-      Annotate(link->Register(std::move(socket), token, build), "register with the supervisor"));
+  HF_RETURN_IF_ERROR(Annotate(link->Register(std::move(socket), identity), "register with the supervisor"));
   if (!link->welcome()->ledger.valid()) return Internal("the supervisor gave no ledger");
   return std::unique_ptr<SupervisorLink>(std::move(link));
 }

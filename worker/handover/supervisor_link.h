@@ -2,12 +2,14 @@
 // leaves the .cc.
 //
 // Threads: Connect starts one thread that runs the RPC event loop and never blocks; calls of the supervisor
-// (WorkerActions) run one after the other on a second thread, calls of holdfastctl (AdminActions) on a third.
-// The methods of SupervisorLink block their caller, are thread-safe and must not be called from within
-// `ping`.
+// (WorkerActions) run one after the other on a second thread, Distrust, which may wait long, on a third,
+// calls of holdfastctl (AdminActions) on a fourth. The methods of SupervisorLink block their caller, are
+// thread-safe and must not be called from within `Ping`.
 //
-// How it fails: when the connection ends the supervisor is gone. Every call then returns Unavailable, `lost`
-// runs once on the action thread, and reads go on: they need no supervisor.
+// How it fails: when the connection ends the supervisor is gone. Every call then returns Unavailable, and
+// SupervisorLost runs on the action thread; reads go on: they need no supervisor. If it says so, a further
+// thread looks for the next supervisor (Control.reattach) until one takes or refuses this worker; after that
+// everything goes on over the new connection, as if it were the first.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +27,14 @@ namespace holdfast::handover {
 
 inline constexpr int kSupervisorFd = 3;  // where the supervisor leaves its socket (handover.capnp)
 
+// What was agreed on with the supervisor; handover.capnp tells what each bit means.
+inline constexpr uint64_t kCapServeReads = 1;
+inline constexpr uint64_t kCapMetadataHandover = 2;
+inline constexpr uint64_t kCapPrepare = 4;
+inline constexpr uint64_t kCapTrial = 8;
+inline constexpr uint64_t kCapHealth = 16;
+inline constexpr uint64_t kCapReattach = 32;
+
 struct PipePair {
   UniqueFd read_end, write_end;
 };
@@ -34,6 +44,7 @@ struct OldLedger {
   UniqueFd memory;
   std::vector<PipePair> pipes;
   bool owner_exited = false;  // no thread of it can still write
+  bool owner_hung = false;    // it was killed because it hung
 };
 
 enum class MountState { kMounting, kLive, kDetached, kGone };
@@ -65,6 +76,45 @@ struct Welcome {
   std::vector<PipePair> request_pipes;
   UniqueFd snapshot_listener;
   std::string state_dir, runtime_dir;
+  UniqueFd state;              // the supervisor's state, unread; stays here
+  std::string control_socket;  // where the next supervisor can be found; "": nowhere
+};
+
+struct SampleRequest {
+  uint64_t mount_id = 0;
+  std::string request, reply_digest;
+};
+enum class SampleKind { kFile, kFolder, kAbsent };
+struct SampleFile {
+  uint64_t mount_id = 0;
+  SampleKind kind = SampleKind::kFile;
+  std::string path;  // bytes, relative to the mount's root
+  uint64_t offset = 0, length = 0;
+  std::string digest;  // raw SHA-256
+};
+struct SampleSet {
+  std::vector<SampleRequest> requests;
+  std::vector<SampleFile> files;
+};
+struct ReplayResult {
+  std::vector<uint32_t> different;
+  uint32_t skipped = 0;
+};
+
+struct Health {
+  uint64_t loop_age_nanos = 0;
+  std::string loop;
+  std::vector<uint64_t> held_back;
+};
+
+struct HeldMount {
+  uint64_t mount_id = 0;
+  UniqueFd device;
+};
+template <typename T>
+struct Page {
+  std::vector<T> elements;
+  bool more = false;
 };
 
 // Mounts as the rest of the worker sees them; the supervisor's are real, a test's need not be.
@@ -80,7 +130,8 @@ class MountVault {
 class WorkerActions {
  public:
   virtual ~WorkerActions() = default;
-  virtual absl::Status Serve() = 0;
+  // `touched`: invalid when there is none.
+  virtual absl::Status Serve(bool trial, UniqueFd touched) = 0;
   virtual absl::Status OwnerExited(uint64_t generation) = 0;
   virtual absl::Status TakeMetadata() = 0;
   virtual absl::Status Park() = 0;
@@ -88,9 +139,30 @@ class WorkerActions {
   virtual absl::Status YieldMetadata() = 0;
   virtual absl::Status Retire() = 0;
   virtual void MountsGone(const std::vector<uint64_t>& mount_ids) = 0;
-  virtual void SupervisorLost() = 0;
-  // On the event loop's thread: must not block. Age of the pool's last turn.
-  virtual uint64_t PingLoopAgeNanos() = 0;
+  virtual absl::Status Prepare() = 0;
+  virtual absl::StatusOr<SampleSet> Samples(uint32_t limit) = 0;
+  virtual absl::StatusOr<ReplayResult> Replay(const std::vector<SampleRequest>& requests) = 0;
+  virtual absl::Status AddMounts(std::vector<MountEntry> entries) = 0;
+  virtual absl::Status EndTrial() = 0;
+  // On a thread of its own, beside the others: the kernel may have to wait for pages that are being read.
+  // `vault_id`: 32 hex digits.
+  virtual absl::Status Distrust(uint64_t generation, UniqueFd touched, const std::string& vault_id) = 0;
+  virtual absl::StatusOr<Page<HeldMount>> HeldMounts(uint64_t after) = 0;
+  virtual absl::StatusOr<Page<OldLedger>> HeldLedgers(uint64_t after) = 0;
+  virtual absl::StatusOr<UniqueFd> HeldListener() = 0;
+
+  enum class AfterLoss { kServeOn, kReattach };
+  // The connection has ended. kReattach: look for the next supervisor.
+  virtual AfterLoss SupervisorLost() = 0;
+  // On the thread that looks for the next supervisor, before each attempt: whether this worker holds the
+  // metadata. An error: not now.
+  virtual absl::StatusOr<bool> Reattaching() = 0;
+  // The next supervisor has taken this worker; its calls follow. `vault_id`: 32 hex digits, "": as before.
+  virtual void Reattached(const std::string& vault_id) = 0;
+  // The next supervisor does not want this worker. None is looked for any more.
+  virtual void ReattachRefused(const absl::Status& why) = 0;
+  // On the event loop's thread: must not block.
+  virtual Health Ping() = 0;
 };
 
 using admin::LayerInfo;
@@ -106,20 +178,26 @@ class AdminActions {
   virtual std::vector<TraceEvent> Trace(uint32_t limit) = 0;
 };
 
+struct Identity {
+  std::string token;  // raw bytes: proves which process the supervisor started
+  std::string build;
+  uint64_t capabilities = kCapServeReads | kCapMetadataHandover;
+};
+
 class SupervisorLink : public MountVault {
  public:
-  // Takes the connected socket, registers with `token` (raw bytes) and returns once welcomed.
-  static absl::StatusOr<std::unique_ptr<SupervisorLink>> Connect(UniqueFd socket, const std::string& token,
-                                                                 const std::string& build);
+  // Takes the connected socket, registers and returns once welcomed.
+  static absl::StatusOr<std::unique_ptr<SupervisorLink>> Connect(UniqueFd socket, const Identity& identity);
   // Ends the threads; calls of the supervisor that were not begun are refused.
   ~SupervisorLink() override = default;
 
-  // The descriptors may be moved out, before Start.
+  // The descriptors, `state` excepted, may be moved out, before Start.
   virtual Welcome* welcome() = 0;
   // From now on the calls of the other side are carried out; until then they wait. Both outlive the link.
   virtual void Start(WorkerActions* actions, AdminActions* admin) = 0;
 
-  virtual absl::StatusOr<std::vector<MountEntry>> ListMounts() = 0;  // all pages
+  // All pages of the mounts with an id above `after`, in order.
+  virtual absl::StatusOr<std::vector<MountEntry>> ListMounts(uint64_t after) = 0;
   virtual absl::StatusOr<std::vector<OldLedger>> OldLedgers() = 0;
   virtual absl::Status Drained(uint64_t generation) = 0;
   virtual bool lost() const = 0;

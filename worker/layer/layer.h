@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common/clock.h"
+#include "common/loop_watch.h"
 #include "common/status.h"
 #include "common/trace.h"
 #include "worker/cache/blob_source.h"
@@ -79,6 +80,7 @@ struct LayerReaderOptions {
   const Clock* clock = Clock::Real();
   TraceRing* trace = nullptr;     // layer.fetch
   FaultPoints* faults = nullptr;  // layer.before_fetch, layer.before_verify
+  LoopWatch* watch = nullptr;     // each completion thread while it is at a task
 };
 
 // Owns the completion threads that inflate, verify and store. Outlives every Layer it made; its destructor

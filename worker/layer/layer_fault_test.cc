@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "common/fake_clock.h"
 #include "worker/layer/layer_test_support.h"
 
 namespace holdfast::layer {
@@ -271,6 +272,28 @@ TEST_F(LayerFaultTest, UnderRandomFailuresEveryReadIsRightOrAnError) {
   EXPECT_GT(failed, 0u);
   source_->AnswerWith(nullptr);
   for (const auto& [name, truth] : files_) EXPECT_EQ(*Read(name), truth);
+}
+
+TEST_F(LayerFaultTest, ATaskThatDoesNotEndIsSeenAndARegistryThatDoesNotAnswerIsNotTakenForOne) {
+  FakeClock clock;
+  LoopWatch watch(&clock);
+  reader_options_.watch = &watch;
+  Start();
+  source_->Hold(true);
+  Pending pending = Begin("a", 0, 1000, In(30 * kSecond));
+  while (source_->requests().empty()) std::this_thread::yield();
+  while (watch.Oldest().nanos != 0) std::this_thread::yield();
+  clock.Advance(600 * kSecond);
+  EXPECT_EQ(watch.Oldest().nanos, 0u);
+  faults_.BlockAt("layer.before_verify");
+  source_->Hold(false);
+  ASSERT_TRUE(faults_.WaitFired("layer.before_verify", 1, 10));
+  clock.Advance(3 * kSecond);
+  EXPECT_EQ(watch.Oldest().nanos, 3 * kSecond);
+  EXPECT_EQ(watch.Oldest().name, "layer");
+  faults_.Release("layer.before_verify");
+  EXPECT_TRUE(Await(&pending).ok());
+  End();
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ namespace holdfast::layer {
 struct ReaderShared {
   explicit ReaderShared(const LayerReaderOptions& reader_options)
       : options(reader_options),
-        pool(std::make_shared<CompletionPool>(options.completion_threads, options.clock)),
+        pool(std::make_shared<CompletionPool>(options.completion_threads, options.clock, options.watch)),
         scheduler(options.max_inflight_bytes) {}
   const LayerReaderOptions options;
   const std::shared_ptr<CompletionPool> pool;

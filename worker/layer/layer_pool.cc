@@ -6,8 +6,11 @@
 
 namespace holdfast::layer {
 
-CompletionPool::CompletionPool(int threads, const Clock* clock) : clock_(clock) {
-  for (int i = 0; i < std::max(1, threads); i++) threads_.emplace_back([this] { Work(); });
+CompletionPool::CompletionPool(int threads, const Clock* clock, LoopWatch* watch) : clock_(clock) {
+  for (int i = 0; i < std::max(1, threads); i++) {
+    loops_.push_back(LoopWatch::Add(watch, "layer"));
+    threads_.emplace_back([this, loop = loops_.back().get()] { Work(loop); });
+  }
   threads_.emplace_back([this] { WatchDeadlines(); });
 }
 
@@ -32,7 +35,7 @@ void CompletionPool::RemoveDeadline(const TimerId& id) {
   timers_.erase(id);
 }
 
-void CompletionPool::Work() {
+void CompletionPool::Work(LoopWatch::Loop* loop) {
   for (;;) {
     std::function<void()> task;
     {
@@ -42,6 +45,7 @@ void CompletionPool::Work() {
       task = std::move(tasks_.front());
       tasks_.pop_front();
     }
+    LoopWatch::Turn turn(loop);
     task();
   }
 }
@@ -78,6 +82,7 @@ void CompletionPool::Stop() {
     timers_changed_.SignalAll();
   }
   for (std::thread& thread : threads_) thread.join();
+  loops_.clear();
   std::deque<std::function<void()>> tasks;
   std::map<TimerId, std::weak_ptr<Expiring>> timers;
   {

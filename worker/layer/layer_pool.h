@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "common/clock.h"
+#include "common/loop_watch.h"
 #include "common/mutex.h"
 
 namespace holdfast::layer {
@@ -31,7 +32,8 @@ class CompletionPool {
  public:
   using TimerId = std::pair<uint64_t, uint64_t>;  // deadline, sequence
 
-  CompletionPool(int threads, const Clock* clock);
+  // `watch`, if any: each thread is at work while it runs a task.
+  CompletionPool(int threads, const Clock* clock, LoopWatch* watch = nullptr);
   ~CompletionPool() { Stop(); }
 
   void Post(std::function<void()> task);
@@ -41,7 +43,7 @@ class CompletionPool {
   void Stop();
 
  private:
-  void Work();
+  void Work(LoopWatch::Loop* loop);
   void WatchDeadlines();
 
   const Clock* const clock_;
@@ -52,6 +54,7 @@ class CompletionPool {
   uint64_t next_id_ ABSL_GUARDED_BY(mutex_) = 0;
   std::deque<std::function<void()>> tasks_ ABSL_GUARDED_BY(mutex_);
   std::map<TimerId, std::weak_ptr<Expiring>> timers_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::unique_ptr<LoopWatch::Loop>> loops_;  // one a thread
   std::vector<std::thread> threads_;
 };
 

@@ -72,7 +72,8 @@ struct Op {
 
 class LevelStore final : public MetadataStore {
  public:
-  LevelStore(std::string folder, FaultPoints* faults) : folder_(std::move(folder)), faults_(faults) {}
+  LevelStore(std::string folder, FaultPoints* faults, LoopWatch* watch)
+      : folder_(std::move(folder)), faults_(faults), loop_(LoopWatch::Add(watch, "metadata")) {}
 
   absl::Status Start(uint64_t lock_wait_nanos) {
     HF_RETURN_IF_ERROR(MakeDirs(folder_));
@@ -270,6 +271,7 @@ class LevelStore final : public MetadataStore {
 
   // Only the head of the queue is here, so db_ and broken_ need no lock.
   absl::Status WriteGroup(const std::vector<Pending*>& group, leveldb::WriteBatch batch) {
+    LoopWatch::Turn turn(loop_.get());
     HF_RETURN_IF_ERROR(PassFault(faults_, "metadata.write.before"));
     if (broken_) HF_RETURN_IF_ERROR(Reopen());
     for (const Pending* member : group) {
@@ -312,6 +314,7 @@ class LevelStore final : public MetadataStore {
 
   const std::string folder_;
   FaultPoints* const faults_;
+  const std::unique_ptr<LoopWatch::Loop> loop_;  // the head of the queue's
   SilentLogger logger_;
   std::unique_ptr<leveldb::Cache> cache_{leveldb::NewLRUCache(kBlockCacheBytes)};
   std::unique_ptr<leveldb::DB> db_;
@@ -334,8 +337,8 @@ class LevelStore final : public MetadataStore {
 
 absl::StatusOr<std::unique_ptr<MetadataStore>> MetadataStore::Open(const std::string& folder,
                                                                    uint64_t lock_wait_nanos,
-                                                                   FaultPoints* faults) {
-  auto store = std::make_unique<LevelStore>(folder, faults);
+                                                                   FaultPoints* faults, LoopWatch* watch) {
+  auto store = std::make_unique<LevelStore>(folder, faults, watch);
   HF_RETURN_IF_ERROR(store->Start(lock_wait_nanos));
   return std::unique_ptr<MetadataStore>(std::move(store));
 }

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "common/fault.h"
+#include "common/loop_watch.h"
 #include "common/status.h"
 
 namespace holdfast::metadata {
@@ -53,10 +54,12 @@ struct Batch {
 class MetadataStore {
  public:
   virtual ~MetadataStore() = default;  // closes; releases LevelDB's lock
+  // `watch`: whether a batch is being written, in which an fsync may never return.
   // Waits for another process's lock at most `lock_wait_nanos` (a predecessor that is just ending).
   static absl::StatusOr<std::unique_ptr<MetadataStore>> Open(const std::string& folder,
                                                              uint64_t lock_wait_nanos,
-                                                             FaultPoints* faults = nullptr);
+                                                             FaultPoints* faults = nullptr,
+                                                             LoopWatch* watch = nullptr);
 
   virtual std::optional<SnapshotRow> Get(const std::string& key) const = 0;
   virtual std::vector<SnapshotRow> All() const = 0;  // by key; one consistent view

@@ -9,8 +9,10 @@
 #include <thread>
 
 #include "common/clock.h"
+#include "common/fake_clock.h"
 #include "common/io.h"
 #include "gtest/gtest.h"
+#include "leveldb/db.h"
 
 namespace holdfast::metadata {
 namespace {
@@ -251,6 +253,62 @@ TEST_F(MetadataTest, OpensTenThousandRowsInWellUnderASecond) {
   EXPECT_LT(opened, 2 * kSecond);
 #endif
   RecordProperty("open_millis", static_cast<int>(opened / 1'000'000));
+}
+
+TEST_F(MetadataTest, AWriteThatDoesNotReturnIsSeenAndAStoreAtRestIsNot) {
+  FakeClock clock;
+  LoopWatch watch(&clock);
+  FaultPoints faults;
+  auto opened = MetadataStore::Open(folder_, 5 * kSecond, &faults, &watch);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  clock.Advance(600 * kSecond);
+  EXPECT_EQ(watch.Oldest().nanos, 0u);
+  faults.BlockAt("metadata.write.before");
+  std::thread writer([&] { EXPECT_TRUE((*opened)->Apply({{Row("a", 1)}, {}}).ok()); });
+  ASSERT_TRUE(faults.WaitFired("metadata.write.before", 1, 10));
+  clock.Advance(7 * kSecond);
+  EXPECT_EQ(watch.Oldest().nanos, 7 * kSecond);
+  EXPECT_EQ(watch.Oldest().name, "metadata");
+  faults.Release("metadata.write.before");
+  writer.join();
+  EXPECT_EQ(watch.Oldest().nanos, 0u);
+}
+
+// Keys and values as the first release wrote them.
+TEST_F(MetadataTest, ADatabaseOfTheFirstReleaseIsReadAndContinued) {
+  const std::string row =
+      R"({"created":5,"id":7,"key":"remote/7","kind":"committed","labels":{},"lazy_blob_size":99,)"
+      R"("lazy_digest":"sha256:bb","lazy_image":"localhost/x:1","lazy_index":"cc","lazy_tenant":"default",)"
+      R"("parent":"","updated":6,"usage_bytes":0,"usage_inodes":0,"v":1})";
+  {
+    leveldb::Options options;
+    options.create_if_missing = true;
+    leveldb::DB* raw = nullptr;
+    ASSERT_TRUE(leveldb::DB::Open(options, folder_, &raw).ok());
+    std::unique_ptr<leveldb::DB> db(raw);
+    ASSERT_TRUE(db->Put({}, "meta/schema", "1").ok());
+    ASSERT_TRUE(db->Put({}, "id/next", "65").ok());
+    ASSERT_TRUE(db->Put({}, "snap/remote/7", row).ok());
+    ASSERT_TRUE(db->Put({}, "future/key", "kept").ok());
+  }
+  {
+    auto store = MustOpen(folder_);
+    ASSERT_TRUE(store->Get("remote/7").has_value());
+    EXPECT_EQ(store->Get("remote/7")->lazy_index, "cc");
+    EXPECT_EQ(store->NextId().value(), 65u);
+    ASSERT_TRUE(store->Apply({{*store->Get("remote/7")}, {}}).ok());
+  }
+  leveldb::DB* raw = nullptr;
+  ASSERT_TRUE(leveldb::DB::Open({}, folder_, &raw).ok());
+  std::unique_ptr<leveldb::DB> db(raw);
+  std::string value;
+  ASSERT_TRUE(db->Get({}, "snap/remote/7", &value).ok());
+  EXPECT_EQ(value, row);
+  ASSERT_TRUE(db->Get({}, "id/next", &value).ok());
+  EXPECT_EQ(value, "129") << "ids are reserved in blocks of 64";
+  ASSERT_TRUE(db->Get({}, "meta/schema", &value).ok());
+  EXPECT_EQ(value, "1");
+  EXPECT_TRUE(db->Get({}, "future/key", &value).ok()) << "what another build wrote stays";
 }
 
 }  // namespace

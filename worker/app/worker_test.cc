@@ -1,0 +1,448 @@
+// The composition root against a supervisor made of variables: real ledgers, a real FUSE server over mounts
+// that never ask, real stores.
+#include "worker/app/worker.h"
+
+#include <fcntl.h>
+#include <linux/fuse.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <functional>
+#include <thread>
+
+#include "common/io.h"
+#include "gtest/gtest.h"
+#include "schema/ledger.h"
+#include "schema/touched.h"
+#include "worker/handover/mount_blob.h"
+
+namespace holdfast::app {
+namespace {
+
+using AfterLoss = handover::WorkerActions::AfterLoss;
+
+constexpr uint64_t kAll = handover::kCapServeReads | handover::kCapMetadataHandover | handover::kCapPrepare |
+                          handover::kCapTrial | handover::kCapHealth | handover::kCapReattach;
+constexpr uint64_t kFirstProtocol = handover::kCapServeReads | handover::kCapMetadataHandover;
+
+bool WaitUntil(const std::function<bool()>& condition) {
+  const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  while (!condition()) {
+    if (std::chrono::steady_clock::now() > give_up) return false;
+    std::this_thread::yield();
+  }
+  return true;
+}
+
+UniqueFd Memory(size_t size) {
+  UniqueFd memory(memfd_create("test", MFD_CLOEXEC));
+  EXPECT_EQ(ftruncate(memory.get(), static_cast<off_t>(size)), 0);
+  return memory;
+}
+
+// A ledger as the supervisor makes it.
+handover::OldLedger MakeLedger(uint64_t generation) {
+  handover::OldLedger ledger;
+  ledger.generation = generation;
+  ledger.memory = Memory(HF_LEDGER_TOTAL_SIZE);
+  hf_ledger_header header{};
+  header.magic = HF_LEDGER_MAGIC;
+  header.version = HF_LEDGER_VERSION;
+  header.header_size = sizeof header;
+  header.total_size = HF_LEDGER_TOTAL_SIZE;
+  header.generation = generation;
+  header.slot_count = HF_LEDGER_SLOTS;
+  header.slot_stride = HF_LEDGER_SLOT_STRIDE;
+  header.slot_offset = HF_LEDGER_SLOT_OFFSET;
+  header.record_count = HF_LEDGER_RECORDS;
+  header.record_stride = sizeof(hf_record);
+  header.record_offset = HF_LEDGER_RECORD_OFFSET;
+  EXPECT_TRUE(PwriteFull(ledger.memory.get(), &header, sizeof header, 0).ok());
+  for (uint32_t i = 0; i < HF_LEDGER_SLOTS; ++i) {
+    int fds[2];
+    EXPECT_EQ(pipe2(fds, O_CLOEXEC | O_NONBLOCK), 0);
+    ledger.pipes.push_back({UniqueFd(fds[0]), UniqueFd(fds[1])});
+  }
+  return ledger;
+}
+
+std::string InitRequest() {
+  struct {
+    fuse_in_header header;
+    fuse_init_in init;
+  } request{};
+  request.header.len = sizeof request;
+  request.header.opcode = FUSE_INIT;
+  request.header.unique = 2;
+  request.init.major = FUSE_KERNEL_VERSION;
+  request.init.minor = 31;
+  return std::string(static_cast<const char*>(static_cast<const void*>(&request)), sizeof request);
+}
+
+// What the supervisor holds; the worker's link reads it.
+struct Vault {
+  Mutex mutex;
+  std::vector<uint64_t> mounts ABSL_GUARDED_BY(mutex);
+  std::vector<uint64_t> asked_after ABSL_GUARDED_BY(mutex);
+  std::vector<uint64_t> old_ledgers ABSL_GUARDED_BY(mutex);
+  std::atomic<bool> lost{false};
+  UniqueFd device;
+
+  handover::MountEntry Entry(uint64_t id) {
+    handover::MountEntry entry;
+    entry.mount_id = id;
+    entry.path = "/mount/" + std::to_string(id);
+    entry.device = std::move(*DupFd(device.get()));
+    entry.init_request = InitRequest();
+    handover::MountBlob blob;
+    blob.layer_digest = "sha256:" + std::string(64, 'a');
+    blob.index_digest = std::string(64, 'b');
+    blob.numbering_version = 1;
+    blob.image_ref = "localhost/x:1";
+    blob.snapshot_id = id;
+    entry.blob = handover::EncodeMountBlob(blob);
+    return entry;
+  }
+  void Put(uint64_t first, uint64_t last) {
+    MutexLock lock(&mutex);
+    for (uint64_t id = first; id <= last; ++id) mounts.push_back(id);
+    std::sort(mounts.begin(), mounts.end());
+  }
+  std::vector<uint64_t> Asked() {
+    MutexLock lock(&mutex);
+    return asked_after;
+  }
+};
+
+class FakeLink final : public handover::SupervisorLink {
+ public:
+  FakeLink(Vault* vault, handover::Welcome welcome) : vault_(*vault), welcome_(std::move(welcome)) {}
+  handover::Welcome* welcome() override { return &welcome_; }
+  void Start(handover::WorkerActions*, handover::AdminActions*) override {}
+  absl::StatusOr<std::vector<handover::MountEntry>> ListMounts(uint64_t after) override {
+    if (vault_.lost) return Unavailable("the supervisor is gone");
+    std::vector<uint64_t> ids;
+    {
+      MutexLock lock(&vault_.mutex);
+      vault_.asked_after.push_back(after);
+      ids = vault_.mounts;
+    }
+    std::vector<handover::MountEntry> entries;
+    for (uint64_t id : ids) {
+      if (id > after) entries.push_back(vault_.Entry(id));
+    }
+    return entries;
+  }
+  absl::StatusOr<std::vector<handover::OldLedger>> OldLedgers() override {
+    if (vault_.lost) return Unavailable("the supervisor is gone");
+    std::vector<handover::OldLedger> ledgers;
+    MutexLock lock(&vault_.mutex);
+    for (uint64_t generation : vault_.old_ledgers) ledgers.push_back(MakeLedger(generation));
+    return ledgers;
+  }
+  absl::Status Drained(uint64_t) override { return absl::OkStatus(); }
+  bool lost() const override { return vault_.lost; }
+  absl::StatusOr<handover::MountEntry> Mount(const std::string&, const handover::InitOptions&,
+                                             const std::string&) override {
+    return Unavailable("the supervisor is gone");
+  }
+  absl::StatusOr<handover::MountState> Unmount(uint64_t) override { return Unavailable("gone"); }
+
+ private:
+  Vault& vault_;
+  handover::Welcome welcome_;
+};
+
+class WorkerTest : public ::testing::Test {
+ protected:
+  WorkerTest() {
+    int fds[2];
+    EXPECT_EQ(pipe2(fds, O_CLOEXEC | O_NONBLOCK), 0);
+    vault_.device = UniqueFd(fds[0]);
+    keep_open_ = UniqueFd(fds[1]);
+    options_.oom_score_file = dir_.path() + "/oom_score_adj";
+    EXPECT_TRUE(WriteFileAtomic(options_.oom_score_file, "-900").ok());
+    options_.exit = [this](int code) {
+      exit_code_ = code;
+      ends_++;
+    };
+  }
+  ~WorkerTest() override { worker_.reset(); }
+
+  void Start(uint64_t capabilities = kAll) {
+    auto worker = Worker::Create(options_);
+    ASSERT_TRUE(worker.ok()) << worker.status();
+    worker_ = std::move(*worker);
+    handover::Welcome welcome;
+    welcome.capabilities = capabilities;
+    welcome.generation = 2;
+    welcome.vault_id = std::string(32, '1');
+    handover::OldLedger own = MakeLedger(2);
+    welcome.ledger = std::move(own.memory);
+    welcome.request_pipes = std::move(own.pipes);
+    welcome.snapshot_listener = Listen();
+    welcome.state_dir = dir_.path() + "/state";
+    welcome.runtime_dir = dir_.path();
+    if ((capabilities & handover::kCapReattach) != 0) {
+      welcome.state = Memory(4096);
+      welcome.control_socket = dir_.path() + "/control.sock";
+    }
+    absl::Status running = worker_->Run(std::make_unique<FakeLink>(&vault_, std::move(welcome)));
+    ASSERT_TRUE(running.ok()) << running;
+  }
+  UniqueFd Listen() {
+    UniqueFd listener(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    strncpy(address.sun_path, (dir_.path() + "/snapshotter.sock").c_str(), sizeof address.sun_path - 1);
+    EXPECT_EQ(bind(listener.get(), reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
+    EXPECT_EQ(listen(listener.get(), 4), 0);
+    return listener;
+  }
+  std::vector<uint64_t> Held() {
+    std::vector<uint64_t> ids;
+    while (true) {
+      auto page = worker_->HeldMounts(ids.empty() ? 0 : ids.back());
+      EXPECT_TRUE(page.ok()) << page.status();
+      for (const auto& mount : page->elements) {
+        EXPECT_TRUE(mount.device.valid());
+        ids.push_back(mount.mount_id);
+      }
+      if (!page->more) return ids;
+    }
+  }
+  AfterLoss Lose() {
+    vault_.lost = true;
+    return worker_->SupervisorLost();
+  }
+  std::string OomScore() { return ReadFile(options_.oom_score_file).value(); }
+
+  TempDir dir_;
+  UniqueFd keep_open_;
+  Vault vault_;
+  Worker::Options options_;
+  std::atomic<int> exit_code_{-1}, ends_{0};
+  std::unique_ptr<Worker> worker_;
+};
+
+TEST_F(WorkerTest, APreparedWorkerAsksOnlyForWhatIsNewWhenItIsToldToServe) {
+  for (uint64_t mounts : {70, 1000}) {
+    SCOPED_TRACE(mounts);
+    vault_.Put(1, mounts);
+    {
+      MutexLock lock(&vault_.mutex);
+      vault_.old_ledgers = {1};
+    }
+    Start();
+    ASSERT_TRUE(worker_->Prepare().ok());
+    EXPECT_EQ(vault_.Asked(), std::vector<uint64_t>({0}));
+    EXPECT_EQ(OomScore(), "-900") << "it does not serve yet";
+    vault_.Put(mounts + 1, mounts + 2);
+    const auto begin = std::chrono::steady_clock::now();
+    ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+    const auto took = std::chrono::steady_clock::now() - begin;
+    RecordProperty("serve_us_" + std::to_string(mounts),
+                   static_cast<int>(std::chrono::duration_cast<std::chrono::microseconds>(took).count()));
+    std::vector<uint64_t> asked = vault_.Asked();
+    ASSERT_GE(asked.size(), 2u);
+    EXPECT_EQ(asked[1], mounts);
+    EXPECT_EQ(Held().size(), mounts + 2);
+    EXPECT_EQ(OomScore().substr(0, 1), "0");
+    // A mount that was being made when Prepare asked got an id below others: a full walk follows.
+    ASSERT_TRUE(WaitUntil([&] { return vault_.Asked().size() >= 3; }));
+    EXPECT_EQ(vault_.Asked()[2], 0u);
+    worker_.reset();
+    unlink((dir_.path() + "/snapshotter.sock").c_str());
+    ASSERT_TRUE(WriteFileAtomic(options_.oom_score_file, "-900").ok());
+    MutexLock lock(&vault_.mutex);
+    vault_.asked_after.clear();
+    vault_.mounts.clear();
+  }
+}
+
+TEST_F(WorkerTest, AMountWithALowIdThatAppearsAfterPrepareIsServedAllTheSame) {
+  vault_.Put(5, 9);
+  Start();
+  ASSERT_TRUE(worker_->Prepare().ok());
+  vault_.Put(3, 3);
+  ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  EXPECT_TRUE(WaitUntil([&] { return Held() == std::vector<uint64_t>({3, 5, 6, 7, 8, 9}); }));
+}
+
+TEST_F(WorkerTest, UnderASupervisorOfTheFirstProtocolItServesAndEndsAsBefore) {
+  vault_.Put(1, 3);
+  Start(kFirstProtocol);
+  ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  EXPECT_EQ(vault_.Asked(), std::vector<uint64_t>({0}));
+  ASSERT_TRUE(worker_->TakeMetadata().ok());
+  EXPECT_EQ(Lose(), AfterLoss::kServeOn);
+  EXPECT_FALSE(*worker_->Reattaching()) << "the metadata is given up";
+  EXPECT_EQ(worker_->HeldListener().status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(ends_, 0) << "its mounts are read on";
+  worker_->MountsGone({1, 2, 3});
+  EXPECT_TRUE(WaitUntil([&] { return ends_ > 0; }));
+  EXPECT_EQ(exit_code_, 0);
+}
+
+TEST_F(WorkerTest, WhoNeverServedEndsWithItsSupervisor) {
+  vault_.Put(1, 3);
+  Start();
+  ASSERT_TRUE(worker_->Prepare().ok());
+  EXPECT_EQ(ends_, 0);
+  Lose();
+  EXPECT_EQ(exit_code_, 0);
+  EXPECT_GE(ends_, 1);
+}
+
+TEST_F(WorkerTest, AServingWorkerKeepsTheMetadataAndLooksForTheNextSupervisor) {
+  vault_.Put(1, 450);
+  {
+    MutexLock lock(&vault_.mutex);
+    vault_.old_ledgers = {1};
+  }
+  Start();
+  ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  ASSERT_TRUE(worker_->TakeMetadata().ok());
+  EXPECT_EQ(Lose(), AfterLoss::kReattach);
+  EXPECT_TRUE(*worker_->Reattaching());
+  EXPECT_EQ(ends_, 0);
+  EXPECT_EQ(Held().size(), 450u) << "in pages";
+  auto ledgers = worker_->HeldLedgers(0);
+  ASSERT_TRUE(ledgers.ok()) << ledgers.status();
+  ASSERT_EQ(ledgers->elements.size(), 2u);
+  EXPECT_EQ(ledgers->elements[0].generation, 1u);
+  EXPECT_EQ(ledgers->elements[1].generation, 2u) << "its own";
+  EXPECT_EQ(ledgers->elements[1].pipes.size(), HF_LEDGER_SLOTS);
+  struct stat held, own;
+  auto listener = worker_->HeldListener();
+  ASSERT_TRUE(listener.ok()) << listener.status();
+  EXPECT_EQ(fstat(listener->get(), &held), 0);
+  EXPECT_TRUE(S_ISSOCK(held.st_mode));
+  EXPECT_EQ(fstat(ledgers->elements[1].memory.get(), &own), 0);
+  EXPECT_EQ(own.st_size, HF_LEDGER_TOTAL_SIZE);
+  // The next one takes it, and tells it to go on. It is the owner still.
+  vault_.lost = false;
+  worker_->Reattached(std::string(32, '2'));
+  EXPECT_TRUE(worker_->Resume().ok());
+  EXPECT_TRUE(worker_->TakeMetadata().ok()) << "again";
+  EXPECT_EQ(Lose(), AfterLoss::kReattach);
+  // A refusal leaves an orphan.
+  worker_->ReattachRefused(InvalidArgument("unknown token"));
+  EXPECT_FALSE(*worker_->Reattaching());
+  EXPECT_FALSE(worker_->HeldListener().ok());
+  EXPECT_EQ(ends_, 0);
+  vault_.lost = false;
+  EXPECT_EQ(Lose(), AfterLoss::kServeOn) << "nobody else is asked";
+}
+
+TEST_F(WorkerTest, WithoutMountsItWaitsForASupervisorOnlySoLong) {
+  options_.orphan_limit_nanos = 300'000'000;
+  Start();
+  ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  const auto begin = std::chrono::steady_clock::now();
+  EXPECT_EQ(Lose(), AfterLoss::kReattach);
+  EXPECT_TRUE(WaitUntil([&] { return ends_ > 0; }));
+  EXPECT_GE(std::chrono::steady_clock::now() - begin, std::chrono::milliseconds(300));
+  EXPECT_EQ(exit_code_, 0);
+}
+
+TEST_F(WorkerTest, AParkedWorkerReadsAgainWhenItsSupervisorDies) {
+  vault_.Put(1, 2);
+  Start();
+  ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  ASSERT_TRUE(worker_->TakeMetadata().ok());
+  ASSERT_TRUE(worker_->Park().ok());
+  EXPECT_EQ(Lose(), AfterLoss::kReattach);
+  EXPECT_TRUE(*worker_->Reattaching());
+  // ForgetCached is refused while parked: it reads.
+  EXPECT_TRUE(worker_->Distrust(3, UniqueFd(), std::string(32, '3')).ok());
+}
+
+TEST_F(WorkerTest, ATrialBeginsWithItsLogAndEndsInServingAsUsual) {
+  vault_.Put(1, 2);
+  Start();
+  ASSERT_TRUE(worker_->Prepare().ok());
+  EXPECT_FALSE(worker_->Serve(true, Memory(100)).ok()) << "a log of the wrong size";
+  UniqueFd touched = Memory(HF_TOUCHED_TOTAL_SIZE);
+  hf_touched_header header{};
+  header.magic = HF_TOUCHED_MAGIC;
+  header.version = HF_TOUCHED_VERSION;
+  header.header_size = sizeof header;
+  header.entry_stride = sizeof(hf_touched_entry);
+  header.capacity = HF_TOUCHED_ENTRIES;
+  ASSERT_TRUE(PwriteFull(touched.get(), &header, sizeof header, 0).ok());
+  absl::Status serving = worker_->Serve(true, std::move(touched));
+  ASSERT_TRUE(serving.ok()) << serving;
+  ASSERT_TRUE(worker_->TakeMetadata().ok());
+  ASSERT_TRUE(worker_->EndTrial().ok());
+  ASSERT_TRUE(worker_->Park().ok());
+  ASSERT_TRUE(worker_->Resume().ok());
+}
+
+TEST_F(WorkerTest, PrivateMountsAreNotMissedInTheVaultsListAndGoWhenTold) {
+  vault_.Put(1, 2);
+  Start();
+  ASSERT_TRUE(worker_->Prepare().ok());
+  std::vector<handover::MountEntry> canaries;
+  canaries.push_back(vault_.Entry(90));
+  ASSERT_TRUE(worker_->AddMounts(std::move(canaries)).ok());
+  ASSERT_TRUE(worker_->Prepare().ok()) << "again";
+  EXPECT_EQ(Held(), std::vector<uint64_t>({1, 2, 90}));
+  worker_->MountsGone({90});
+  EXPECT_EQ(Held(), std::vector<uint64_t>({1, 2}));
+}
+
+TEST_F(WorkerTest, AReplayOfAnUnknownMountIsSkippedAndOneThatDiffersIsNamed) {
+  vault_.Put(1, 1);
+  Start();
+  ASSERT_TRUE(worker_->Prepare().ok());
+  fuse_in_header request{};
+  request.len = sizeof request + sizeof(fuse_getattr_in);
+  request.opcode = FUSE_GETATTR;
+  request.unique = 4;
+  request.nodeid = 1;
+  std::string bytes(static_cast<const char*>(static_cast<const void*>(&request)), sizeof request);
+  bytes.append(sizeof(fuse_getattr_in), '\0');
+  auto result = worker_->Replay({{77, bytes, std::string(32, 'x')}, {1, bytes, std::string(32, 'x')}});
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_EQ(result->skipped, 1u);
+  EXPECT_EQ(result->different, std::vector<uint32_t>({1})) << "its layer is not there: EIO is another answer";
+}
+
+TEST_F(WorkerTest, AWorkerThatWaitsToServeLooksNeitherOldNorHeldBack) {
+  Start();
+  ASSERT_TRUE(worker_->Prepare().ok());
+  handover::Health health = worker_->Ping();
+  EXPECT_LT(health.loop_age_nanos, 5'000'000'000u);
+  EXPECT_TRUE(health.held_back.empty());
+}
+
+TEST_F(WorkerTest, EveryStepOfTheProtocolHasAFaultPoint) {
+  options_.fault_spec =
+      "worker.register=eio;worker.prepare=eio;worker.samples=eio;worker.replay=eio;worker.add_mounts=eio;"
+      "worker.end_trial=eio;worker.distrust=eio;worker.resume=eio;worker.reattach=eio;worker.serve=eio;"
+      "worker.park=eio;worker.take_metadata=eio;worker.yield_metadata=eio";
+  Start();
+  EXPECT_FALSE(worker_->BeforeRegister().ok());
+  EXPECT_FALSE(worker_->Prepare().ok());
+  EXPECT_FALSE(worker_->Samples(1).ok());
+  EXPECT_FALSE(worker_->Replay({}).ok());
+  EXPECT_FALSE(worker_->AddMounts({}).ok());
+  EXPECT_FALSE(worker_->EndTrial().ok());
+  EXPECT_FALSE(worker_->Distrust(1, UniqueFd(), std::string(32, '1')).ok());
+  EXPECT_FALSE(worker_->Resume().ok());
+  EXPECT_FALSE(worker_->Reattaching().ok());
+  EXPECT_FALSE(worker_->Serve(false, UniqueFd()).ok());
+  EXPECT_FALSE(worker_->Park().ok());
+  EXPECT_FALSE(worker_->TakeMetadata().ok());
+  EXPECT_FALSE(worker_->YieldMetadata().ok());
+}
+
+}  // namespace
+}  // namespace holdfast::app

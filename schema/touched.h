@@ -29,7 +29,8 @@ struct hf_touched_header {
 
 struct hf_touched_entry {
   uint64_t mount_id; /* written last (release): 0 = not complete */
-  uint64_t nodeid;   /* both what was asked about and, for a name or a listing, what was found */
+  uint64_t nodeid;   /* both what was asked about and, for a name or a listing, what was found; 0: a name was
+                        answered to be absent */
 };
 
 enum { HF_TOUCHED_TOTAL_SIZE = 64 + 65536 * 16 };

@@ -60,6 +60,7 @@ Bench::Ledger::~Ledger() {
 Bench::Bench() { EnterPrivateNamespace(); }
 
 Bench::~Bench() {
+  for (const std::string& path : overlays_) umount2(path.c_str(), MNT_DETACH);
   for (auto& [id, mount] : mounts) {
     mount.device.Reset();  // the last descriptor of the connection: it aborts, nobody hangs
     umount2(mount.path.c_str(), MNT_DETACH);
@@ -80,6 +81,32 @@ Bench::MountPoint& Bench::Mount(const MountFlags& flags) {
   PCHECK(mount("holdfast-test", point.path.c_str(), "fuse", MS_RDONLY | MS_NODEV, data.c_str()) == 0);
   AnswerInit(point);
   return point;
+}
+
+std::string Bench::MountOverlay(const MountPoint& lower) {
+  std::string path = folder_.path() + "/overlay-" + std::to_string(lower.id), empty = path + "-empty";
+  PCHECK(mkdir(path.c_str(), 0755) == 0 && mkdir(empty.c_str(), 0755) == 0);
+  std::string data = "lowerdir=" + lower.path + ":" + empty;
+  ChildProcess child([&] {
+    CloseDevices();
+    return mount("overlay", path.c_str(), "overlay", MS_RDONLY, data.c_str()) == 0 ? 0 : errno;
+  });
+  CHECK_EQ(child.Wait(20), 0);
+  overlays_.push_back(path);
+  return path;
+}
+
+void Bench::MakeTouched(uint32_t entries) {
+  touched.Reset(memfd_create("touched", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  PCHECK(touched.valid());
+  PCHECK(ftruncate(touched.get(), HF_TOUCHED_TOTAL_SIZE) == 0);
+  hf_touched_header header{};
+  header.magic = HF_TOUCHED_MAGIC;
+  header.version = HF_TOUCHED_VERSION;
+  header.header_size = sizeof header;
+  header.entry_stride = sizeof(hf_touched_entry);
+  header.capacity = entries;
+  PCHECK(pwrite(touched.get(), &header, sizeof header, 0) == static_cast<ssize_t>(sizeof header));
 }
 
 void Bench::AnswerInit(MountPoint& point) {
@@ -223,6 +250,7 @@ class ServerMain {
   void Prepare() {
     CHECK(faults_.Parse(setup_.faults).ok());
     setup_.options.generation = setup_.generation;
+    setup_.options.build = "build-" + std::to_string(setup_.generation);
     setup_.options.faults = &faults_;
     absl::StatusOr<std::unique_ptr<FuseServer>> server =
         FuseServer::Create(setup_.options, DupLedger(*bench_.ledgers[setup_.generation]));
@@ -248,6 +276,7 @@ class ServerMain {
     spec.init_request = point.init_request;
     spec.flags = point.flags;
     spec.description = "sha256:test";
+    spec.serve_now = std::count(setup_.serve_now.begin(), setup_.serve_now.end(), point.id) > 0;
     spec.open_layer = [this, layer]() -> absl::StatusOr<std::shared_ptr<layer::Layer>> {
       if (setup_.fail_opens > 0) {
         setup_.fail_opens--;
@@ -287,6 +316,22 @@ class ServerMain {
       uint64_t id = 0;
       in >> id;
       server_->RemoveMount(id);
+    } else if (verb == "trial") {
+      absl::Status begun = server_->BeginTrial(Log(in));
+      return begun.ok() ? "ok" : begun.ToString();
+    } else if (verb == "endtrial") {
+      server_->EndTrial();
+    } else if (verb == "forget") {
+      auto told = server_->ForgetCached(Log(in));
+      return told.ok() ? "ok " + std::to_string(*told) : told.status().ToString();
+    } else if (verb == "fault") {
+      std::string spec;
+      in >> spec;
+      return faults_.Parse(spec).ok() ? "ok" : "not a fault";
+    } else if (verb == "heldback") {
+      std::string answer = "ok";
+      for (uint64_t id : server_->HeldBack()) answer += " " + std::to_string(id);
+      return answer;
     } else if (verb == "ended") {
       MutexLock lock(&mutex_);
       return "ok" + ended_;
@@ -294,7 +339,8 @@ class ServerMain {
       ServerStats s = server_->stats();
       return "ok requests " + std::to_string(s.requests) + " pending " + std::to_string(s.pending) +
              " adopted " + std::to_string(s.adopted) + " interrupted " + std::to_string(s.interrupted) +
-             " errors " + std::to_string(s.errors) + " dropped " + std::to_string(s.dropped);
+             " errors " + std::to_string(s.errors) + " dropped " + std::to_string(s.dropped) + " poisoned " +
+             std::to_string(s.poisoned);
     } else if (verb == "fired") {
       std::string point;
       int count = 0;
@@ -308,6 +354,12 @@ class ServerMain {
       return HandleLayer(verb, in);
     }
     return "ok";
+  }
+
+  UniqueFd Log(std::istringstream& in) {
+    int with = 0;
+    in >> with;
+    return with != 0 ? *DupFd(bench_.touched.get()) : UniqueFd();
   }
 
   std::string HandleLayer(const std::string& verb, std::istringstream& in) {

@@ -16,6 +16,7 @@
 #include "common/fault.h"
 #include "common/io.h"
 #include "schema/ledger.h"
+#include "schema/touched.h"
 #include "worker/fuse/fake_layer.h"
 #include "worker/fuse/fuse_server.h"
 
@@ -46,7 +47,12 @@ class Bench {
   Bench& operator=(const Bench&) = delete;
 
   MountPoint& Mount(const MountFlags& flags = {});
+  // A read-only overlay over the mount and an empty folder, as a container has it. Made by a child process;
+  // a server must be serving the mount. Its path.
+  std::string MountOverlay(const MountPoint& lower);
   Ledger& MakeLedger(uint64_t generation);
+  // The log for a trial, empty again; `entries` of it, at most HF_TOUCHED_ENTRIES.
+  void MakeTouched(uint32_t entries = HF_TOUCHED_ENTRIES);
   void Unmount(const MountPoint& mount);  // and the kernel says ENODEV
   // In a reader: a process that waits for the mount must not hold it alive.
   void CloseDevices();
@@ -55,9 +61,11 @@ class Bench {
 
   std::map<uint64_t, MountPoint> mounts;
   std::map<uint64_t, std::unique_ptr<Ledger>> ledgers;
+  UniqueFd touched;
 
  private:
   void AnswerInit(MountPoint& mount);
+  std::vector<std::string> overlays_;
   TempDir folder_;
 };
 
@@ -89,12 +97,14 @@ struct ServerSetup {
   std::function<void(uint64_t mount_id, FakeLayer&)> prepare;  // before it serves
   std::string faults;                                          // FaultPoints::Parse
   std::vector<uint64_t> leave_out;                             // mounts that it does not serve
+  std::vector<uint64_t> serve_now;                             // mounts that it serves before "start"
   int fail_opens = 0;                                          // the first n calls of open_layer fail
   bool record_crashes = false;
 };
 
 // A server in a process of its own, driven by one-line commands; each answers "ok ..." or an error text.
-//   start | park | resume | destroy | stats | adopt GEN FINAL | drained GEN | hold MOUNT 0/1 | release MOUNT
+//   start | park | resume | destroy | stats | adopt GEN FINAL [HUNG] | drained GEN | trial LOG | endtrial
+//   | forget LOG (LOG: 1 = bench.touched, 0 = none) | heldback | fault SPEC | hold MOUNT 0/1 | release MOUNT
 //   | fail MOUNT | store MOUNT NODE HOW | waiting MOUNT | fetches MOUNT | fired POINT COUNT | unblock POINT |
 //   remove MOUNT | ended
 class ServerProcess {

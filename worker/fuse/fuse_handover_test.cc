@@ -40,6 +40,8 @@ bool DiedOf(int result, [[maybe_unused]] int signal) {
 #endif
 }
 
+uint64_t NanosSince(uint64_t boot_nanos) { return Clock::Real()->BootNanos() - boot_nanos; }
+
 class FuseHandoverTest : public testing::Test {
  protected:
   ServerSetup NewSetup(uint64_t generation) {
@@ -404,6 +406,184 @@ TEST_F(FuseHandoverTest, AFatalSignalNamesItsSlotAndARequestThatKillsTwiceIsEio)
   EXPECT_EQ(third->Number("adopt 1 1"), 1u);
   EXPECT_EQ(reader->Wait(10), EIO);
   EXPECT_EQ(third->Number("adopt 2 1"), 0u);
+}
+
+TEST_F(FuseHandoverTest, ARequestThatTwoServersHungInIsEioThoughNeitherCrashed) {
+  std::string root = bench_.Mount().path;
+  ServerSetup setup = NewSetup(1);
+  setup.faults = "fuse.stuck=block";
+  setup.options.threads = 1;
+  auto first = Start(setup);
+  auto reader = Reader([&] { return CheckFile(root + "/stored", kStored, 0, 4096, true); });
+  ASSERT_EQ(first->Call("fired fuse.stuck 1"), "ok");
+  hf_slot* slot = bench_.ledgers[1]->slot(0);
+  ASSERT_TRUE(Eventually([&] { return NanosSince(slot->received_ns) > 1'000'000'000; }));
+  first->Kill();
+  // It hangs in the successor, too, in the thread that adopts.
+  ServerSetup second_setup = NewSetup(2);
+  second_setup.faults = "fuse.received=block";
+  auto second = std::make_unique<ServerProcess>(bench_, second_setup);
+  EXPECT_EQ(second->Number("adopt 1 0 1"), 1u);
+  EXPECT_EQ(slot->strikes, 1u);
+  EXPECT_EQ(second->Number("adopt 1 1 1"), 0u);
+  EXPECT_EQ(slot->strikes, 1u) << "counted once";
+  second->Send("start");
+  hf_slot* copy = bench_.ledgers[2]->slot(HF_LEDGER_SLOTS - 1);
+  ASSERT_TRUE(Eventually([&] { return Shared(copy->state).load() == HF_SLOT_EXECUTING; }))
+      << "the supervisor sees what it hangs in";
+  EXPECT_EQ(copy->strikes, 1u);
+  ASSERT_TRUE(Eventually([&] { return NanosSince(copy->received_ns) > 1'000'000'000; }));
+  second->Kill();
+  // The third is killed by the operator before it gets to it: no strike is added, none is lost.
+  auto third = std::make_unique<ServerProcess>(bench_, NewSetup(3));
+  EXPECT_EQ(third->Number("adopt 1 1 1"), 1u);
+  EXPECT_EQ(third->Number("adopt 2 1 1"), 0u) << "a copy of it";
+  EXPECT_EQ(copy->strikes, 2u);
+  third->Kill();
+  auto fourth = std::make_unique<ServerProcess>(bench_, NewSetup(4));
+  EXPECT_EQ(fourth->Number("adopt 1 1 1"), 1u);
+  EXPECT_EQ(fourth->Number("adopt 2 1 1"), 0u);
+  EXPECT_EQ(fourth->Number("drained 1"), 0u);
+  ASSERT_EQ(fourth->Call("start"), "ok");
+  EXPECT_EQ(reader->Wait(10), EIO);
+  EXPECT_EQ(fourth->Stats()["poisoned"], 1u);
+  EXPECT_EQ(fourth->Number("drained 1"), 1u);
+  EXPECT_EQ(fourth->Number("drained 2"), 1u);
+  EXPECT_EQ(Reader([&] { return CheckFile(root + "/stored", kStored, 0, 4096, true); })->Wait(10), 0);
+}
+
+TEST_F(FuseHandoverTest, KillsFromOutsideNeverAddAStrikeHoweverOften) {
+  std::string root = bench_.Mount().path;
+  ServerSetup setup = NewSetup(1);
+  setup.faults = "fuse.received=block@0";
+  auto server = Start(setup);
+  auto reader = Reader([&] { return CheckFile(root + "/stored", kStored, 0, 4096, true); });
+  ASSERT_EQ(server->Call("fired fuse.received 1"), "ok");
+  for (uint64_t generation = 2; generation <= 5; generation++) {
+    server->Kill();
+    ServerSetup next = NewSetup(generation);
+    next.faults = "fuse.received=kill";  // while it executes what it adopts
+    server = std::make_unique<ServerProcess>(bench_, next);
+    server->Send("adopt 1 1");
+    ASSERT_EQ(server->process().Wait(10), 1000 + SIGKILL);
+  }
+  auto last = Start(NewSetup(6));
+  for (uint64_t old = 1; old <= 5; old++)
+    EXPECT_TRUE(last->Call("adopt " + std::to_string(old) + " 1").starts_with("ok"));
+  EXPECT_EQ(reader->Wait(10), 0);
+  EXPECT_EQ(last->Stats()["poisoned"], 0u);
+}
+
+TEST_F(FuseHandoverTest, WhatCrashedAServerIsExecutedAfterTheOthersAndAlone) {
+  std::vector<std::string> roots;
+  for (int i = 0; i < 3; i++) roots.push_back(bench_.Mount().path);
+  ServerSetup setup = NewSetup(1);
+  setup.faults = "fuse.received=block@0";
+  setup.options.threads = 3;
+  auto first = Start(setup);
+  auto reader = [&](size_t i) {
+    return Reader([&, i] { return CheckFile(roots[i] + "/stored", kStored, 0, 4096); });
+  };
+  auto suspect = reader(0), innocent = reader(1);
+  ASSERT_EQ(first->Call("fired fuse.received 2"), "ok");
+  first->Kill();
+  for (uint32_t i = 0; i < 3; i++) {
+    hf_slot* slot = bench_.ledgers[1]->slot(i);
+    if (slot->state == HF_SLOT_EXECUTING && slot->mount_id == 100) slot->strikes = 1;
+  }
+  // A server that serves already. The suspect is the first to pass here once the innocent one is done.
+  auto second = Start(NewSetup(2));
+  EXPECT_EQ(second->Number("adopt 1 0"), 2u);
+  EXPECT_EQ(innocent->Wait(10), 0);
+  EXPECT_EQ(suspect->Wait(10), 0);
+  second->Kill();
+
+  auto third = Start(NewSetup(3));
+  ASSERT_EQ(third->Call("fault fuse.received=block"), "ok");
+  third->Send("adopt 1 1");
+  auto stuck_in = [&](uint64_t generation, uint64_t mount) {
+    hf_slot* copy = bench_.ledgers[generation]->slot(HF_LEDGER_SLOTS - 1);
+    return Eventually([&] {
+      return Shared(copy->state).load() == HF_SLOT_EXECUTING && Shared(copy->mount_id).load() == mount;
+    });
+  };
+  // The innocent copy comes first, beside the pool ...
+  ASSERT_TRUE(stuck_in(3, 101));
+  EXPECT_EQ(reader(2)->Wait(10), 0);
+  third->Kill();
+  auto fourth = Start(NewSetup(4));
+  ASSERT_EQ(fourth->Call("fault fuse.received=block@2"), "ok");
+  fourth->Send("adopt 1 1");
+  // ... the suspect last, and while it executes nobody else does.
+  ASSERT_TRUE(stuck_in(4, 100));
+  auto other = reader(2);
+  EXPECT_EQ(other->Wait(0.3), -1);
+  fourth->Kill();
+  auto fifth = Start(NewSetup(5));
+  EXPECT_TRUE(fifth->Call("adopt 4 1").starts_with("ok"));
+  EXPECT_EQ(other->Wait(10), 0);
+}
+
+TEST_F(FuseHandoverTest, ARecordThatWasAnsweredWhenItsServerCrashedCountsToo) {
+  std::string root = bench_.Mount().path;
+  auto first = Start(NewSetup(1), true);
+  auto reader = MissReader(root, 1), other = MissReader(root, 2);
+  ASSERT_TRUE(Eventually([&] { return first->Number("waiting 100") == 2; }));
+  first->Kill();
+  hf_record* guilty = bench_.ledgers[1]->record(0);
+  bool is_first = guilty->offset == 4096;
+  guilty->strikes = 2;
+  auto second = Start(NewSetup(2));
+  EXPECT_TRUE(second->Call("adopt 1 1").starts_with("ok"));
+  EXPECT_EQ((is_first ? reader : other)->Wait(10), EIO);
+  EXPECT_EQ((is_first ? other : reader)->Wait(10), 0);
+  EXPECT_EQ(second->Stats()["poisoned"], 1u);
+  EXPECT_TRUE(Eventually([&] { return second->Number("drained 1") == 1; }));
+}
+
+TEST_F(FuseHandoverTest, AnInterruptMarkInASlotCountsForTheSuccessorOnceTheReadWaits) {
+  Bench::MountPoint& mount = bench_.Mount();
+  ServerSetup setup = NewSetup(1);
+  setup.faults = "fuse.record_filled=block";
+  auto first = Start(setup, true);
+  auto reader = MissReader(mount.path, 1);
+  ASSERT_EQ(first->Call("fired fuse.record_filled 1"), "ok");
+  uint64_t before = first->Stats()["requests"];
+  reader->Signal(SIGKILL);
+  ASSERT_TRUE(Eventually([&] { return first->Stats()["requests"] > before; }));
+  first->Kill();
+  auto second = Start(NewSetup(2), true);
+  EXPECT_TRUE(second->Call("adopt 1 1").starts_with("ok"));
+  EXPECT_EQ(reader->Wait(1), 1000 + SIGKILL);
+}
+
+TEST_F(FuseHandoverTest, AFullTableHoldsBackThoseWhoMissAndCachedReadsOfOthersGoOn) {
+  constexpr uint32_t kRecords = 256;
+  constexpr uint64_t kReaders = 160;  // more than half of the records, less than three quarters
+  std::string a = bench_.Mount().path, b = bench_.Mount().path, c = bench_.Mount().path;
+  bench_.MakeLedger(1).header->record_count = kRecords;
+  ServerSetup setup = NewSetup(1);
+  setup.options.max_pending_per_mount = 1000;
+  auto server = Start(setup, true);
+  std::vector<std::unique_ptr<ChildProcess>> readers;
+  for (uint64_t i = 0; i < kReaders; i++) readers.push_back(MissReader(i % 2 == 0 ? a : b, i));
+  ASSERT_TRUE(Eventually([&] { return server->Call("heldback") == "ok 100 101"; }));
+  EXPECT_GE(server->Stats()["pending"], uint64_t{kRecords} / 2);
+  // A mount that has nothing waiting is read, and may even miss once.
+  for (int i = 0; i < 3; i++) {
+    EXPECT_EQ(Reader([&] { return CheckFile(c + "/stored", kStored, 0, kMiB, true); })->Wait(5), 0);
+  }
+  auto miss = MissReader(c, 1);
+  ASSERT_TRUE(Eventually([&] { return server->Number("waiting 102") == 1; }));
+  EXPECT_EQ(server->Call("heldback"), "ok 100 101 102");
+  for (const char* mount : {"100", "101", "102"}) {
+    ASSERT_EQ(server->Call(std::string("hold ") + mount + " 0"), "ok");
+    ASSERT_EQ(server->Call(std::string("release ") + mount), "ok");
+  }
+  EXPECT_EQ(miss->Wait(20), 0);
+  for (auto& reader : readers) EXPECT_EQ(reader->Wait(20), 0);
+  EXPECT_EQ(server->Stats()["errors"], 0u);
+  EXPECT_TRUE(Eventually([&] { return server->Call("heldback") == "ok"; }));
 }
 
 TEST_F(FuseHandoverTest, ReadersSeeNoErrorWhileServersAreKilledAtRandom) {

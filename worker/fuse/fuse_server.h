@@ -61,6 +61,7 @@ struct ServerOptions {
   uint64_t miss_timeout_nanos = 60'000'000'000;  // then EIO
   uint32_t max_pending_per_mount = 128;          // max_background + 64; at it the mount leaves the epoll
   uint64_t entry_ttl_seconds = 86400;
+  std::string drop_caches = "/proc/sys/vm/drop_caches";  // for ForgetCached
   const Clock* clock = Clock::Real();
   TraceRing* trace = nullptr;
   FaultPoints* faults = nullptr;  // fuse.*, see docs/FAILURES.md
@@ -128,9 +129,11 @@ class FuseServer {
   // A worker on trial has ended and is not to be believed: makes the kernel forget attributes, listings and
   // content of every node it noted in `touched`; without a readable log, or when it overflowed, of all nodes
   // of all mounts. Pages that a READ is filling now are waited for, so at worst this takes the READs' time
-  // limit. Names need nothing: they were given no time-to-live. Returns how many nodes the kernel was told
-  // of. May be repeated. Needs a running pool, and a thread that is none of it. FailedPrecondition: not
-  // started, or parked.
+  // limit. Names need nothing, for they were given no time-to-live, but absent ones: an overlay remembers
+  // that a layer did not have them, for ever. If the log has such an answer, the kernel is asked to drop all
+  // dentries and inodes that are not in use, of the whole machine: there is no narrower way. Returns how many
+  // nodes the kernel was told of. May be repeated. Needs a running pool, and a thread that is none of it.
+  // FailedPrecondition: not started, or parked.
   virtual absl::StatusOr<uint64_t> ForgetCached(UniqueFd touched) = 0;
 
   // Up to `limit` requests with the digests of their answers, spread over mounts, the most recent of each

@@ -207,6 +207,7 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
                                      int* error);
   // forget.cc
   uint64_t ForgetNode(Mount& mount, uint64_t nodeid);
+  void DropDentries();
 
   void Dropped(uint64_t generation, uint64_t mount_id, const char* why);
 

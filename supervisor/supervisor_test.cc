@@ -30,6 +30,7 @@ using testing::Info;
 using testing::MountView;
 using testing::Stat;
 using testing::StatusView;
+using testing::WorkerView;
 
 constexpr uint64_t kAsyncRead = 1;
 constexpr uint64_t kParallelDirops = 1u << 18;
@@ -259,6 +260,27 @@ TEST(SupervisorTest, ALayerThatAnOverlayUsesIsDetachedAndGoneOnlyAfterTheOverlay
   overlay.Unmount();
   ASSERT_TRUE(Eventually([&] { return harness.Status().detached == 0; }));
   ASSERT_TRUE(Eventually([&] { return harness.WorkerInfo().gone == std::vector<uint64_t>{mount.id}; }));
+}
+
+TEST(SupervisorTest, APrivateInstanceMountsForHoldfastctlAndNoOtherDoes) {
+  {
+    Harness harness;
+    harness.Start();
+    EXPECT_NE(harness.MountPrivate("0").find("only the private instance of a drill"), std::string::npos);
+    EXPECT_EQ(harness.Status().live, 0u);
+  }
+  Harness harness;
+  harness.Start({"--private"});
+  const std::string path = harness.MountPrivate("0");
+  ASSERT_EQ(path, harness.state_dir() + "/drill/0");
+  WorkerView first = harness.Status().Worker("owner");
+  EXPECT_EQ(Stat(path).Result(), static_cast<int64_t>(first.generation));
+  EXPECT_NE(harness.MountPrivate("../0").find("is no number"), std::string::npos);
+  EXPECT_NE(harness.MountPrivate("0").find("error: "), std::string::npos) << "that path is mounted";
+  kill(first.pid, SIGKILL);
+  EXPECT_TRUE(Eventually([&] { return harness.Status().crashes == 1; }));
+  harness.WaitPhase("running");
+  EXPECT_GT(Stat(path).Result(), static_cast<int64_t>(first.generation)) << "successors serve it, too";
 }
 
 TEST(SupervisorTest, AnUnusedLayerIsGoneAtOnceAndItsIdIsNeverUsedAgain) {

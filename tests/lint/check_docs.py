@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Every folder with code has a README.md, every relative link in a Markdown file leads somewhere, and docs/FAILURES.md
-lists exactly the fault points that the code has."""
+lists exactly the fault points that the code has; tests that docs/HANDOVER.md names exist."""
 import pathlib
 import re
 import subprocess
@@ -8,6 +8,8 @@ import sys
 
 FAULT_POINT = re.compile(r'(?:PassFault\([^,]+,|Pass\()\s*"([a-z_]+\.[a-z_.]+)"')
 LISTED_POINT = re.compile(r"^\| `([a-z_]+\.[a-z_.]+)` \|", re.MULTILINE)
+TEST = re.compile(r"^TEST(?:_F|_P)?\((\w+),\s*(\w+)\)", re.MULTILINE)
+NAMED_TEST = re.compile(r"`([A-Z]\w+)\.([A-Z]\w+)`")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -22,11 +24,21 @@ def fault_point_problems(root, files):
     return problems if used else ["no fault point found in the code"]
 
 
+def named_test_problems(root, files):
+    tests = set()
+    for path in files:
+        if path.name.endswith("_test.cc"):
+            tests |= set(TEST.findall((root / path).read_text()))
+    named = set(NAMED_TEST.findall((root / "docs/HANDOVER.md").read_text()))
+    problems = [f"docs/HANDOVER.md names the test {suite}.{test}, which does not exist" for suite, test in sorted(named - tests)]
+    return problems if named else ["docs/HANDOVER.md names no test"]
+
+
 def main():
     root = pathlib.Path(sys.argv[1])
     listed = subprocess.run(["git", "-C", str(root), "ls-files"], capture_output=True, text=True).stdout.splitlines()
     files = [pathlib.Path(name) for name in listed if (root / name).exists()]
-    problems = fault_point_problems(root, files)
+    problems = fault_point_problems(root, files) + named_test_problems(root, files)
     for folder in sorted({path.parent for path in files if path.suffix in (".cc", ".capnp")}):
         if folder.name in ("testing", "fuzz"):
             continue

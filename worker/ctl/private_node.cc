@@ -183,6 +183,8 @@ absl::Status PrivateNode::Spawn() {
   HF_ASSIGN_OR_RETURN(UniqueFd log, OpenFile(folder_ + "/log", O_WRONLY | O_CREAT | O_APPEND));
   std::vector<std::string> words = {"holdfast-supervisor",
                                     "--private",
+                                    "--probation",
+                                    "1",
                                     "--worker",
                                     origin_.state_dir + "/bin/" + origin_.executable + "/holdfast-worker",
                                     "--state",

@@ -124,6 +124,7 @@ void SwapThereAndBack(const std::string& supervisor, const std::string& first, c
     const pid_t killed = node.KillWorker();
     ASSERT_GT(killed, 0);
     ASSERT_TRUE(node.WaitRunning(20, killed));
+    node.Reconnect();
     EXPECT_EQ(OwnerExecutable(node), leg.digest) << "one death must not change the build";
     Mounted(&node, *warm_parent, "default/11/killed-" + leg.name);
   }

@@ -77,8 +77,10 @@ pid_t OwnerOf(const ctl::SupervisorStatus& status) {
 Node::Node(const std::string& config, Programs programs) : programs_(std::move(programs)) {
   Start(config);
   CHECK(WaitRunning()) << "holdfast did not come up in " << root();
-  snapshots_ = SnapshotsClient::Connect(root() + "/run/snapshotter.sock");
+  Reconnect();
 }
+
+void Node::Reconnect() { snapshots_ = SnapshotsClient::Connect(root() + "/run/snapshotter.sock"); }
 
 void Node::Start(const std::string& config) {
   CHECK(MakeDirs(root() + "/state").ok() && MakeDirs(root() + "/run").ok());

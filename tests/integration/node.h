@@ -52,6 +52,8 @@ class Node {
   const std::string& root() const { return root_.path(); }
   std::string control_socket() const { return root() + "/run/supervisor.sock"; }
   SnapshotsClient* snapshots() { return snapshots_.get(); }
+  // After a death: a call on the connection to the dead worker may fail.
+  void Reconnect();
 
   // A fresh connection, so any thread may have its own.
   std::unique_ptr<ctl::ControlClient> Control() const;

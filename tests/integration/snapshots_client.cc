@@ -16,11 +16,18 @@ absl::Status FromGrpc(const grpc::Status& status) {
   return absl::Status(static_cast<absl::StatusCode>(status.error_code()), ToAbsl(status.error_message()));
 }
 
+// Clients of one process would share a connection.
+grpc::ChannelArguments OwnConnection() {
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  return arguments;
+}
+
 class ClientImpl final : public SnapshotsClient {
  public:
   explicit ClientImpl(const std::string& socket)
-      : stub_(pb::Snapshots::NewStub(
-            grpc::CreateChannel("unix:" + socket, grpc::InsecureChannelCredentials()))) {}
+      : stub_(pb::Snapshots::NewStub(grpc::CreateCustomChannel(
+            "unix:" + socket, grpc::InsecureChannelCredentials(), OwnConnection()))) {}
 
   absl::StatusOr<std::vector<Mount>> Prepare(const std::string& key, const std::string& parent,
                                              const Labels& labels) override {

@@ -59,6 +59,8 @@ def check(text):
         value = settings.get((section, key), "")
         if not value.isdigit() or int(value) < least:
             problems.append(f"[{section}] {key} must be a number of at least {least}, it is '{value}'")
+    if settings.get(("Service", "Environment")) != "FDSTORE=" + settings.get(("Service", "FileDescriptorStoreMax"), ""):
+        problems.append("[Service] Environment=FDSTORE= must be the number of FileDescriptorStoreMax")
     for (section, key), value in settings.items():
         if key in NAMESPACE:
             problems.append(f"[{section}] {key}={value} gives the service a mount namespace of its own")
@@ -73,7 +75,7 @@ def check(text):
 def blind_spots(text):
     """Settings whose loss or presence check() would not notice."""
     missed = []
-    for _, key in list(REQUIRED) + list(AT_LEAST):
+    for _, key in [*REQUIRED, *AT_LEAST, ("Service", "Environment")]:
         without = "\n".join(line for line in text.splitlines() if not line.startswith(key + "="))
         if without == text.rstrip("\n") or not check(without):
             missed.append(f"the check does not notice that {key} is missing")

@@ -112,6 +112,7 @@ TEST_F(SurvivalTest, TenDeathsAndThreeUpgradesWithRequestsInFlightFailNoRead) {
       const pid_t killed = node_.KillWorker();
       ASSERT_GT(killed, 0);
       ASSERT_TRUE(node_.WaitRunning(kPatience, killed));
+      node_.Reconnect();
     });
     if (HasFatalFailure()) return;
   }

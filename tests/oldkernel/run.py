@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-_SECONDS = 420
+_SECONDS = 560
 _VERDICT = re.compile(r"^HOLDFAST-VERDICT (\d+)\s*$", re.MULTILINE)
 _INIT = """#!/bin/sh
 mount -t proc none /proc

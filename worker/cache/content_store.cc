@@ -78,14 +78,16 @@ class FreeSpace {
 };
 
 // The store's state; every open layer holds it.
-// Locks: evict_mutex_ (one eviction at a time) before mutex_ (the map); no layer is created, destroyed or
-// evicted under mutex_.
+// Locks: evict_mutex_ (one eviction at a time) before scan_mutex_ before mutex_ (the map); no layer is
+// created, destroyed or evicted under mutex_.
 class StoreState final : public StoreShared {
  public:
   explicit StoreState(StoreOptions store_options)
       : StoreShared(std::move(store_options)), free_space_(options.root, options.clock) {}
 
-  void Scan();
+  // Learns what layers that are not open occupy. At the first need of it, not at the start: it looks at every
+  // folder of the store, and reads wait for a worker that starts.
+  void EnsureScanned();
   // `self` is this object: the layer shares it.
   absl::StatusOr<std::shared_ptr<LayerContent>> OpenLayer(std::shared_ptr<StoreShared> self,
                                                           const std::string& hex, uint64_t chunk_count,
@@ -111,6 +113,7 @@ class StoreState final : public StoreShared {
     std::shared_ptr<LayerContentImpl> held;  // null: nobody holds it
   };
 
+  void Scan();
   bool Fits(uint64_t bytes, bool fresh);
   bool EvictFor(uint64_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(evict_mutex_);
   std::vector<Candidate> Candidates();
@@ -120,18 +123,27 @@ class StoreState final : public StoreShared {
   std::atomic<bool> may_evict_{false};
   std::atomic<uint64_t> next_try_boot_nanos_{0};  // after an eviction that did not make room
   Mutex evict_mutex_;
+  Mutex scan_mutex_;
+  bool scanned_ ABSL_GUARDED_BY(scan_mutex_) = false;
   Mutex mutex_;
   std::map<std::string, Entry> layers_ ABSL_GUARDED_BY(mutex_);
 };
 
+void StoreState::EnsureScanned() {
+  MutexLock lock(&scan_mutex_);
+  if (!scanned_) Scan();
+  scanned_ = true;
+}
+
 void StoreState::Scan() {
   for (const std::string& hex : LayersIn(options.root)) {
-    auto account = std::make_shared<LayerAccount>();
     FolderUsage usage = UsageOf(options.root + "/" + hex);
-    account->access_hour = usage.access_hour;
-    SetBytes(account.get(), usage.bytes);
     MutexLock lock(&mutex_);
-    layers_[hex].account = std::move(account);
+    Entry& entry = layers_[hex];
+    if (entry.account != nullptr) continue;  // it was opened, and counts for itself
+    entry.account = std::make_shared<LayerAccount>();
+    entry.account->access_hour = usage.access_hour;
+    SetBytes(entry.account.get(), usage.bytes);
   }
 }
 
@@ -150,7 +162,6 @@ absl::StatusOr<std::shared_ptr<LayerContent>> StoreState::OpenLayer(std::shared_
   }
   if (live == nullptr) {
     account->active_boot_nanos = options.clock->BootNanos();
-    if (account->access_hour == 0) account->access_hour = CurrentHour();
     PresenceIdentity identity{hex, chunk_count, content_bytes, "", options.boot_id};
     HF_ASSIGN_OR_RETURN(std::shared_ptr<LayerContentImpl> opened,
                         LayerContentImpl::Open(std::move(self), account, std::move(identity)));
@@ -205,6 +216,7 @@ bool StoreState::Fits(uint64_t bytes, bool fresh) {
 }
 
 absl::Status StoreState::MakeRoom(uint64_t bytes) {
+  if (options.limit_bytes != 0) EnsureScanned();
   bool fits = Fits(bytes, /*fresh=*/false);
   if (!fits && may_evict_ && options.clock->BootNanos() >= next_try_boot_nanos_) {
     MutexLock lock(&evict_mutex_);
@@ -217,6 +229,7 @@ absl::Status StoreState::MakeRoom(uint64_t bytes) {
 }
 
 bool StoreState::EvictFor(uint64_t bytes) {
+  EnsureScanned();
   uint64_t now = options.clock->BootNanos();
   for (const Candidate& layer : Candidates()) {
     if (Fits(bytes, /*fresh=*/true)) return true;
@@ -304,6 +317,7 @@ class ContentStoreImpl final : public ContentStore {
   }
   void SetWriting(Writing writing) override { state_->writing = writing; }
   StoreStats stats() const override {
+    state_->EnsureScanned();
     StoreStats stats;
     stats.bytes = static_cast<uint64_t>(std::max<int64_t>(0, state_->total_bytes));
     stats.limit_bytes = state_->options.limit_bytes;
@@ -332,7 +346,6 @@ absl::StatusOr<std::unique_ptr<ContentStore>> ContentStore::Open(const StoreOpti
     return InvalidArgument("the boot id is too long");
   HF_RETURN_IF_ERROR(MakeDirs(complete.root));
   auto state = std::make_shared<StoreState>(std::move(complete));
-  state->Scan();
   return std::make_unique<ContentStoreImpl>(std::move(state));
 }
 

@@ -42,7 +42,8 @@ LayerContentImpl::~LayerContentImpl() {
 }
 
 absl::Status LayerContentImpl::OpenFolder() {
-  uint32_t hour = std::max(account_->access_hour.load(), 1u);
+  // Of a layer that was there before, the presence file knows better: opening is not reading.
+  uint32_t known = account_->access_hour, hour = known != 0 ? known : shared_->CurrentHour();
   const StoreShared::Vault vault = shared_->vault();
   auto opened = [&]() -> absl::StatusOr<LayerFolder::Opened> {
     HF_ASSIGN_OR_RETURN(LayerFolder locked, LayerFolder::Lock(folder(), /*create=*/true));
@@ -61,6 +62,7 @@ absl::Status LayerContentImpl::OpenFolder() {
     return absl::OkStatus();
   }
   if (opened.status().code() != absl::StatusCode::kResourceExhausted) return opened.status();
+  if (known == 0) account_->access_hour = hour;
   LOG(WARNING) << "cache.not_storing content=" << identity_.layer_hex << " reason=\""
                << opened.status().message() << "\"";
   HF_ASSIGN_OR_RETURN(auto none, UnstoredGeneration(identity_.chunk_count));

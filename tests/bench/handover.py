@@ -249,7 +249,8 @@ def start_node(box: Instance, stack: contextlib.ExitStack, fleet: fleets.Fleet, 
     for image in fleet.images:
         containerd.rpull(f"{proxy.address}/{image.name}:esgz")
         view = stack.enter_context(containerd.mounted_view(image.chain_id, "holdfast"))
-        targets.append(Target(view, image.warm, image.cold))
+        # A name in a folder that all layers have is looked up in all of them, also in those that are to be idle.
+        targets.append(Target(view, image.warm, image.cold, ancestors=fleet.busy_everywhere))
     live = int(holdfast.status()["mounts_live"])
     if live != fleet.layers:
         raise HarnessError(f"{live} mounts, not {fleet.layers}: some layer is not lazy")

@@ -204,10 +204,11 @@ class Steady : public Operations {
   }
 
   void Hold() {
-    std::set<std::string> folders = {""};
+    std::set<std::string> folders;
     for (const File& file : target_.warm) {
-      for (std::string folder = FolderOf(file.path); !folder.empty(); folder = FolderOf(folder))
-        folders.insert(folder);
+      std::string folder = FolderOf(file.path);
+      folders.insert(folder);
+      while (target_.ancestors && !folder.empty()) folders.insert(folder = FolderOf(folder));
       if (file.size == 0) continue;
       std::string path = target_.root + "/" + file.path;
       Fd plain = Open(path, 0);

@@ -46,6 +46,8 @@ struct LoadTarget {
   std::vector<File> cold;  // for kCold
   std::vector<std::string>
       programs;  // relative to root, for kExec; in this order, again from the first when all have run
+  bool ancestors =
+      true;  // hold also the folders above those of warm files: in overlays, lookups there ask every layer
 };
 
 struct LoadOptions {

@@ -53,7 +53,7 @@ int Read(const holdfast::reader::Options& options, const std::string& manifest,
 
 using holdfast::reader::LoadKind;
 
-// A JSON list of {"root", "warm": manifest, "cold": manifest or "", "programs": [paths]}.
+// A JSON list of {"root", "warm": manifest, "cold": manifest or "", "programs": [paths], "ancestors": bool}.
 std::vector<holdfast::reader::LoadTarget> LoadTargets(const std::string& path) {
   std::ifstream in(path);
   if (!in) throw std::runtime_error(path + ": cannot be read");
@@ -64,6 +64,7 @@ std::vector<holdfast::reader::LoadTarget> LoadTargets(const std::string& path) {
     target.warm = holdfast::reader::Load(one.at("warm"));
     std::string cold = one.value("cold", "");
     if (!cold.empty()) target.cold = holdfast::reader::Load(cold);
+    target.ancestors = one.value("ancestors", true);
     target.programs = one.value("programs", std::vector<std::string>());
     targets.push_back(std::move(target));
   }

@@ -62,6 +62,7 @@ class Fleet:
     store: Path
     images: list[FleetImage]
     layers: int
+    busy_everywhere: bool  # no layer is idle
 
 
 def _line(path: str, content: bytes) -> str:
@@ -169,4 +170,4 @@ def ensure(shape: Shape, say: Say = images.quiet) -> Fleet:
         for name, chain in chains.items()
     ]
     layers = sum(shape.layers[number % len(shape.layers)] for number in range(shape.images))
-    return Fleet(folder / "store", found, layers)
+    return Fleet(folder / "store", found, layers, shape.busy_layers >= max(shape.layers))

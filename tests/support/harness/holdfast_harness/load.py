@@ -32,6 +32,7 @@ class Target:
     warm: Path  # manifests
     cold: Path | None = None
     programs: tuple[str, ...] = ()
+    ancestors: bool = True  # as in load.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +70,17 @@ class MixedLoad:
         self._log = box.root / f"{name}.ops"
         self._stderr = box.root / "logs" / f"{name}.log"
         listed = box.root / f"{name}.json"
-        listed.write_text(
-            json.dumps(
-                [
-                    {"root": str(t.root), "warm": str(t.warm), "cold": str(t.cold or ""), "programs": list(t.programs)}
-                    for t in targets
-                ]
-            )
-        )
+        rows = [
+            {
+                "root": str(target.root),
+                "warm": str(target.warm),
+                "cold": str(target.cold or ""),
+                "programs": list(target.programs),
+                "ancestors": target.ancestors,
+            }
+            for target in targets
+        ]
+        listed.write_text(json.dumps(rows))
         command = [binary("holdfast-reader"), "load", listed, self._log, "--kinds", ",".join(kinds)]
         command += ["--ops-per-second", ops_per_second, "--seed", seed]
         with self._stderr.open("wb") as errors:

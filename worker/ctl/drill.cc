@@ -250,7 +250,7 @@ std::vector<LayerInfo> ChooseLayers(std::vector<LayerInfo> layers, size_t limit)
   return layers;
 }
 
-absl::StatusOr<DrillReport> RunDrill(ControlClient* client, const std::string& socket_path,
+absl::StatusOr<DrillReport> RunDrill(std::unique_ptr<ControlClient> client, const std::string& socket_path,
                                      const std::function<void(const DrillReport&)>& on_begin,
                                      const std::function<void(const DrillCase&)>& on_case) {
   HF_ASSIGN_OR_RETURN(const SupervisorStatus status, client->Status());
@@ -266,6 +266,7 @@ absl::StatusOr<DrillReport> RunDrill(ControlClient* client, const std::string& s
     return Unimplemented("the running worker is older than this command: `holdfastctl upgrade` first");
   }
   HF_ASSIGN_OR_RETURN(const std::vector<MountInfo> mounts, client->Mounts());
+  client.reset();
   HF_RETURN_IF_ERROR(RequireRoom(status.state_dir, layers));
 
   // Nothing is made before the signals are caught, and they are caught until nothing is left.

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -32,11 +33,11 @@ struct DrillReport {
 // The layers to copy: cached ones, the most complete first, small ones before large ones; at most `limit`.
 std::vector<LayerInfo> ChooseLayers(std::vector<LayerInfo> layers, size_t limit);
 
-// `client` talks to the node's supervisor on `socket_path`. `on_case` is called as each case ends. Returns an
-// error when nothing could be proven, and leaves nothing behind in any case, also when SIGINT, SIGTERM or
-// SIGHUP ends it: then it cleans up and leaves the process with exit code 1. Call it before the process has
-// other threads.
-absl::StatusOr<DrillReport> RunDrill(ControlClient* client, const std::string& socket_path,
+// `client` talks to the node's supervisor on `socket_path`; it is given up, for a thread has one client at a
+// time. `on_case` is called as each case ends. Returns an error when nothing could be proven, and leaves
+// nothing behind in any case, also when SIGINT, SIGTERM or SIGHUP ends it: then it cleans up and leaves the
+// process with exit code 1. Call it before the process has other threads.
+absl::StatusOr<DrillReport> RunDrill(std::unique_ptr<ControlClient> client, const std::string& socket_path,
                                      const std::function<void(const DrillReport&)>& on_begin,
                                      const std::function<void(const DrillCase&)>& on_case);
 

@@ -172,7 +172,7 @@ int Session::Drill() {
   auto one_case = [&](const DrillCase& one) {
     if (!options_.json) std::cout << DrillCaseText(one) << std::flush;
   };
-  absl::StatusOr<DrillReport> report = RunDrill(client_.get(), options_.socket, begin, one_case);
+  absl::StatusOr<DrillReport> report = RunDrill(std::move(client_), options_.socket, begin, one_case);
   if (!report.ok()) {
     const absl::Status& status = report.status();
     return Fail(status, status.code() == absl::StatusCode::kNotFound

@@ -4,6 +4,7 @@
 #include <sys/types.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -32,6 +33,9 @@ class UniqueFd {
  private:
   int fd_ = -1;
 };
+
+// Closed when nobody uses it any more.
+using SharedFd = std::shared_ptr<UniqueFd>;
 
 absl::StatusOr<UniqueFd> OpenFile(const std::string& path, int flags, mode_t mode = 0600);
 absl::StatusOr<UniqueFd> DupFd(int fd);

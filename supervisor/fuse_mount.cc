@@ -40,15 +40,15 @@ absl::StatusOr<UniqueFd> OpenMountPoint(int state_fd, const std::string& state_d
 }
 
 // Answers INIT. The kernel has applied the answer when write() returns.
-absl::Status AnswerInit(const InitOptions& options, FuseMount* mount) {
+absl::Status AnswerInit(int device, const InitOptions& options, FuseInit* init) {
   std::string buffer(FUSE_MIN_READ_BUFFER, '\0');
   ssize_t size = -1;
-  while ((size = read(mount->device.get(), buffer.data(), buffer.size())) < 0 && errno == EINTR) continue;
+  while ((size = read(device, buffer.data(), buffer.size())) < 0 && errno == EINTR) continue;
   if (size < 0) return ErrnoStatus(errno, "reading FUSE_INIT");
   buffer.resize(static_cast<size_t>(size));
-  HF_ASSIGN_OR_RETURN(mount->init_reply, BuildInitReply(buffer, options));
-  mount->init_request = std::move(buffer);
-  if (write(mount->device.get(), mount->init_reply.data(), mount->init_reply.size()) < 0) {
+  HF_ASSIGN_OR_RETURN(init->reply, BuildInitReply(buffer, options));
+  init->request = std::move(buffer);
+  if (write(device, init->reply.data(), init->reply.size()) < 0) {
     return ErrnoStatus(errno, "answering FUSE_INIT");
   }
   return absl::OkStatus();
@@ -66,10 +66,10 @@ absl::Status SetReadAhead(const std::string& path, uint32_t kib) {
   return NotFound("the mount " + path);
 }
 
-absl::Status SetUp(const InitOptions& options, const std::string& path, FuseMount* mount) {
-  HF_RETURN_IF_ERROR(AnswerInit(options, mount));
-  int flags = fcntl(mount->device.get(), F_GETFL);
-  if (fcntl(mount->device.get(), F_SETFL, flags | O_NONBLOCK) != 0) return ErrnoStatus(errno, "O_NONBLOCK");
+absl::Status SetUp(int device, const InitOptions& options, const std::string& path, FuseInit* init) {
+  HF_RETURN_IF_ERROR(AnswerInit(device, options, init));
+  int flags = fcntl(device, F_GETFL);
+  if (fcntl(device, F_SETFL, flags | O_NONBLOCK) != 0) return ErrnoStatus(errno, "O_NONBLOCK");
   // Only speed depends on it: a sandbox with a read-only /sys still works.
   if (options.read_ahead_kib != 0) SetReadAhead(path, options.read_ahead_kib).IgnoreError();
   return absl::OkStatus();
@@ -77,13 +77,13 @@ absl::Status SetUp(const InitOptions& options, const std::string& path, FuseMoun
 
 }  // namespace
 
-absl::StatusOr<FuseMount> MountFuse(int state_fd, const std::string& state_dir, const std::string& path,
-                                    const InitOptions& options) {
+absl::StatusOr<UniqueFd> OpenFuseDevice() { return OpenFile("/dev/fuse", O_RDWR); }
+
+absl::StatusOr<FuseInit> MountFuse(int device, int state_fd, const std::string& state_dir,
+                                   const std::string& path, const InitOptions& options) {
   HF_ASSIGN_OR_RETURN(UniqueFd point, OpenMountPoint(state_fd, state_dir, path));
-  FuseMount mount;
-  HF_ASSIGN_OR_RETURN(mount.device, OpenFile("/dev/fuse", O_RDWR));
-  std::string data = "fd=" + std::to_string(mount.device.get()) +
-                     ",rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions";
+  std::string data =
+      "fd=" + std::to_string(device) + ",rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions";
   // By descriptor: nobody can swap the folder between the check and the mount.
   std::string target = "/proc/self/fd/" + std::to_string(point.get());
   // Not MS_NOSUID, not MS_NOEXEC: it holds container images. MS_RDONLY also keeps reads from invalidating
@@ -91,12 +91,13 @@ absl::StatusOr<FuseMount> MountFuse(int state_fd, const std::string& state_dir, 
   if (::mount("holdfast", target.c_str(), kFuseType, MS_RDONLY | MS_NODEV, data.c_str()) != 0) {
     return ErrnoStatus(errno, "mount on " + path);
   }
-  absl::Status status = SetUp(options, path, &mount);
+  FuseInit init;
+  absl::Status status = SetUp(device, options, path, &init);
   if (!status.ok()) {
     umount2(path.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW);
     return Annotate(status, "mount on " + path);
   }
-  return mount;
+  return init;
 }
 
 absl::StatusOr<std::string> BuildInitReply(std::string_view request, const InitOptions& options) {
@@ -146,11 +147,11 @@ absl::StatusOr<bool> UnmountFuse(const std::string& path, int device) {
   return poll(&state, 1, 0) == 1 && (state.revents & POLLERR) != 0;
 }
 
-absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir) {
+absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir, const std::set<std::string>& keep) {
   HF_ASSIGN_OR_RETURN(std::vector<MountInfo> mounts, ReadMountInfo());
   size_t removed = 0;
   for (auto it = mounts.rbegin(); it != mounts.rend(); ++it) {
-    if (it->type != kFuseType || !IsUnder(it->path, state_dir)) continue;
+    if (it->type != kFuseType || !IsUnder(it->path, state_dir) || keep.count(it->path) != 0) continue;
     if (umount2(it->path.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW) != 0) {
       return ErrnoStatus(errno, "umount of the stale mount " + it->path);
     }

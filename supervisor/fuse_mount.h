@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <set>
 #include <string>
 #include <string_view>
 
@@ -21,16 +22,18 @@ struct InitOptions {
   uint32_t max_stack_depth = 0, read_ahead_kib = 0, max_readahead = 0;
 };
 
-struct FuseMount {
-  UniqueFd device;           // O_NONBLOCK
-  std::string init_request;  // as the kernel sent it
-  std::string init_reply;    // as it was answered; both with their headers
+// What the kernel and the supervisor said to each other; both with their headers.
+struct FuseInit {
+  std::string request, reply;
 };
 
-// Mounts on the folder `path`, which lies under `state_dir` (open as `state_fd`) without crossing a symbolic
-// link or a mount point, and answers FUSE_INIT. On an error nothing is left mounted.
-absl::StatusOr<FuseMount> MountFuse(int state_fd, const std::string& state_dir, const std::string& path,
-                                    const InitOptions& options);
+absl::StatusOr<UniqueFd> OpenFuseDevice();
+
+// Mounts `device`, a fresh one, which then is O_NONBLOCK, on the folder `path`, which lies under `state_dir`
+// (open as `state_fd`) without crossing a symbolic link or a mount point, and answers FUSE_INIT. On an error
+// nothing is left mounted.
+absl::StatusOr<FuseInit> MountFuse(int device, int state_fd, const std::string& state_dir,
+                                   const std::string& path, const InitOptions& options);
 
 // The answer to `request`, with the wanted flags the kernel offered. InvalidArgument when it is no FUSE_INIT.
 absl::StatusOr<std::string> BuildInitReply(std::string_view request, const InitOptions& options);
@@ -38,7 +41,9 @@ absl::StatusOr<std::string> BuildInitReply(std::string_view request, const InitO
 // Takes the mount out of the file tree. True: it is gone; false: something (an overlay) still uses it.
 absl::StatusOr<bool> UnmountFuse(const std::string& path, int device);
 
-// Lazily unmounts what a dead predecessor left under `state_dir`, untouched otherwise. Returns how many.
-absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir);
+// Lazily unmounts what a dead predecessor left under `state_dir`, but not the mounts on `keep`. Returns how
+// many.
+absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir,
+                                         const std::set<std::string>& keep = {});
 
 }  // namespace holdfast::supervisor

@@ -70,25 +70,25 @@ class TestMount {
     EXPECT_TRUE(MakeDirs(path()).ok());
     auto state = OpenFile(dir_.path(), O_PATH | O_DIRECTORY);
     constexpr uint64_t kIoctlDir = 1u << 11;  // FUSE_HAS_IOCTL_DIR
-    auto mount = MountFuse(state->get(), dir_.path(), path(), {.flags = kIoctlDir});
+    device_ = OpenFuseDevice().value_or(UniqueFd());
+    auto mount = MountFuse(device_.get(), state->get(), dir_.path(), path(), {.flags = kIoctlDir});
     EXPECT_TRUE(mount.ok()) << mount.status();
-    if (mount.ok()) mount_ = std::move(*mount);
   }
   ~TestMount() { End(); }
   void End() {
     stop_ = true;
     umount2(path().c_str(), MNT_DETACH);
     if (thread_.joinable()) thread_.join();
-    mount_.device.Reset();  // the last descriptor: whoever waits gets an error
+    device_.Reset();  // the last descriptor: whoever waits gets an error
   }
-  int device() const { return mount_.device.get(); }
+  int device() const { return device_.get(); }
   std::string path() const { return dir_.path() + "/mnt"; }
   // Answers OPENDIR, GETATTR, and the live probe with `generation` (0: with ENOTTY).
   void Serve(uint64_t generation) {
     thread_ = std::thread([this, generation] {
       while (!stop_) {
         char buffer[65536];
-        ssize_t got = read(mount_.device.get(), buffer, sizeof(buffer));
+        ssize_t got = read(device_.get(), buffer, sizeof(buffer));
         if (got > 0) Answer(buffer, generation);
         if (got < 0) usleep(500);
       }
@@ -122,11 +122,11 @@ class TestMount {
     }
     header.len += static_cast<uint32_t>(body.size());
     body.insert(0, reinterpret_cast<const char*>(&header), sizeof(header));
-    EXPECT_EQ(write(mount_.device.get(), body.data(), body.size()), static_cast<ssize_t>(body.size()));
+    EXPECT_EQ(write(device_.get(), body.data(), body.size()), static_cast<ssize_t>(body.size()));
   }
 
   TempDir dir_;
-  FuseMount mount_;
+  UniqueFd device_;
   std::atomic<bool> stop_{false};
   std::thread thread_;
 };

@@ -2,6 +2,7 @@
 #include <kj/async-io.h>
 #include <kj/async-unix.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <string.h>
 #include <systemd/sd-daemon.h>
 #include <unistd.h>
@@ -25,9 +26,11 @@ namespace {
 
 constexpr uint64_t kMountIdBlock = 1'000;
 constexpr uint64_t kGenerationBlock = 100;
+constexpr int kFlushMillis = 2'000;
 
 // Everything that must be in order before the first worker is started.
-absl::StatusOr<Resources> Prepare(const Options& options) {
+absl::StatusOr<Resources> Prepare(const Options& options, FdStore* store, FaultPoints* faults,
+                                  StoredFds fds) {
   HF_ASSIGN_OR_RETURN(UniqueFd state_dir, OpenFile(options.state_dir, O_PATH | O_DIRECTORY));
   std::string folder = options.state_dir + "/supervisor";
   HF_RETURN_IF_ERROR(MakeDirs(folder));
@@ -37,28 +40,58 @@ absl::StatusOr<Resources> Prepare(const Options& options) {
   auto kept = ReadFile(options.state_dir + "/" + kLastGoodFile);
   auto last_good = kept.ok() ? OpenExecutable(options.state_dir, kept->substr(0, kept->find('\n'))) : nullptr;
   HF_ASSIGN_OR_RETURN(UniqueFd program, OpenFile("/proc/self/exe", O_RDONLY));
-  HF_ASSIGN_OR_RETURN(UniqueFd listener, ListenUnix(options.snapshotter_socket));
+  std::vector<LivingWorker> living = ReadLivingWorkers(WorkersPath(options.state_dir));
+  SharedFd listener;  // else it comes back with the rest
+  if (living.empty() && fds.empty()) {
+    HF_ASSIGN_OR_RETURN(UniqueFd fresh, ListenUnix(options.snapshotter_socket));
+    listener = std::make_shared<UniqueFd>(std::move(fresh));
+  }
   std::vector<std::string> warnings = MachineWarnings();
   for (const std::string& text : warnings) LOG(WARNING) << "event=machine_warning text=" << LogValue(text);
-  return Resources{std::move(state_dir),  std::move(listener),  std::move(mount_ids), std::move(generations),
-                   std::move(executable), std::move(last_good), std::move(program),   std::move(warnings)};
+  return Resources{std::move(state_dir),   std::move(listener),   std::move(mount_ids),
+                   std::move(generations), std::move(executable), std::move(last_good),
+                   std::move(program),     std::move(warnings),   store,
+                   std::move(fds),         std::move(living),     faults};
 }
 
-[[noreturn]] void ServeUntilStopped(const Options& options, Resources resources, UniqueFd control) {
+// The control socket, from the service manager if it kept it: then no client was ever refused.
+absl::StatusOr<SharedFd> ControlListener(const Options& options, FdStore* store, StoredFds* fds) {
+  auto kept = fds->extract(kControlFd);
+  if (!kept.empty() && IsListeningOn(kept.mapped().front().get(), options.control_socket)) {
+    return std::make_shared<UniqueFd>(std::move(kept.mapped().front()));
+  }
+  store->Remove(kControlFd);
+  HF_ASSIGN_OR_RETURN(UniqueFd fresh, ListenUnix(options.control_socket));
+  auto listener = std::make_shared<UniqueFd>(std::move(fresh));
+  store->Push(kControlFd, {listener});
+  return listener;
+}
+
+// The next supervisor goes on from what is saved already: worker, mounts and sockets stay as they are.
+[[noreturn]] void LeaveToNext(FdStore* store) {
+  LOG(INFO) << "event=left_to_next";
+  sd_notify(0, "STOPPING=1");
+  store->Flush(kFlushMillis);
+  _exit(0);
+}
+
+[[noreturn]] void ServeUntilStopped(const Options& options, Resources resources, SharedFd control) {
   kj::UnixEventPort::captureSignal(SIGTERM);
   kj::UnixEventPort::captureSignal(SIGINT);
   signal(SIGPIPE, SIG_IGN);
   signal(SIGHUP, SIG_IGN);  // of the terminal it was started in
   auto io = kj::setupAsyncIo();
+  FdStore* store = resources.store;
   Supervisor supervisor(options, std::move(resources), &io);
   using Flags = kj::LowLevelAsyncIoProvider::Flags;
-  auto listener = io.lowLevelProvider->wrapListenSocketFd(
-      control.Release(), Flags::TAKE_OWNERSHIP | Flags::ALREADY_CLOEXEC | Flags::ALREADY_NONBLOCK);
+  auto listener = io.lowLevelProvider->wrapListenSocketFd(control->get(),
+                                                          Flags::ALREADY_CLOEXEC | Flags::ALREADY_NONBLOCK);
   auto serving = ServeControl(&supervisor, listener.get()).eagerlyEvaluate([](kj::Exception&& exception) {
     LOG(ERROR) << "event=control_ended error=" << LogValue(exception.getDescription().cStr());
   });
-  auto signalled = io.unixEventPort.onSignal(SIGTERM).exclusiveJoin(io.unixEventPort.onSignal(SIGINT));
-  auto told = signalled.then([&](siginfo_t info) {
+  auto left = io.unixEventPort.onSignal(SIGTERM).then([&](siginfo_t) { LeaveToNext(store); });
+  left = left.eagerlyEvaluate(nullptr);
+  auto told = io.unixEventPort.onSignal(SIGINT).then([&](siginfo_t info) {
     sd_notify(0, "STOPPING=1");
     supervisor.Stop(strsignal(info.si_signo));
   });
@@ -76,10 +109,14 @@ absl::StatusOr<Resources> Prepare(const Options& options) {
 absl::Status Run(Options options) {
   HF_RETURN_IF_ERROR(PrepareProcess());
   HF_ASSIGN_OR_RETURN(UniqueFd lock, PrepareFolders(&options));
-  HF_ASSIGN_OR_RETURN(Resources resources, Prepare(options));
-  HF_ASSIGN_OR_RETURN(UniqueFd control, ListenUnix(options.control_socket));
-  HF_ASSIGN_OR_RETURN(size_t stale, RemoveStaleMounts(options.state_dir));
-  if (stale != 0) LOG(WARNING) << "event=stale_mounts_removed count=" << stale;
+  StoredFds fds = TakeStoredFds();
+  SystemdFdStore store(fds);
+  FaultPoints faults;
+  const char* armed = getenv("HOLDFAST_SUPERVISOR_FAULTS");
+  if (armed != nullptr) HF_RETURN_IF_ERROR(faults.Parse(armed));
+  HF_ASSIGN_OR_RETURN(SharedFd control, ControlListener(options, &store, &fds));
+  HF_ASSIGN_OR_RETURN(Resources resources,
+                      Prepare(options, &store, armed != nullptr ? &faults : nullptr, std::move(fds)));
   LOG(INFO) << "event=start build=" << LogValue(kBuild) << " state=" << LogValue(options.state_dir)
             << " snapshotter=" << LogValue(options.snapshotter_socket)
             << " control=" << LogValue(options.control_socket);

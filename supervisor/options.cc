@@ -84,8 +84,9 @@ Usage: holdfast-supervisor [options] [-- worker arguments...]
 
 What follows -- goes to every worker, e.g. -- --config /etc/holdfast/config.toml
 
-The worker can be killed or upgraded (holdfastctl upgrade) while containers read. Stopping the supervisor with SIGTERM ends
-it in good order; containers whose layers it still holds lose them, so drain the node first. `holdfastctl status` shows all.
+The worker can be killed or upgraded (holdfastctl upgrade) while containers read. SIGTERM ends the supervisor alone: worker
+and mounts stay for the next one (that is how it is upgraded). SIGINT ends everything in good order; containers whose layers
+it still holds lose them, so drain the node first. `holdfastctl status` shows all.
 Exit codes: 0 stopped in good order, 1 failed (one line on standard error says why), 2 wrong usage.
 )";
 

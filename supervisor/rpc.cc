@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -90,6 +91,7 @@ class SupervisorServer final : public schema::Supervisor::Server {
     Mount* mount = supervisor_.vault().Find(params.getMountId());
     KJ_REQUIRE(mount != nullptr, "no such mount", params.getMountId());
     mount->blob = String(params.getBlob());
+    supervisor_.vault().Save(*mount);
     return kj::READY_NOW;
   }
 
@@ -136,7 +138,9 @@ kj::Maybe<schema::Progress::Client> ProgressOf(Params params) {
 
 class ControlServer final : public schema::Control::Server {
  public:
-  explicit ControlServer(Supervisor* supervisor) : supervisor_(*supervisor) {}
+  // *worker: set to the generation of the worker whose connection this becomes.
+  ControlServer(Supervisor* supervisor, std::shared_ptr<uint64_t> worker)
+      : supervisor_(*supervisor), worker_(std::move(worker)) {}
 
   kj::Promise<void> status(StatusContext context) override {
     supervisor_.FillStatus(context.getResults().initStatus());
@@ -197,8 +201,24 @@ class ControlServer final : public schema::Control::Server {
     KJ_FAIL_REQUIRE("no worker runs");
   }
 
+  kj::Promise<void> reattach(ReattachContext context) override {
+    KJ_REQUIRE(context.getParams().hasState(), "a worker brings the state that it was given");
+    auto state = context.getParams().getState();
+    auto fd = state.getFd();
+    return fd.then([this, context, state = kj::mv(state)](kj::Maybe<int> file) mutable {
+      auto params = context.getParams();
+      supervisor_.Reattach(params.getGeneration(), params.getHello(), params.getWorker(), params.getAdmin(),
+                           file.orDefault(-1), params.getHoldsMetadata());
+      *worker_ = params.getGeneration();
+      auto results = context.getResults();
+      results.setSupervisor(MakeSupervisorServer(&supervisor_, *worker_).castAs<schema::Supervisor>());
+      results.setVaultId(Bytes(supervisor_.vault_id()));
+    });
+  }
+
  private:
   Supervisor& supervisor_;
+  const std::shared_ptr<uint64_t> worker_;
 };
 
 void FillSteps(const std::vector<SwapStep>& steps, capnp::List<schema::SwapStep>::Builder out) {
@@ -214,13 +234,40 @@ bool PeerIsRoot(kj::AsyncIoStream& stream) {
   return false;
 }
 
-kj::Promise<void> AcceptControl(kj::ConnectionReceiver& listener, capnp::TwoPartyServer& server) {
-  return listener.accept().then([&](kj::Own<kj::AsyncIoStream>&& stream) {
-    // With a limit of 0 Cap'n Proto would not send descriptors either, and the ledgers are descriptors.
-    if (PeerIsRoot(*stream)) server.accept(stream.downcast<kj::AsyncCapabilityStream>(), 1);
-    return AcceptControl(listener, server);
+// One client of the control socket: holdfastctl, or a worker that outlived its supervisor. It may send and
+// receive as many descriptors a message as the kernel allows.
+kj::Promise<void> ServeClient(Supervisor* supervisor, kj::Own<kj::AsyncCapabilityStream> stream) {
+  constexpr unsigned kMaxFds = 253;
+  auto worker = std::make_shared<uint64_t>(0);
+  schema::Control::Client control = kj::heap<ControlServer>(supervisor, worker);
+  auto connection =
+      kj::heap<capnp::TwoPartyClient>(*stream, kMaxFds, kj::mv(control), capnp::rpc::twoparty::Side::SERVER);
+  auto ended = connection->onDisconnect().catch_([](kj::Exception&&) {}).then([supervisor, worker] {
+    if (*worker != 0) supervisor->ConnectionLost(*worker);
   });
+  return ended.attach(kj::mv(connection)).attach(kj::mv(stream));
 }
+
+class Clients final : private kj::TaskSet::ErrorHandler {
+ public:
+  explicit Clients(Supervisor* supervisor) : supervisor_(supervisor), tasks_(*this) {}
+
+  kj::Promise<void> Accept(kj::ConnectionReceiver& listener) {
+    return listener.accept().then([this, &listener](kj::Own<kj::AsyncIoStream>&& stream) {
+      if (PeerIsRoot(*stream)) {
+        tasks_.add(ServeClient(supervisor_, stream.downcast<kj::AsyncCapabilityStream>()));
+      }
+      return Accept(listener);
+    });
+  }
+
+ private:
+  void taskFailed(kj::Exception&& exception) override {
+    LOG(ERROR) << "event=client_failed error=" << LogValue(exception.getDescription().cStr());
+  }
+  Supervisor* const supervisor_;
+  kj::TaskSet tasks_;
+};
 
 }  // namespace
 
@@ -275,9 +322,9 @@ void FillPipes(const Ledger& ledger, capnp::List<schema::PipePair>::Builder out)
 }
 
 kj::Promise<void> ServeControl(Supervisor* supervisor, kj::ConnectionReceiver* listener) {
-  auto server = kj::heap<capnp::TwoPartyServer>(schema::Control::Client(kj::heap<ControlServer>(supervisor)));
-  auto loop = AcceptControl(*listener, *server);
-  return loop.attach(kj::mv(server));
+  auto clients = kj::heap<Clients>(supervisor);
+  auto loop = clients->Accept(*listener);
+  return loop.attach(kj::mv(clients));
 }
 
 const char* Supervisor::Role(const WorkerProcess& worker) const {
@@ -308,10 +355,14 @@ void Supervisor::FillStatus(schema::Status::Builder status) const {
     status.setProbationSeconds(1 + (probation_ends_boot_nanos_ - clock_->BootNanos()) / kNanosPerSecond);
   FillSteps(upgrade_busy_ ? steps_ : std::vector<SwapStep>(),
             status.initInProgress(static_cast<unsigned>(upgrade_busy_ ? steps_.size() : 0)));
+  status.setSupervisorRestarts(restarts_);
+  status.setStateSource(state_source_.c_str());
+  status.setFdStore(store_->enabled());
   FillSwap(status.initLastSwap());
   status.setMountsLive(vault_.Count(MountState::kLive));
   status.setMountsDetached(vault_.Count(MountState::kDetached));
   std::vector<std::string> warnings = warnings_;
+  if (auto warning = store_->Warning()) warnings.push_back(*warning);
   auto workers = status.initWorkers(static_cast<unsigned>(workers_.size()));
   unsigned i = 0;
   for (const auto& [generation, worker] : workers_) {

@@ -22,10 +22,11 @@ namespace {
 constexpr unsigned kMaxIncomingFds = 16;
 constexpr uint64_t kMountingPollMillis = 5;
 constexpr uint64_t kGonePollMillis = 1'000;
+constexpr int kStoreMillis = 1'000;  // a busy service manager delays a mount this long, not longer
 
 constexpr uint64_t kNeeded = schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER;
 constexpr uint64_t kVerifiable = schema::CAP_PREPARE | schema::CAP_TRIAL;
-constexpr uint64_t kOurs = kNeeded | kVerifiable | schema::CAP_HEALTH;
+constexpr uint64_t kOurs = kNeeded | kVerifiable | schema::CAP_HEALTH | schema::CAP_REATTACH;
 
 // Steps of a swap as people see them; null: not one of its own.
 const char* StepName(Phase phase) {
@@ -76,11 +77,16 @@ Supervisor::Supervisor(const Options& options, Resources resources, kj::AsyncIoC
       io_(io),
       timer_(io->provider->getTimer()),
       state_dir_(std::move(resources.state_dir)),
-      snapshot_listener_(std::make_shared<UniqueFd>(std::move(resources.snapshot_listener))),
+      snapshot_listener_(std::move(resources.snapshot_listener)),
       warnings_(std::move(resources.warnings)),
       vault_id_(RandomBytes(16)),
       started_wall_nanos_(clock_->WallNanos()),
-      vault_(std::move(resources.mount_ids)),
+      store_(resources.store),
+      faults_(resources.faults),
+      journal_(store_),
+      takeover_(std::make_unique<Takeover>()),
+      vault_(std::move(resources.mount_ids), &journal_),
+      ledgers_(&journal_),
       generations_(std::move(resources.generations)),
       running_(std::move(resources.executable)),
       last_good_(std::move(resources.last_good)),
@@ -88,6 +94,9 @@ Supervisor::Supervisor(const Options& options, Resources resources, kj::AsyncIoC
       checks_(state_dir_.get(), options_.state_dir, &vault_, &helpers_),
       tasks_(*this) {
   state_.probation = last_good_ != nullptr && last_good_->sha256 != running_->sha256;
+  takeover_->fds = std::move(resources.fds);
+  takeover_->living = std::move(resources.living);
+  for (const auto& [name, fds] : takeover_->fds) takeover_->kept.insert(name);
 }
 
 void Supervisor::taskFailed(kj::Exception&& exception) {
@@ -101,9 +110,12 @@ void Supervisor::Ignore(kj::Promise<void> promise) {
 kj::Promise<void> Supervisor::Run() {
   auto pair = kj::newPromiseAndFulfiller<void>();
   stopped_ = kj::mv(pair.fulfiller);
-  tasks_.add(WatchMounts());
-  if (options_.hang_limit_ms != 0) tasks_.add(WatchWorker());
-  Dispatch({.type = EventType::kStart});
+  auto recovered = [this] {
+    tasks_.add(WatchMounts());
+    if (options_.hang_limit_ms != 0) tasks_.add(WatchWorker());
+  };
+  tasks_.add(Recover().then(kj::mv(recovered),
+                            [this](kj::Exception&& exception) { stopped_->reject(kj::mv(exception)); }));
   return kj::mv(pair.promise);
 }
 
@@ -132,8 +144,13 @@ void Supervisor::Apply(const Event& event) {
     result.state.next_generation = 0;  // it is spent
   Phase before = std::exchange(state_, std::move(result.state)).phase;
   AdoptRunningBinary();
+  SaveMachine();
+  if (before != state_.phase) {
+    PassFault(faults_, "supervisor.phase." + std::string(PhaseName(state_.phase))).IgnoreError();
+  }
   if (upgrade_busy_ && before != state_.phase) NotePhase(before, state_.phase);
   for (const Action& action : result.actions) Do(action);
+  SaveMachine();  // what the actions counted
 }
 
 // A dead worker is replaced by the binary that served last.
@@ -262,6 +279,10 @@ void Supervisor::SpawnWorker(Generation generation, Binary binary) {
     HF_ASSIGN_OR_RETURN(WorkerChild child, Spawn(*worker->executable, options_.worker_args, worker->token));
     worker->pid = child.process.pid;
     worker->pidfd = std::move(child.process.pidfd);
+    worker->start_ticks = ProcessStartTicks(worker->pid).value_or(0);
+    // Before it is given anything: it cannot register before we are back on the loop.
+    SaveWorker(*worker);
+    StoreWorker(*worker);
     Connect(worker.get(), std::move(child.socket));
     return absl::OkStatus();
   }();
@@ -283,11 +304,16 @@ void Supervisor::Connect(WorkerProcess* worker, UniqueFd socket) {
   worker->connection = kj::heap<capnp::TwoPartyClient>(*worker->stream, kMaxIncomingFds,
                                                        MakeSupervisorServer(this, generation),
                                                        capnp::rpc::twoparty::Side::SERVER);
-  worker->exit_observer = kj::heap<kj::UnixEventPort::FdObserver>(
-      io_->unixEventPort, worker->pidfd.get(), kj::UnixEventPort::FdObserver::OBSERVE_READ);
-  tasks_.add(worker->exit_observer->whenBecomesReadable().then([this, generation] { OnExit(generation); }));
+  WatchExit(worker);
   auto ended = worker->connection->onDisconnect().catch_([](kj::Exception&&) {});
   tasks_.add(ended.then([this, generation] { OnDisconnected(generation); }));
+}
+
+void Supervisor::WatchExit(WorkerProcess* worker) {
+  worker->exit_observer = kj::heap<kj::UnixEventPort::FdObserver>(
+      io_->unixEventPort, worker->pidfd.get(), kj::UnixEventPort::FdObserver::OBSERVE_READ);
+  Generation generation = worker->generation;
+  tasks_.add(worker->exit_observer->whenBecomesReadable().then([this, generation] { OnExit(generation); }));
 }
 
 void Supervisor::CallWorker(const Action& action) {
@@ -309,6 +335,7 @@ void Supervisor::CallWorker(const Action& action) {
   }
   if (call == Call::kServe) swap_.carried_over = ledgers_.CountUnanswered(generation);
   worker->retired |= call == Call::kRetire;
+  if (call == Call::kRetire) SaveWorker(*worker);
   auto too_long = [this, generation] { KillWorker(generation); };  // nothing if it exited
   if (worker->retired)
     tasks_.add(timer_.afterDelay(kRetireLimitSeconds * kj::SECONDS).then(kj::mv(too_long)));
@@ -414,6 +441,7 @@ void Supervisor::KillWorker(Generation generation) {
   WorkerProcess* worker = Find(generation);
   if (worker == nullptr || worker->killed || worker->exited) return;
   worker->killed = true;
+  SaveWorker(*worker);
   if (worker->dead_since_boot_nanos == 0) worker->dead_since_boot_nanos = clock_->BootNanos();
   syscall(SYS_pidfd_send_signal, worker->pidfd.get(), SIGKILL, nullptr, 0);
   LOG(INFO) << "event=killed generation=" << generation << " pid=" << worker->pid;
@@ -462,6 +490,8 @@ void Supervisor::OnExit(Generation generation) {
   LOG(INFO) << "event=exited generation=" << generation << " pid=" << worker->pid
             << " how=" << LogValue(reason);
   ledgers_.OwnerExited(generation);
+  journal_.ForgetWorker(generation);
+  SaveLivingWorkers();
   // Not in this callback: it belongs to what is destroyed.
   tasks_.add(kj::evalLater([this, generation] { workers_.erase(generation); }));
   Dispatch({.type = EventType::kExited, .generation = generation, .reason = reason});
@@ -503,6 +533,10 @@ void Supervisor::Register(Generation generation, schema::Hello::Reader hello,
   worker->admin = kj::mv(admin);
   worker->build = hello.getBuild().cStr();
   worker->capabilities = common;
+  SaveWorker(*worker);
+  SaveLivingWorkers();
+  if (SharedFd state = journal_.ReadOnlyState()) welcome.setState(MakeDescriptor(std::move(state)));
+  welcome.setControlSocket(options_.control_socket.c_str());
   welcome.setCapabilities(common);
   welcome.setGeneration(generation);
   welcome.setVaultId(kj::arrayPtr(reinterpret_cast<const kj::byte*>(vault_id_.data()), vault_id_.size()));
@@ -611,11 +645,19 @@ void Supervisor::RequireOwner(Generation caller) const {
 kj::Promise<const Mount*> Supervisor::MountLayer(Generation caller, std::string path, InitOptions options,
                                                  std::string blob) {
   RequireOwner(caller);
-  auto id = vault_.Allocate(path, std::move(blob), caller);
+  auto opened = OpenFuseDevice();
+  if (!opened.ok()) Throw(opened.status());
+  auto device = std::make_shared<UniqueFd>(std::move(*opened));
+  auto id = vault_.Allocate(path, std::move(blob), caller, device);
   if (!id.ok()) Throw(id.status());
-  using Result = absl::StatusOr<FuseMount>;
-  auto mounted = Offload<Result>([fd = state_dir_.get(), state_dir = options_.state_dir, path, options] {
-    return MountFuse(fd, state_dir, path, options);
+  using Result = absl::StatusOr<FuseInit>;
+  auto mounted = Offload<Result>([this, name = FdName(FdKind::kMount, *id), device, path, options] {
+    store_->Push(name, {device});
+    if (!store_->Flush(kStoreMillis)) LOG(WARNING) << "event=fd_store_slow name=" << name;
+    PassFault(faults_, "supervisor.before_mount").IgnoreError();
+    auto result = MountFuse(device->get(), state_dir_.get(), options_.state_dir, path, options);
+    PassFault(faults_, "supervisor.after_mount").IgnoreError();
+    return result;
   });
   return Keep(mounted.then([this, id = *id](kj::Own<Result>&& r) { return FinishMount(id, std::move(*r)); }));
 }
@@ -646,7 +688,7 @@ kj::Promise<const Mount*> Supervisor::MountPrivate(const std::string& name, Init
   });
 }
 
-const Mount* Supervisor::FinishMount(uint64_t id, absl::StatusOr<FuseMount> result) {
+const Mount* Supervisor::FinishMount(uint64_t id, absl::StatusOr<FuseInit> result) {
   Mount* mount = vault_.Find(id);
   LOG(INFO) << "event=mount mount=" << id << " path=" << LogValue(mount->path)
             << " generation=" << mount->caller << " result=" << LogValue(result.status().ToString());
@@ -655,32 +697,41 @@ const Mount* Supervisor::FinishMount(uint64_t id, absl::StatusOr<FuseMount> resu
     Throw(result.status());
   }
   mount->state = MountState::kLive;
-  mount->device = std::make_shared<UniqueFd>(std::move(result->device));
-  mount->init_request = std::move(result->init_request);
-  mount->init_reply = std::move(result->init_reply);
+  mount->init_request = std::move(result->request);
+  mount->init_reply = std::move(result->reply);
+  vault_.Save(*mount);
   return mount;
 }
 
 kj::Promise<MountState> Supervisor::UnmountLayer(Generation caller, uint64_t mount_id) {
   RequireOwner(caller);
-  const Mount* mount = vault_.Find(mount_id);
+  Mount* mount = vault_.Find(mount_id);
   KJ_REQUIRE(mount != nullptr, "no such mount", mount_id);
   KJ_REQUIRE(mount->state != MountState::kMounting, "still being mounted", mount_id);
   // Not again: the path may be another mount's by now.
   if (mount->state == MountState::kDetached) return MountState::kDetached;
+  mount->unmounting = true;
+  vault_.Save(*mount);
   using Result = absl::StatusOr<bool>;
-  auto unmounted = Offload<Result>(
-      [path = mount->path, device = mount->device] { return UnmountFuse(path, device->get()); });
+  auto unmounted = Offload<Result>([this, path = mount->path, device = mount->device] {
+    PassFault(faults_, "supervisor.before_unmount").IgnoreError();
+    auto result = UnmountFuse(path, device->get());
+    PassFault(faults_, "supervisor.after_unmount").IgnoreError();
+    return result;
+  });
   return Keep(
       unmounted.then([this, mount_id](kj::Own<Result>&& gone) { return FinishUnmount(mount_id, *gone); }));
 }
 
 MountState Supervisor::FinishUnmount(uint64_t id, const absl::StatusOr<bool>& gone) {
-  if (!gone.ok()) Throw(gone.status());
   Mount* mount = vault_.Find(id);
   if (mount == nullptr) return MountState::kGone;
+  mount->unmounting = false;
+  if (gone.ok() && !*gone) mount->state = MountState::kDetached;
+  if (!gone.ok() || !*gone) vault_.Save(*mount);
+  if (!gone.ok()) Throw(gone.status());
   LOG(INFO) << "event=unmount mount=" << id << " path=" << LogValue(mount->path) << " in_use=" << !*gone;
-  if (!*gone) return mount->state = MountState::kDetached;
+  if (!*gone) return MountState::kDetached;
   vault_.Forget(id);
   NotifyGone({id});
   return MountState::kGone;

@@ -10,11 +10,16 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "common/clock.h"
+#include "common/fault.h"
+#include "common/fd_store.h"
+#include "common/id_file.h"
 #include "common/io.h"
 #include "schema/control.capnp.h"
 #include "schema/handover.capnp.h"
@@ -23,7 +28,9 @@
 #include "supervisor/hang_monitor.h"
 #include "supervisor/offload.h"
 #include "supervisor/options.h"
+#include "supervisor/recovery.h"
 #include "supervisor/spawner.h"
+#include "supervisor/state_journal.h"
 #include "supervisor/swap_checks.h"
 #include "supervisor/vault.h"
 
@@ -50,6 +57,7 @@ struct WorkerProcess {
   std::shared_ptr<const Executable> executable;
   std::string token;  // hexadecimal
   pid_t pid = 0;
+  uint64_t start_ticks = 0;
   UniqueFd pidfd;
   kj::Own<kj::UnixEventPort::FdObserver> exit_observer;
   kj::Own<kj::AsyncCapabilityStream> stream;
@@ -88,12 +96,30 @@ struct Swap {
 
 // What main has prepared.
 struct Resources {
-  UniqueFd state_dir, snapshot_listener;
+  UniqueFd state_dir;
+  SharedFd snapshot_listener;  // null: a living worker may bring it
   IdFile mount_ids, generations;
-  std::shared_ptr<const Executable> executable;
-  std::shared_ptr<const Executable> last_good;  // null: none is known yet
-  UniqueFd program;                             // our own executable, for helper processes
+  std::shared_ptr<const Executable> executable;  // of the command line
+  std::shared_ptr<const Executable> last_good;   // null: none is known yet
+  UniqueFd program;                              // our own executable, for helper processes
   std::vector<std::string> warnings;
+  FdStore* store;                    // outlives the supervisor
+  StoredFds fds;                     // what the service manager kept
+  std::vector<LivingWorker> living;  // of an earlier supervisor
+  FaultPoints* faults;               // may be null
+};
+
+// While the state of an earlier supervisor is being taken over (recovery.cc).
+struct Takeover {
+  SavedState state;
+  StoredFds fds;
+  std::set<std::string> kept;              // names that the service manager has already
+  std::vector<LivingWorker> living;        // of the workers' file
+  bool adopted = false;                    // `state` is valid
+  Generation owner = 0;                    // who is to go on; 0: nobody
+  Generation source = 0;                   // a worker that can hand out descriptors; 0: none
+  bool holds_metadata = false;             // the owner says so
+  std::optional<std::set<uint64_t>> held;  // mounts that the owner was given; unknown if it could not say
 };
 
 class Supervisor final : private kj::TaskSet::ErrorHandler {
@@ -110,6 +136,12 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   // For the RPC servers. They throw kj::Exception on bad requests.
   void Register(Generation generation, schema::Hello::Reader hello, schema::Worker::Client worker,
                 capnp::Capability::Client admin, schema::Welcome::Builder welcome);
+  // A worker of an earlier supervisor. `state`: what it was given, or -1. Throws when it is not wanted.
+  void Reattach(Generation generation, schema::Hello::Reader hello, schema::Worker::Client worker,
+                capnp::Capability::Client admin, int state, bool holds_metadata);
+  // The connection of a worker that came by Reattach() is gone.
+  void ConnectionLost(Generation generation) { OnDisconnected(generation); }
+  const std::string& vault_id() const { return vault_id_; }
   kj::Promise<const Mount*> MountLayer(Generation caller, std::string path, InitOptions options,
                                        std::string blob);
   // For holdfastctl, on a private instance: a mount drill/<name>, served by the running worker at once.
@@ -128,6 +160,34 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
 
  private:
   void taskFailed(kj::Exception&& exception) override;
+
+  // recovery.cc
+  kj::Promise<void> Recover();
+  absl::Status AdoptState(DurableMap map, const char* source, Generation bringer);
+  absl::Status AdoptBroughtState(Generation generation, pid_t pid, const std::string& token, int state);
+  void StateUnusable(const absl::Status& why);
+  void AdoptWorkers();
+  std::shared_ptr<const Executable> KeptExecutable(const std::string& sha256) const;
+  void KillOthers(Generation spared);
+  bool WaitsForWorker();
+  kj::Promise<void> WaitForWorker(uint64_t deadline_boot_nanos);
+  kj::Promise<void> FetchDescriptors();
+  kj::Promise<void> FetchMounts(schema::Worker::Client worker, uint64_t after,
+                                std::shared_ptr<std::set<uint64_t>> held);
+  kj::Promise<void> FetchLedgers(schema::Worker::Client worker, uint64_t after);
+  kj::Promise<void> TakeFd(schema::Descriptor::Client descriptor, std::string name);
+  kj::Promise<void> RestoreVault();
+  void RestoreLedgers();
+  absl::Status OpenSnapshotListener();
+  void EndTakeover();
+  void StartFresh();
+  void PushAll(const Takeover& takeover);
+  // What the next supervisor must know.
+  void StoreWorker(const WorkerProcess& worker);
+  void SaveMachine();
+  void SaveWorker(const WorkerProcess& worker);
+  void SaveLivingWorkers();
+  void WatchExit(WorkerProcess* worker);
 
   // The machine's events and actions.
   void Dispatch(Event event);
@@ -170,7 +230,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   }
 
   // Mounts.
-  const Mount* FinishMount(uint64_t id, absl::StatusOr<FuseMount> result);
+  const Mount* FinishMount(uint64_t id, absl::StatusOr<FuseInit> result);
   MountState FinishUnmount(uint64_t id, const absl::StatusOr<bool>& gone);
   void RequireOwner(Generation caller) const;
   kj::Promise<void> WatchMounts();
@@ -190,10 +250,16 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   kj::Timer& timer_;
   const Clock* const clock_ = Clock::Real();
   const UniqueFd state_dir_;
-  const SharedFd snapshot_listener_;
-  const std::vector<std::string> warnings_;
+  SharedFd snapshot_listener_;
+  std::vector<std::string> warnings_;
   std::string vault_id_;  // content stored under another one is verified before use
   const int64_t started_wall_nanos_;
+  FdStore* const store_;
+  FaultPoints* const faults_;
+  StateJournal journal_;
+  std::unique_ptr<Takeover> takeover_;  // null once it is over
+  std::string state_source_ = "new";
+  uint64_t restarts_ = 0;
 
   Vault vault_;
   LedgerStore ledgers_;

@@ -291,7 +291,7 @@ TEST(SupervisorTest, AnUnusedLayerIsGoneAtOnceAndItsIdIsNeverUsedAgain) {
   MountView second = harness.Mount("a");
   EXPECT_GT(second.id, first.id);
   harness.Unmount(second.id);
-  EXPECT_EQ(harness.Stop(SIGTERM), 0);
+  EXPECT_EQ(harness.Stop(SIGINT), 0);
   harness.Start();
   EXPECT_GT(harness.Mount("a").id, second.id);
 }
@@ -397,9 +397,10 @@ TEST(SupervisorTest, BadArgumentsAndWorkersGiveOneClearLine) {
   EXPECT_EQ(std::count(output.begin(), output.end(), '\n'), 1) << output;
 }
 
-TEST(SupervisorTest, MountsOfADeadPredecessorAreRemovedAtTheStart) {
+TEST(SupervisorTest, MountsOfADeadPredecessorWhoseWorkerCannotComeBackAreRemovedAtTheStart) {
   Harness harness;
-  harness.Start();
+  harness.Start({}, "no-reattach");
+  harness.WaitPhase("running");
   MountView mount = harness.Mount("a");
   harness.Stop(SIGKILL);
   EXPECT_TRUE(IsMounted(mount.path));
@@ -408,12 +409,12 @@ TEST(SupervisorTest, MountsOfADeadPredecessorAreRemovedAtTheStart) {
   EXPECT_EQ(harness.Mount("a").path, mount.path);
 }
 
-TEST(SupervisorTest, SigtermUnmountsEndsTheWorkerAndRemovesTheSockets) {
+TEST(SupervisorTest, SigintUnmountsEndsTheWorkerAndRemovesTheSockets) {
   Harness harness;
   harness.Start();
   MountView mount = harness.Mount("a");
   pid_t worker = harness.Status().Worker("owner").pid;
-  EXPECT_EQ(harness.Stop(SIGTERM), 0);
+  EXPECT_EQ(harness.Stop(SIGINT), 0);
   EXPECT_FALSE(IsMounted(mount.path));
   EXPECT_FALSE(PathExists(harness.control_socket()));
   EXPECT_FALSE(PathExists(harness.snapshotter_socket()));

@@ -115,12 +115,15 @@ kj::Promise<size_t> SwapChecks::WalkCanaries(schema::Worker::Client candidate) {
     for (Canary& canary : *canaries) {
       canary.made = MakeDirs(canary.mount.path);
       if (!canary.made.ok()) continue;
-      auto made = MountFuse(fd, state_dir, canary.mount.path, canary.options);
+      auto device = OpenFuseDevice();
+      canary.made = device.status();
+      if (!device.ok()) continue;
+      auto made = MountFuse(device->get(), fd, state_dir, canary.mount.path, canary.options);
       canary.made = made.status();
       if (!made.ok()) continue;
-      canary.mount.device = std::make_shared<UniqueFd>(std::move(made->device));
-      canary.mount.init_request = std::move(made->init_request);
-      canary.mount.init_reply = std::move(made->init_reply);
+      canary.mount.device = std::make_shared<UniqueFd>(std::move(*device));
+      canary.mount.init_request = std::move(made->request);
+      canary.mount.init_reply = std::move(made->reply);
     }
     return 0;
   });

@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -45,15 +46,29 @@ void FillHeader(hf_ledger_header* header, uint64_t generation) {
 
 }  // namespace
 
-absl::StatusOr<uint64_t> Vault::Allocate(const std::string& path, std::string blob, uint64_t caller) {
+absl::StatusOr<uint64_t> Vault::Allocate(const std::string& path, std::string blob, uint64_t caller,
+                                         SharedFd device) {
   for (const auto& [id, mount] : mounts_) {
     if (mount.path == path && mount.state != MountState::kDetached) {
       return AlreadyExists(path + " is mounted already, id " + std::to_string(id));
     }
   }
   HF_ASSIGN_OR_RETURN(uint64_t id, ids_.Next());
-  mounts_[id] = {.id = id, .path = path, .blob = std::move(blob), .caller = caller};
+  mounts_[id] = {
+      .id = id, .path = path, .blob = std::move(blob), .caller = caller, .device = std::move(device)};
+  Save(mounts_[id]);
   return id;
+}
+
+void Vault::Restore(Mount mount) { mounts_[mount.id] = std::move(mount); }
+
+void Vault::Save(const Mount& mount) {
+  if (recorder_ != nullptr) recorder_->SaveMount(mount);
+}
+
+void Vault::Forget(uint64_t id) {
+  mounts_.erase(id);
+  if (recorder_ != nullptr) recorder_->ForgetMount(id);
 }
 
 Mount* Vault::Find(uint64_t id) {
@@ -96,8 +111,14 @@ std::vector<uint64_t> Vault::Readable() const { return Polled(POLLIN, POLLIN); }
 
 std::vector<uint64_t> Vault::TakeGone() {
   std::vector<uint64_t> gone = Polled(0, POLLERR | POLLNVAL);
-  for (uint64_t id : gone) mounts_.erase(id);
+  for (uint64_t id : gone) Forget(id);
   return gone;
+}
+
+absl::StatusOr<std::unique_ptr<Ledger>> Ledger::Map(uint64_t generation, SharedFd memory) {
+  void* base = mmap(nullptr, HF_LEDGER_TOTAL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, memory->get(), 0);
+  if (base == MAP_FAILED) return ErrnoStatus(errno, "mapping a ledger");
+  return std::unique_ptr<Ledger>(new Ledger(generation, std::move(memory), static_cast<char*>(base)));
 }
 
 absl::StatusOr<std::unique_ptr<Ledger>> Ledger::Create(uint64_t generation) {
@@ -107,15 +128,50 @@ absl::StatusOr<std::unique_ptr<Ledger>> Ledger::Create(uint64_t generation) {
   if (fcntl(memory->get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
     return ErrnoStatus(errno, "sealing a ledger");
   }
-  void* base = mmap(nullptr, HF_LEDGER_TOTAL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, memory->get(), 0);
-  if (base == MAP_FAILED) return ErrnoStatus(errno, "mapping a ledger");
-  std::unique_ptr<Ledger> ledger(new Ledger(generation, std::move(memory), static_cast<char*>(base)));
-  FillHeader(static_cast<hf_ledger_header*>(base), generation);
+  HF_ASSIGN_OR_RETURN(std::unique_ptr<Ledger> ledger, Map(generation, std::move(memory)));
+  FillHeader(reinterpret_cast<hf_ledger_header*>(ledger->base_), generation);
   for (uint32_t i = 0; i < HF_LEDGER_SLOTS; ++i) {
     HF_ASSIGN_OR_RETURN(Pipe pipe, MakePipe());
     ledger->pipes_.push_back(std::move(pipe));
   }
   return ledger;
+}
+
+absl::StatusOr<std::unique_ptr<Ledger>> Ledger::Restore(uint64_t generation, UniqueFd memory,
+                                                        const std::vector<uint64_t>& pipe_inodes,
+                                                        std::vector<UniqueFd> pipe_ends) {
+  struct stat info;
+  int seals = fcntl(memory.get(), F_GET_SEALS);
+  if (fstat(memory.get(), &info) != 0 || info.st_size != HF_LEDGER_TOTAL_SIZE || seals < 0 ||
+      (seals & F_SEAL_SHRINK) == 0) {
+    return DataLoss("it is no ledger");
+  }
+  HF_ASSIGN_OR_RETURN(std::unique_ptr<Ledger> ledger,
+                      Map(generation, std::make_shared<UniqueFd>(std::move(memory))));
+  if (pipe_inodes.size() != HF_LEDGER_SLOTS) return DataLoss("it is not known which pipes belong to it");
+  ledger->pipes_.resize(HF_LEDGER_SLOTS);
+  for (UniqueFd& end : pipe_ends) {
+    if (fstat(end.get(), &info) != 0 || !S_ISFIFO(info.st_mode)) continue;
+    auto slot = std::find(pipe_inodes.begin(), pipe_inodes.end(), info.st_ino);
+    if (slot == pipe_inodes.end()) continue;
+    Pipe& pipe = ledger->pipes_[static_cast<size_t>(slot - pipe_inodes.begin())];
+    bool read_end = (fcntl(end.get(), F_GETFL) & O_ACCMODE) == O_RDONLY;
+    (read_end ? pipe.read_end : pipe.write_end) = std::make_shared<UniqueFd>(std::move(end));
+  }
+  for (const Pipe& pipe : ledger->pipes_) {
+    if (pipe.read_end == nullptr || pipe.write_end == nullptr) return DataLoss("a request pipe is missing");
+  }
+  return ledger;
+}
+
+std::vector<uint64_t> Ledger::PipeInodes() const {
+  std::vector<uint64_t> inodes;
+  for (const Pipe& pipe : pipes_) {
+    struct stat info {};
+    fstat(pipe.read_end->get(), &info);
+    inodes.push_back(info.st_ino);
+  }
+  return inodes;
 }
 
 Ledger::~Ledger() { munmap(base_, HF_LEDGER_TOTAL_SIZE); }
@@ -182,7 +238,20 @@ uint64_t Ledger::Counter(size_t offset) const { return Load<uint64_t>(base_ + of
 
 absl::StatusOr<Ledger*> LedgerStore::Create(uint64_t generation) {
   HF_ASSIGN_OR_RETURN(auto ledger, Ledger::Create(generation));
+  if (recorder_ != nullptr) recorder_->SaveLedger(*ledger, true);
   return (ledgers_[generation] = std::move(ledger)).get();
+}
+
+void LedgerStore::Restore(std::unique_ptr<Ledger> ledger) {
+  uint64_t generation = ledger->generation();
+  bool needed = !ledger->owner_exited || ledger->CountUnanswered() != 0;
+  ledgers_[generation] = std::move(ledger);
+  if (!needed) Drop(generation);
+}
+
+void LedgerStore::Drop(uint64_t generation) {
+  ledgers_.erase(generation);
+  if (recorder_ != nullptr) recorder_->ForgetLedger(generation);
 }
 
 Ledger* LedgerStore::Find(uint64_t generation) const {
@@ -201,16 +270,23 @@ std::vector<Ledger*> LedgerStore::Page(uint64_t after, uint64_t except, size_t l
   return page;
 }
 
+std::vector<const Ledger*> LedgerStore::all() const {
+  std::vector<const Ledger*> ledgers;
+  for (const auto& [generation, ledger] : ledgers_) ledgers.push_back(ledger.get());
+  return ledgers;
+}
+
 void LedgerStore::OwnerExited(uint64_t generation) {
   Ledger* ledger = Find(generation);
   if (ledger == nullptr) return;
   ledger->owner_exited = true;
-  if (ledger->CountUnanswered() == 0) ledgers_.erase(generation);
+  if (ledger->CountUnanswered() == 0) return Drop(generation);
+  if (recorder_ != nullptr) recorder_->SaveLedger(*ledger, false);
 }
 
 void LedgerStore::Drained(uint64_t generation) {
   Ledger* ledger = Find(generation);
-  if (ledger != nullptr && ledger->owner_exited) ledgers_.erase(generation);
+  if (ledger != nullptr && ledger->owner_exited) Drop(generation);
 }
 
 uint64_t LedgerStore::CountUnanswered(uint64_t except) const {

@@ -20,30 +20,47 @@
 
 namespace holdfast::supervisor {
 
-using SharedFd = std::shared_ptr<UniqueFd>;
-
 enum class MountState { kMounting, kLive, kDetached, kGone };
 
 struct Mount {
   uint64_t id = 0;
   MountState state = MountState::kMounting;
   std::string path{}, blob{};
-  uint64_t caller = 0;  // generation that asked for it
+  uint64_t caller = 0;      // generation that asked for it
+  bool unmounting = false;  // umount(2) is about to be called
   SharedFd device{};
   std::string init_request{}, init_reply{};
 };
 
+class Ledger;
+
+// Is told what the next supervisor must know. Intents before the action: an entry that is being mounted, one
+// that is about to be unmounted.
+class VaultRecorder {
+ public:
+  virtual ~VaultRecorder() = default;
+  virtual void SaveMount(const Mount& mount) = 0;
+  virtual void ForgetMount(uint64_t mount_id) = 0;
+  virtual void SaveLedger(const Ledger& ledger, bool is_new) = 0;
+  virtual void ForgetLedger(uint64_t generation) = 0;
+};
+
 class Vault {
  public:
-  explicit Vault(IdFile ids) : ids_(std::move(ids)) {}
+  explicit Vault(IdFile ids, VaultRecorder* recorder = nullptr) : ids_(std::move(ids)), recorder_(recorder) {}
 
   // A new entry in state mounting. AlreadyExists while another mounting or live entry has the path.
-  absl::StatusOr<uint64_t> Allocate(const std::string& path, std::string blob, uint64_t caller);
+  absl::StatusOr<uint64_t> Allocate(const std::string& path, std::string blob, uint64_t caller,
+                                    SharedFd device = nullptr);
+  // An entry of an earlier supervisor; is not recorded again.
+  void Restore(Mount mount);
   // An id for a mount that is not kept here.
   absl::StatusOr<uint64_t> NextId() { return ids_.Next(); }
   // Null when unknown (never existed, or gone). Valid until the next change.
   Mount* Find(uint64_t id);
-  void Forget(uint64_t id) { mounts_.erase(id); }
+  // After a change of an entry.
+  void Save(const Mount& mount);
+  void Forget(uint64_t id);
   const std::map<uint64_t, Mount>& all() const { return mounts_; }
   // Live and detached entries with id > after, in order; *more says whether there are others.
   std::vector<const Mount*> Page(uint64_t after, size_t limit, bool* more) const;
@@ -57,6 +74,7 @@ class Vault {
   // The entries whose descriptor polls one of `wanted`. No epoll: it would be woken by every request.
   std::vector<uint64_t> Polled(short events, short wanted) const;
   IdFile ids_;
+  VaultRecorder* const recorder_;
   std::map<uint64_t, Mount> mounts_;
 };
 
@@ -66,6 +84,11 @@ struct Pipe {
 class Ledger {
  public:
   static absl::StatusOr<std::unique_ptr<Ledger>> Create(uint64_t generation);
+  // One of an earlier supervisor. DataLoss when `memory` is no ledger, or could be truncated under us, or a
+  // pipe is missing. `pipe_inodes`: one a slot, in order; `pipe_ends`: both ends of all, in any order.
+  static absl::StatusOr<std::unique_ptr<Ledger>> Restore(uint64_t generation, UniqueFd memory,
+                                                         const std::vector<uint64_t>& pipe_inodes,
+                                                         std::vector<UniqueFd> pipe_ends);
   ~Ledger();
   Ledger(const Ledger&) = delete;
   Ledger& operator=(const Ledger&) = delete;
@@ -73,6 +96,7 @@ class Ledger {
   uint64_t generation() const { return generation_; }
   const SharedFd& memory() const { return memory_; }
   const std::vector<Pipe>& pipes() const { return pipes_; }  // one a slot, O_NONBLOCK
+  std::vector<uint64_t> PipeInodes() const;
 
   // Requests that a successor would have to answer now.
   uint64_t CountUnanswered() const;
@@ -91,6 +115,7 @@ class Ledger {
  private:
   Ledger(uint64_t generation, SharedFd memory, char* base)
       : generation_(generation), memory_(std::move(memory)), base_(base) {}
+  static absl::StatusOr<std::unique_ptr<Ledger>> Map(uint64_t generation, SharedFd memory);
   bool SlotIsUnanswered(uint32_t index) const;
   uint64_t Counter(size_t offset) const;
   uint32_t RecordsUsed() const;
@@ -105,17 +130,25 @@ class Ledger {
 
 class LedgerStore {
  public:
+  explicit LedgerStore(VaultRecorder* recorder = nullptr) : recorder_(recorder) {}
+
   absl::StatusOr<Ledger*> Create(uint64_t generation);
+  // One of an earlier supervisor; is not recorded again, but dropped at once if nobody needs it.
+  void Restore(std::unique_ptr<Ledger> ledger);
   Ledger* Find(uint64_t generation) const;  // null when unknown or dropped
   // With generation > after, but not `except`, in order; at most `limit`.
   std::vector<Ledger*> Page(uint64_t after, uint64_t except, size_t limit, bool* more) const;
 
+  std::vector<const Ledger*> all() const;
   void OwnerExited(uint64_t generation);
   // A worker says that nothing unanswered is left. Not final before the owner's exit is proven.
   void Drained(uint64_t generation);
   uint64_t CountUnanswered(uint64_t except) const;
 
  private:
+  void Drop(uint64_t generation);
+
+  VaultRecorder* const recorder_;
   std::map<uint64_t, std::unique_ptr<Ledger>> ledgers_;
 };
 

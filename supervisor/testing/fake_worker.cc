@@ -17,6 +17,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -31,6 +32,7 @@
 
 #include "common/clock.h"
 #include "common/io.h"
+#include "schema/control.capnp.h"
 #include "schema/handover.capnp.h"
 #include "schema/ledger.h"
 #include "schema/probe.h"
@@ -60,6 +62,7 @@ std::atomic_ref<uint32_t> Word(void* address) {
 
 struct LedgerMap {
   char* base = nullptr;
+  UniqueFd memory;
   std::vector<std::pair<UniqueFd, UniqueFd>> pipes;
   hf_ledger_header* header() { return reinterpret_cast<hf_ledger_header*>(base); }
   hf_slot* slot(uint32_t i) {
@@ -71,11 +74,12 @@ struct LedgerMap {
   }
 };
 
-LedgerMap MapLedger(int memory) {
+LedgerMap MapLedger(UniqueFd memory) {
   LedgerMap map;
-  void* base = mmap(nullptr, HF_LEDGER_TOTAL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
+  void* base = mmap(nullptr, HF_LEDGER_TOTAL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, memory.get(), 0);
   if (base == MAP_FAILED) _exit(97);
   map.base = static_cast<char*>(base);
+  map.memory = std::move(memory);
   return map;
 }
 
@@ -118,6 +122,11 @@ class Server {
     return blobs_;
   }
   uint64_t adopted() const { return adopted_; }
+  std::map<uint64_t, std::shared_ptr<UniqueFd>> devices() {
+    std::lock_guard lock(mutex_);
+    return devices_;
+  }
+  LedgerMap& own() { return own_; }
 
   // Answers what is left in a ledger.
   void Adopt(LedgerMap& ledger) {
@@ -298,6 +307,25 @@ std::string Text(capnp::Data::Reader data) {
   return std::string(reinterpret_cast<const char*>(data.begin()), data.size());
 }
 
+// Carries one descriptor.
+class FdServer final : public schema::Descriptor::Server {
+ public:
+  explicit FdServer(UniqueFd fd) : fd_(std::move(fd)) {}
+  kj::Maybe<int> getFd() override { return fd_.get(); }
+
+ private:
+  UniqueFd fd_;
+};
+
+schema::Descriptor::Client MakeFd(int fd) { return kj::heap<FdServer>(Dup(fd)); }
+
+struct Connection {
+  Connection(kj::Own<kj::AsyncCapabilityStream> s) : stream(kj::mv(s)), client(*stream, 253) {}
+  kj::Own<kj::AsyncCapabilityStream> stream;
+  capnp::TwoPartyClient client;
+  kj::Promise<void> lost = nullptr;
+};
+
 // What the RPC objects share; main thread only.
 struct Context {
   std::string mode = OwnMode();
@@ -314,6 +342,11 @@ struct Context {
   std::vector<uint64_t> ledgers_seen;
   std::vector<std::string> calls;  // that the test wants to know of
   uint32_t pages = 0;
+  uint64_t capabilities = 0;
+  std::string token, control_socket;
+  UniqueFd state;  // of the supervisor, for its successor
+  kj::AsyncIoContext* io = nullptr;
+  std::vector<kj::Own<Connection>> connections;  // the last one is in use
 
   schema::Supervisor::Client& link() { return KJ_ASSERT_NONNULL(supervisor); }
 };
@@ -378,7 +411,7 @@ kj::Promise<void> WalkLedgers(Context& c, uint64_t after) {
           c.ledgers_seen.push_back(last);
           LedgerMap* ledger = &c.old_ledgers[last];
           promises.add(TakeFd(entry.getLedger())
-                           .then([ledger](UniqueFd memory) { *ledger = MapLedger(memory.get()); })
+                           .then([ledger](UniqueFd memory) { *ledger = MapLedger(std::move(memory)); })
                            .then([entry, ledger]() { return TakePipes(entry.getRequestPipes(), ledger); })
                            .then([&c, ledger, last] {
                              c.server->Adopt(*ledger);
@@ -523,11 +556,56 @@ class WorkerServer final : public schema::Worker::Server {
     if (c_.mode == "fail-distrust") KJ_FAIL_REQUIRE("the kernel does not listen");
     std::string what = "distrust " + std::to_string(params.getGeneration()) + " vault id " +
                        std::to_string(params.getVaultId().size());
+    if (!params.hasTouched()) {
+      c_.calls.push_back(what + " unknown");
+      return kj::READY_NOW;
+    }
     return TakeFd(params.getTouched()).then([this, what](UniqueFd fd) {
       hf_touched_header header{};
       if (pread(fd.get(), &header, sizeof(header), 0) != sizeof(header)) _exit(93);
       c_.calls.push_back(what + (header.count != 0 ? " touched" : " untouched"));
     });
+  }
+  kj::Promise<void> heldMounts(HeldMountsContext context) override {
+    auto devices = c_.server->devices();
+    std::vector<std::pair<uint64_t, int>> page;
+    bool more = false;
+    for (auto it = devices.upper_bound(context.getParams().getAfter()); it != devices.end(); ++it) {
+      if ((more = page.size() == 200)) break;
+      page.emplace_back(it->first, it->second->get());
+    }
+    auto out = context.getResults().initMounts(static_cast<unsigned>(page.size()));
+    for (unsigned i = 0; i < page.size(); ++i) {
+      out[i].setMountId(page[i].first);
+      out[i].setDevice(MakeFd(page[i].second));
+    }
+    context.getResults().setMore(more);
+    return kj::READY_NOW;
+  }
+  kj::Promise<void> heldLedgers(HeldLedgersContext context) override {
+    std::vector<std::pair<uint64_t, LedgerMap*>> all;
+    for (auto& [generation, ledger] : c_.old_ledgers) all.emplace_back(generation, &ledger);
+    all.emplace_back(c_.generation, &c_.server->own());
+    std::sort(all.begin(), all.end());
+    uint64_t after = context.getParams().getAfter();
+    all.erase(std::remove_if(all.begin(), all.end(), [&](auto& entry) { return entry.first <= after; }),
+              all.end());
+    context.getResults().setMore(all.size() > 7);
+    auto out = context.getResults().initLedgers(static_cast<unsigned>(std::min<size_t>(all.size(), 7)));
+    for (unsigned i = 0; i < out.size(); ++i) {
+      out[i].setGeneration(all[i].first);
+      out[i].setLedger(MakeFd(all[i].second->memory.get()));
+      auto pipes = out[i].initRequestPipes(static_cast<unsigned>(all[i].second->pipes.size()));
+      for (unsigned p = 0; p < pipes.size(); ++p) {
+        pipes[p].setReadEnd(MakeFd(all[i].second->pipes[p].first.get()));
+        pipes[p].setWriteEnd(MakeFd(all[i].second->pipes[p].second.get()));
+      }
+    }
+    return kj::READY_NOW;
+  }
+  kj::Promise<void> heldListener(HeldListenerContext context) override {
+    context.getResults().setSnapshotListener(MakeFd(c_.listener.get()));
+    return kj::READY_NOW;
   }
   kj::Promise<void> mountsGone(MountsGoneContext context) override {
     for (uint64_t id : context.getParams().getMountIds()) {
@@ -618,6 +696,59 @@ class AdminServer final : public FakeAdmin::Server {
   Context& c_;
 };
 
+void FillHello(const Context& c, const std::string& token, schema::Hello::Builder hello) {
+  uint64_t capabilities = schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER;
+  if (c.mode != "no-reattach") capabilities |= schema::CAP_REATTACH;
+  if (c.mode != "old") capabilities |= schema::CAP_PREPARE | schema::CAP_TRIAL | schema::CAP_HEALTH;
+  capabilities |= schema::CAP_NEVER_SUPPORTED;
+  hello.setCapabilities(capabilities);
+  hello.setBuild("fake " + c.mode);
+  hello.setToken(kj::arrayPtr(reinterpret_cast<const kj::byte*>(token.data()), token.size()));
+  hello.setPid(static_cast<uint32_t>(getpid()));
+}
+
+// The supervisor is gone: serves on, and tries until the next one takes it. One that does not want it ends
+// it.
+kj::Promise<void> Reattach(Context& c) {
+  if ((c.capabilities & schema::CAP_REATTACH) == 0) _exit(5);
+  if (c.mode == "never-reattach") return kj::NEVER_DONE;
+  kj::Promise<void> again = c.timer->afterDelay(2 * kj::MILLISECONDS).then([&c] { return Reattach(c); });
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  strncpy(address.sun_path, c.control_socket.c_str(), sizeof(address.sun_path) - 1);
+  UniqueFd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  if (connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) return again;
+  auto connection = kj::heap<Connection>(
+      c.io->lowLevelProvider->wrapUnixSocketFd(fd.Release(), kj::LowLevelAsyncIoProvider::TAKE_OWNERSHIP));
+  Connection* current = connection.get();
+  c.connections.push_back(kj::mv(connection));
+  auto request = current->client.bootstrap().castAs<schema::Control>().reattachRequest();
+  FillHello(c, c.mode == "reattach-wrong-token" ? "guess" : c.token, request.initHello());
+  request.setWorker(kj::heap<WorkerServer>(&c));
+  request.setAdmin(kj::heap<AdminServer>(&c));
+  request.setState(MakeFd(c.state.get()));
+  request.setGeneration(c.generation);
+  request.setHoldsMetadata(c.metadata.valid());
+  return request.send().then(
+      [&c, current](capnp::Response<schema::Control::ReattachResults>&& response) -> kj::Promise<void> {
+        c.supervisor = response.getSupervisor();
+        current->lost = current->client.onDisconnect()
+                            .catch_([](kj::Exception&&) {})
+                            .then([&c] { return Reattach(c); })
+                            .eagerlyEvaluate(nullptr);
+        return kj::READY_NOW;
+      },
+      [&c](kj::Exception&& exception) -> kj::Promise<void> {
+        if (exception.getType() == kj::Exception::Type::DISCONNECTED) {
+          return c.timer->afterDelay(2 * kj::MILLISECONDS).then([&c] { return Reattach(c); });
+        }
+        // Not wanted: what containers use is served on, everything else is given up.
+        c.metadata.Reset();
+        c.listener.Reset();
+        return kj::READY_NOW;
+      });
+}
+
 void NoteInherited() {
   DIR* folder = opendir("/proc/self/fd");
   while (dirent* entry = readdir(folder)) {
@@ -632,31 +763,33 @@ int Run() {
   if (c.mode == "exit") return 3;
   auto io = kj::setupAsyncIo();
   c.timer = &io.provider->getTimer();
-  auto stream = io.lowLevelProvider->wrapUnixSocketFd(3, kj::LowLevelAsyncIoProvider::TAKE_OWNERSHIP);
-  capnp::TwoPartyClient client(*stream, 253);
-  auto lost = client.onDisconnect().then([] { _exit(5); }).eagerlyEvaluate(nullptr);
+  c.io = &io;
+  c.connections.push_back(kj::heap<Connection>(
+      io.lowLevelProvider->wrapUnixSocketFd(3, kj::LowLevelAsyncIoProvider::TAKE_OWNERSHIP)));
+  capnp::TwoPartyClient& client = c.connections.back()->client;
+  auto lost = client.onDisconnect()
+                  .catch_([](kj::Exception&&) {})
+                  .then([&c] { return Reattach(c); })
+                  .eagerlyEvaluate(nullptr);
   if (c.mode == "silent") kj::Promise<void>(kj::NEVER_DONE).wait(io.waitScope);
   c.supervisor = client.bootstrap().castAs<schema::Supervisor>();
   auto request = c.link().registerRequest();
   const char* token = getenv("HOLDFAST_TOKEN");
   if (token == nullptr) return 98;
-  std::string secret = c.mode == "wrong-token" ? "guess" : token;
-  auto hello = request.initHello();
-  uint64_t verifiable = c.mode == "old" ? 0 : schema::CAP_PREPARE | schema::CAP_TRIAL | schema::CAP_HEALTH;
-  hello.setCapabilities(schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER | verifiable |
-                        schema::CAP_NEVER_SUPPORTED);
-  hello.setBuild("fake " + c.mode);
-  hello.setToken(kj::arrayPtr(reinterpret_cast<const kj::byte*>(secret.data()), secret.size()));
-  hello.setPid(static_cast<uint32_t>(getpid()));
+  c.token = token;
+  FillHello(c, c.mode == "wrong-token" ? "guess" : token, request.initHello());
   request.setWorker(kj::heap<WorkerServer>(&c));
   request.setAdmin(kj::heap<AdminServer>(&c));
   auto result = request.send().wait(io.waitScope);
   auto welcome = result.getWelcome();
   c.generation = welcome.getGeneration();
   c.state_dir = welcome.getStateDir().cStr();
-  LedgerMap own = MapLedger(TakeFd(welcome.getLedger()).wait(io.waitScope).get());
+  LedgerMap own = MapLedger(TakeFd(welcome.getLedger()).wait(io.waitScope));
   TakePipes(welcome.getRequestPipes(), &own).wait(io.waitScope);
   c.listener = TakeFd(welcome.getSnapshotListener()).wait(io.waitScope);
+  c.capabilities = welcome.getCapabilities();
+  c.control_socket = welcome.getControlSocket().cStr();
+  if (welcome.hasState()) c.state = TakeFd(welcome.getState()).wait(io.waitScope);
   c.server = std::make_unique<Server>(std::move(own), c.generation, c.state_dir, c.mode);
   kj::Promise<void>(kj::NEVER_DONE).wait(io.waitScope);
   return 0;

@@ -106,7 +106,8 @@ Harness::~Harness() {
   control_ = nullptr;
   client_ = nullptr;
   stream_ = nullptr;
-  if (pid_ != 0) Stop(SIGTERM);
+  if (pid_ != 0) Stop(SIGINT);
+  ReapOrphans();
   for (pid_t child : Children()) {
     kill(child, SIGKILL);
     Reap(child, 10);
@@ -145,6 +146,8 @@ pid_t Harness::Launch(const std::vector<std::string>& args, int output) {
       dup2(output, 1);
       dup2(output, 2);
     }
+    if (!faults_.empty()) setenv("HOLDFAST_SUPERVISOR_FAULTS", faults_.c_str(), 1);
+    if (manager_ != nullptr) manager_->PrepareChild();
     execv(argv[0], argv.data());
     _exit(127);
   }
@@ -154,12 +157,39 @@ pid_t Harness::Launch(const std::vector<std::string>& args, int output) {
 void Harness::Start(const std::vector<std::string>& extra, const std::string& mode) {
   std::vector<std::string> args = {"--worker", MakeWorker(mode)};
   args.insert(args.end(), extra.begin(), extra.end());
-  std::string log = dir_.path() + "/supervisor.log";
-  UniqueFd file(open(log.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
-  pid_ = Launch(args, getenv("HOLDFAST_TEST_VERBOSE") != nullptr ? -1 : file.get());
-  Connect();
+  args_ = std::move(args);
+  StartAgain();
   if (mode == "good") WaitPhase("running");
 }
+
+void Harness::StartAgain() {
+  if (manager_ != nullptr) manager_->Sync();
+  std::string log = dir_.path() + "/supervisor.log";
+  UniqueFd file(open(log.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
+  pid_ = Launch(args_, getenv("HOLDFAST_TEST_VERBOSE") != nullptr ? -1 : file.get());
+  Connect();
+}
+
+ServiceManager& Harness::UseServiceManager() {
+  manager_ = std::make_unique<ServiceManager>(dir_.path() + "/notify.sock");
+  return *manager_;
+}
+
+bool Harness::LogContains(const std::string& text) const {
+  return ReadFile(dir_.path() + "/supervisor.log").value_or("").find(text) != std::string::npos;
+}
+
+void Harness::ReapOrphans() {
+  for (pid_t child : Children()) {
+    siginfo_t info{};
+    // Whose parent we are from the start is waited for by whoever started it.
+    std::string name = ReadFile("/proc/" + std::to_string(child) + "/comm").value_or("");
+    if (name == "holdfast-superv\n" || name == ReadFile("/proc/self/comm").value_or("")) continue;
+    waitid(P_PID, static_cast<id_t>(child), &info, WEXITED | WNOHANG);
+  }
+}
+
+int Harness::WaitEnd() { return Reap(std::exchange(pid_, 0), 40); }
 
 int Harness::RunToEnd(const std::vector<std::string>& extra, std::string* output) {
   int ends[2];
@@ -228,6 +258,9 @@ StatusView Harness::Status() {
   view.last_good = status.getLastGood().cStr();
   view.spare = status.getSpareState().cStr();
   view.probation_seconds = status.getProbationSeconds();
+  view.state_source = status.getStateSource().cStr();
+  view.fd_store = status.getFdStore();
+  view.restarts = status.getSupervisorRestarts();
   for (auto warning : status.getWarnings()) view.warnings.emplace_back(warning.cStr());
   return view;
 }

@@ -15,6 +15,7 @@
 #include "common/io.h"
 #include "schema/control.capnp.h"
 #include "supervisor/testing/fake_worker.capnp.h"
+#include "supervisor/testing/service_manager.h"
 
 namespace holdfast::supervisor::testing {
 
@@ -31,7 +32,9 @@ struct StepView {
 };
 
 struct StatusView {
-  std::string phase, swap_kind, swap_result, to_build, from_build;
+  std::string phase, swap_kind, swap_result, to_build, from_build, state_source;
+  bool fd_store = false;
+  uint64_t restarts = 0;
   uint64_t crashes = 0, hangs = 0, swaps = 0, live = 0, detached = 0, carried = 0, pause_nanos = 0;
   std::vector<WorkerView> workers;
   std::vector<std::string> warnings;
@@ -73,6 +76,17 @@ class Harness {
   int RunToEnd(const std::vector<std::string>& extra, std::string* output);
   pid_t pid() const { return pid_; }
   int Stop(int signal);  // and waits; the exit code, or -signal
+  int WaitEnd();         // of a supervisor that ends by itself; as Stop
+  // The supervisor is started by a stand-in for systemd, which keeps its descriptors.
+  ServiceManager& UseServiceManager();
+  ServiceManager& manager() { return *manager_; }
+  bool LogContains(const std::string& text) const;  // of all supervisors of this test
+  // HOLDFAST_SUPERVISOR_FAULTS of the supervisors started from now on.
+  void SetFaults(const std::string& faults) { faults_ = faults; }
+  // With the arguments of the last Start(). Does not wait for the worker.
+  void StartAgain();
+  // Ended children, other than the supervisor, that a dead supervisor left behind.
+  static void ReapOrphans();
   void Connect();
 
   StatusView Status();
@@ -111,6 +125,9 @@ class Harness {
   kj::AsyncIoContext io_;
   pid_t pid_ = 0;
   int made_ = 0;
+  std::vector<std::string> args_;
+  std::string faults_;
+  std::unique_ptr<ServiceManager> manager_;
   kj::Own<kj::AsyncCapabilityStream> stream_;
   kj::Own<capnp::TwoPartyClient> client_;
   kj::Maybe<schema::Control::Client> control_;

@@ -55,16 +55,6 @@ bool Alive(pid_t pid) {
   return name_end == std::string::npos || stat.compare(name_end, 3, ") Z") != 0;
 }
 
-// Nobody listens there any more.
-bool Refused(const std::string& socket_path) {
-  UniqueFd probe(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  socket_path.copy(address.sun_path, sizeof address.sun_path - 1);
-  return connect(probe.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) != 0 &&
-         errno == ECONNREFUSED;
-}
-
 pid_t OwnerOf(const ctl::SupervisorStatus& status) {
   for (const ctl::WorkerStatus& worker : status.workers) {
     if (worker.role == "owner") return static_cast<pid_t>(worker.pid);
@@ -177,9 +167,7 @@ pid_t Node::KillSupervisor() {
 }
 
 bool Node::StartAgain() {
-  // As who restarts a service would: not in the instant of the death.
   CHECK_EQ(supervisor_, 0);
-  if (!WaitUntil(10, [this] { return Refused(root() + "/run/snapshotter.sock"); })) return false;
   Spawn();
   return WaitRunning();
 }

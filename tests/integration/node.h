@@ -62,7 +62,7 @@ class Node {
   pid_t WorkerPid() const;  // of the owner; 0 = none
   // SIGKILL to the owner; its pid.
   pid_t KillWorker();
-  // SIGKILL to the supervisor alone; its worker lives on as an orphan. The orphan's pid.
+  // SIGKILL to the supervisor alone; its worker lives on. The worker's pid.
   pid_t KillSupervisor();
   // A new supervisor on the same state and runtime folders, after KillSupervisor. False: it did not come up.
   bool StartAgain();

@@ -64,14 +64,14 @@ class Holdfast:
         command += ["--runtime", self.runtime, "--snapshotter-socket", self.snapshotter_socket]
         command += ["--control-socket", self.control_socket, *self._options]
         command += ["--", "--config", self.config]
-        self._daemon = self._box.daemon(self._name, command, self._env)
+        self._daemon = self._box.daemon(self._name, command, self._env, signal.SIGINT)  # the end of everything
         self._daemon.wait_ready(self._serving, timeout)
 
     def stop(self) -> None:
-        """SIGTERM to the supervisor, which ends the worker and unmounts."""
+        """SIGINT to the supervisor, which ends the worker and unmounts."""
         status = self._daemon.stop(patience=20)
         if status != 0:
-            raise HarnessError(f"the supervisor ended with {status} on SIGTERM")
+            raise HarnessError(f"the supervisor ended with {status} on SIGINT")
 
     def wait_end(self, seconds: float = 10) -> None:
         """After a kill: waits until the supervisor is gone."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -95,8 +96,14 @@ class Instance:
         for log in sorted((self.root / "logs").glob("*.log")):
             print(f"--- {log.name}\n{tail(log, size)}", file=sys.stderr)
 
-    def daemon(self, name: str, command: list[Any], env: dict[str, str] | None = None) -> Daemon:
-        started = Daemon(name, command, self.root, env)
+    def daemon(
+        self,
+        name: str,
+        command: list[Any],
+        env: dict[str, str] | None = None,
+        stop_signal: signal.Signals = signal.SIGTERM,
+    ) -> Daemon:
+        started = Daemon(name, command, self.root, env, stop_signal)
         self._daemons.append(started)
         return started
 

@@ -95,8 +95,16 @@ def kill_group(process: subprocess.Popen[bytes], patience: float = 5) -> None:
 class Daemon:
     """A background program with a log file. Carries the instance's marker in its environment."""
 
-    def __init__(self, name: str, command: Sequence[str | Path], root: Path, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        root: Path,
+        env: dict[str, str] | None = None,
+        stop_signal: signal.Signals = signal.SIGTERM,
+    ):
         self.name = name
+        self._stop_signal = stop_signal
         self.log = root / "logs" / f"{name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
@@ -127,9 +135,9 @@ class Daemon:
             time.sleep(0.03)
 
     def stop(self, patience: float = 15) -> int | None:
-        """SIGTERM, then SIGKILL when `patience` is over. The exit status, or None when it had to be killed."""
+        """The stop signal, then SIGKILL when `patience` is over. The exit status, or None when it had to be killed."""
         if self.running():
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(self._stop_signal)
             try:
                 return self.process.wait(patience)
             except subprocess.TimeoutExpired:

@@ -67,6 +67,7 @@ class Round:
     begin: int  # of the window
     end: int
     reads_stopped: int
+    taken_over: int
     pause_ms: float
     detect_ms: float
     carried_over: int
@@ -109,21 +110,21 @@ class Driver:
         done = self._wait("the end of the swap", "swap", begun.at)
         if done.fields["result"] != "done":
             raise HarnessError(f"the upgrade failed: {done.fields}")
-        return self._finish(begun.at, begun.at, taken, max(taken.at, done.at))
+        pause = int(taken.fields["pause_ns"])
+        end = max(taken.at, done.at) + TAIL_NS
+        carried = int(taken.fields["requests_carried_over"])
+        return Round(begun.at, begun.at, end, taken.at - pause, taken.at, pause / 1e6, 0, carried)
 
     def _death(self, pid: int, case: str) -> Round:
         fault = time.monotonic_ns()
         os.kill(pid, signal.SIGSTOP if case == "hang" else signal.SIGKILL)
         noticed = self._wait("the death to be noticed", "killed" if case == "hang" else "worker_died", fault)
         taken = self._wait("reads to be taken over", "reads_taken_over", fault)
-        # In a planned swap the load of the copy's start counts, here it ends with the reads.
-        return self._finish(fault, noticed.at, taken, taken.at)
-
-    def _finish(self, fault: int, noticed: int, taken: Event, end: int) -> Round:
-        pause = int(taken.fields["pause_ns"])
+        stopped = fault if case == "hang" else taken.at - int(taken.fields["pause_ns"])
+        # Of a hang the supervisor's own figure contains the time until it was noticed.
+        pause = (taken.at - noticed.at) / 1e6 if case == "hang" else int(taken.fields["pause_ns"]) / 1e6
         carried = int(taken.fields["requests_carried_over"])
-        detect = (noticed - fault) / 1e6
-        return Round(fault, fault, end + TAIL_NS, taken.at - pause, pause / 1e6, detect, carried)
+        return Round(fault, fault, taken.at + TAIL_NS, stopped, taken.at, pause, (noticed.at - fault) / 1e6, carried)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -151,7 +152,8 @@ def end_of_longest_silence(operations: list[Operation], window: Round) -> int:
     ends = [window.reads_stopped] + sorted(one.end for one in operations if one.end > window.reads_stopped)
     if len(ends) == 1:
         raise HarnessError("no operation was answered after reads had stopped")
-    return max((after - before, after) for before, after in zip(ends, ends[1:]))[1]
+    gaps = [(after - before, after) for before, after in zip(ends, ends[1:]) if before <= window.taken_over]
+    return max(gaps)[1]
 
 
 def refetched_bytes(ranges: Path, faults: list[int]) -> int:

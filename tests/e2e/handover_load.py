@@ -307,6 +307,14 @@ class Faults:
     def kill(self) -> None:
         self._here.kill()
 
+    def hang(self) -> None:
+        pid = self._here.holdfast.worker_pid()
+        since = time.monotonic_ns()
+        os.kill(pid, signal.SIGSTOP)
+        killed = self._here.wait_event("killed", since)
+        expect(int(killed.fields["pid"]) == pid, f"{killed.fields} was killed, {pid} was stopped")
+        self._here.wait_event("reads_taken_over", since)
+
     def swap_to_the_same_build(self) -> None:
         self._here.swap()
 

@@ -10,9 +10,12 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <csignal>
 #include <cstring>
+#include <filesystem>
 #include <functional>
 #include <thread>
 
@@ -421,6 +424,23 @@ TEST_F(WorkerTest, AWorkerThatWaitsToServeLooksNeitherOldNorHeldBack) {
   handover::Health health = worker_->Ping();
   EXPECT_LT(health.loop_age_nanos, 5'000'000'000u);
   EXPECT_TRUE(health.held_back.empty());
+}
+
+TEST_F(WorkerTest, NoThreadHidesFromTheSignalThatShowsItsStack) {
+  vault_.Put(1, 1);
+  Start();
+  ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  ASSERT_TRUE(worker_->TakeMetadata().ok());
+  int threads = 0;
+  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
+    const std::string status = ReadFile(task.path().string() + "/status").value_or("");
+    const size_t at = status.find("SigBlk:\t");
+    if (at == std::string::npos) continue;  // it has just ended
+    threads++;
+    const uint64_t blocked = std::stoull(status.substr(at + 8), nullptr, 16);
+    EXPECT_EQ(blocked & (uint64_t{1} << (SIGQUIT - 1)), 0u) << status;
+  }
+  EXPECT_GT(threads, 10);
 }
 
 TEST_F(WorkerTest, EveryStepOfTheProtocolHasAFaultPoint) {

@@ -315,7 +315,7 @@ class ContentStoreImpl final : public ContentStore {
     state_->SetVaultId(vault_id);
     return state_->Renew();
   }
-  void SetWriting(Writing writing) override { state_->writing = writing; }
+  void SetWriting(Writing writing) override { state_->SetWriting(writing); }
   StoreStats stats() const override {
     state_->EnsureScanned();
     StoreStats stats;

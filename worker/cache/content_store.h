@@ -118,7 +118,8 @@ class ContentStore {
   virtual absl::Status SetVaultId(const std::string& vault_id) = 0;
   // How far this process may write. kTrusted: as described above. kOnTrial: chunks are stored as kUnverified
   // and no mark becomes verified, so what a worker stores that turns out to be bad is quarantined already.
-  // kNone (a parked worker): Put stores nothing and says OK, as if the chunk had been evicted at once.
+  // kNone (a parked worker): Put stores nothing and says OK, as if the chunk had been evicted at once;
+  // on return of SetWriting(kNone) no earlier Put is under way.
   enum class Writing { kTrusted, kOnTrial, kNone };
   virtual void SetWriting(Writing writing) = 0;
   // Makes stored content durable and writes access times (called every few seconds by the owner, and before

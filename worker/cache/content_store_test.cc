@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <filesystem>
+#include <thread>
 
 #include "common/status.h"
 #include "worker/cache/store_test_util.h"
@@ -147,6 +148,25 @@ TEST_F(ContentStoreTest, AWorkerOnTrialLeavesNothingThatIsBelievedAndAParkedOneN
   ASSERT_TRUE(PutChunk(content.get(), 2).ok());
   EXPECT_EQ(content->StateOf(*content->files(), 1), ChunkState::kPresent);
   EXPECT_EQ(content->StateOf(*content->files(), 2), ChunkState::kPresent);
+}
+
+TEST_F(ContentStoreTest, WhoParksWaitsForTheChunkThatIsBeingStored) {
+  options_.faults = &faults_;
+  auto store = OpenStore(options_);
+  auto content = OpenLayer(store.get(), 1, 4);
+  faults_.BlockAt("cache.before_mark");
+  std::thread storing([&] { EXPECT_TRUE(PutChunk(content.get(), 0).ok()); });
+  ASSERT_TRUE(faults_.WaitFired("cache.before_mark", 1, 10));
+  std::atomic<bool> parked{false};
+  std::thread parking([&] {
+    store->SetWriting(ContentStore::Writing::kNone);
+    parked = true;
+  });
+  EXPECT_FALSE(parked);
+  faults_.Release("cache.before_mark");
+  parking.join();
+  EXPECT_EQ(content->StateOf(*content->files(), 0), ChunkState::kPresent);
+  storing.join();
 }
 
 TEST_F(ContentStoreTest, AfterAnotherBootNoMarkIsTrustedSyncedOrNot) {

@@ -109,7 +109,8 @@ absl::Status LayerContentImpl::Store(uint64_t chunk, uint64_t store_offset, std:
       bytes.size() > identity_.content_bytes - store_offset) {
     return InvalidArgument("chunk outside the layer's content");
   }
-  const ContentStore::Writing writing = shared_->writing;
+  StoreShared::WritePass pass(shared_.get());
+  const ContentStore::Writing writing = pass.writing();
   if (writing == ContentStore::Writing::kNone) return absl::OkStatus();
   HF_RETURN_IF_ERROR(shared_->MakeRoom(bytes.size()));
   HF_ASSIGN_OR_RETURN(std::shared_ptr<Files> files, WritableFiles());
@@ -171,7 +172,7 @@ void LayerContentImpl::CountBytes(const Files& files) {
 }
 
 void LayerContentImpl::MarkVerified(const Files& files, uint64_t chunk) {
-  if (chunk >= identity_.chunk_count || shared_->writing != ContentStore::Writing::kTrusted) return;
+  if (chunk >= identity_.chunk_count || shared_->writing() != ContentStore::Writing::kTrusted) return;
   uint8_t mark = files.marks[chunk].load();
   // Not a plain store: a chunk that another thread dropped meanwhile stays dropped.
   if (mark != kMarkAbsent) files.marks[chunk].compare_exchange_strong(mark, kMarkVerified);

@@ -37,6 +37,37 @@ class StoreShared {
   }
   uint32_t CurrentHour() const;
 
+  // Held while a chunk is stored; says how far it may be.
+  class WritePass {
+   public:
+    explicit WritePass(StoreShared* shared) : shared_(shared) {
+      MutexLock lock(&shared_->writing_mutex_);
+      shared_->writers_++;
+      writing_ = shared_->writing_;
+    }
+    ~WritePass() {
+      MutexLock lock(&shared_->writing_mutex_);
+      if (--shared_->writers_ == 0) shared_->no_writers_.SignalAll();
+    }
+    WritePass(const WritePass&) = delete;
+    WritePass& operator=(const WritePass&) = delete;
+    ContentStore::Writing writing() const { return writing_; }
+
+   private:
+    StoreShared* const shared_;
+    ContentStore::Writing writing_;
+  };
+  ContentStore::Writing writing() const {
+    MutexLock lock(&writing_mutex_);
+    return writing_;
+  }
+  void SetWriting(ContentStore::Writing writing) {
+    MutexLock lock(&writing_mutex_);
+    writing_ = writing;
+    if (writing != ContentStore::Writing::kNone) return;
+    while (writers_ > 0) no_writers_.Wait(&writing_mutex_);
+  }
+
   // The vault id that marks count under; the epoch changes with it.
   struct Vault {
     std::string id;
@@ -53,7 +84,7 @@ class StoreShared {
   }
 
   const StoreOptions options;  // vault_id: the first one
-  std::atomic<ContentStore::Writing> writing{ContentStore::Writing::kTrusted};
+
   std::atomic<int64_t> total_bytes{0};
   std::atomic<uint64_t> evicted_bytes{0};
   std::atomic<uint64_t> damaged_chunks{0};
@@ -61,6 +92,10 @@ class StoreShared {
   std::atomic<uint64_t> unstored_bytes{0};
 
  private:
+  mutable Mutex writing_mutex_;
+  CondVar no_writers_;
+  int writers_ ABSL_GUARDED_BY(writing_mutex_) = 0;
+  ContentStore::Writing writing_ ABSL_GUARDED_BY(writing_mutex_) = ContentStore::Writing::kTrusted;
   mutable Mutex vault_mutex_;
   std::string vault_id_ ABSL_GUARDED_BY(vault_mutex_);
   uint64_t vault_epoch_ ABSL_GUARDED_BY(vault_mutex_) = 0;

@@ -187,7 +187,7 @@ TEST(SwapReportTest, AnUpgradeShowsPauseAndCarriedRequests) {
   EXPECT_EQ(UpgradeText(result),
             "upgrade     done\n"
             "build       0.1.0 -> 0.1.1\n"
-            "pause       1.5 ms: so long nobody read; containers waited, none failed\n"
+            "pause       1.5 ms, for which reads waited\n"
             "carried     12 requests unanswered by the old worker, answered by the new one\n");
   result.swap.steps = {{"copy", 7, "what"}};
   auto json = nlohmann::json::parse(UpgradeJson(result));

@@ -57,6 +57,7 @@ std::string SafetyText(const SupervisorStatus& status) {
   }
   std::string out = Line("build", proof);
   out += Line("spare", OrDash(status.spare));
+  if (status.state_source.empty()) return out;
   out +=
       Line("fd store", status.fd_store ? "used: a restarted supervisor gets everything back"
                                        : "none: a restarted supervisor gets everything back from the worker, "

@@ -21,8 +21,7 @@ bool Has(const std::string& text, std::string_view part) { return text.find(part
 std::string ResultText(const std::string& command, const SwapStatus& swap) {
   std::string out = Line(command, swap.result);
   out += Line("build", OrDash(swap.from_build) + " -> " + OrDash(swap.to_build));
-  out += Line("pause",
-              HumanDuration(swap.pause_nanos) + ": so long nobody read; containers waited, none failed");
+  out += Line("pause", HumanDuration(swap.pause_nanos) + ", for which reads waited");
   out += Line("carried", Count(swap.requests_carried_over, "request") +
                              " unanswered by the old worker, answered by the new one");
   return out;

@@ -315,6 +315,24 @@ class Faults:
         expect(int(killed.fields["pid"]) == pid, f"{killed.fields} was killed, {pid} was stopped")
         self._here.wait_event("reads_taken_over", since)
 
+    def supervisor_killed(self) -> None:
+        self._next_supervisor(signal.SIGKILL)
+
+    def supervisor_restarted(self) -> None:
+        self._next_supervisor(signal.SIGTERM)
+
+    def _next_supervisor(self, how: signal.Signals) -> None:
+        """The worker goes on meanwhile, and the next supervisor goes on with it."""
+        holdfast = self._here.holdfast
+        worker, former = holdfast.worker_pid(), holdfast.supervisor_pid
+        os.kill(former, how)
+        holdfast.wait_end()
+        expect(alive(worker), "the worker ended with its supervisor")
+        time.sleep(self._here.chance.random())
+        holdfast.start()
+        expect(holdfast.supervisor_pid != former, "the supervisor did not end")
+        expect(holdfast.worker_pid() == worker, f"{holdfast.worker_pid()} serves, not {worker}, which lived on")
+
     def swap_to_the_same_build(self) -> None:
         self._here.swap()
 

@@ -394,6 +394,8 @@ TEST_F(FuseHandoverTest, AFatalSignalNamesItsSlotAndARequestThatKillsTwiceIsEio)
   second->Send("adopt 1 1");
   second->Send("start");  // executes the suspect first, and blocks in it
   pid_t main_thread = second->process().pid();
+  hf_slot* copy = bench_.ledgers[2]->slot(HF_LEDGER_SLOTS - 1);
+  ASSERT_TRUE(Eventually([&] { return Shared(copy->state).load() == HF_SLOT_EXECUTING; }));
   ASSERT_TRUE(Eventually([&] {
     auto wchan = ReadFile("/proc/" + std::to_string(main_thread) + "/wchan");
     return wchan.ok() && wchan->find("futex") != std::string::npos;

@@ -416,10 +416,12 @@ TEST_F(ServiceTest, Pid1DoesNotNoticeAHundredThousandReads) {
 // Stores `count` more descriptors with systemd in the service's name, as the supervisor does (FDPOLL=0, short
 // names).
 void StoreMore(int count) {
-  const std::string base = PathExists("/sys/fs/cgroup/systemd") ? "/sys/fs/cgroup/systemd" : "/sys/fs/cgroup";
+  // Where both versions of cgroup are mounted, systemd tracks services in the one of version 2.
+  const std::string base = PathExists("/sys/fs/cgroup/unified") ? "/sys/fs/cgroup/unified" : "/sys/fs/cgroup";
   const std::string procs = base + Property("ControlGroup") + "/cgroup.procs";
-  const pid_t child =
-      fork();  // in the service's control group, by which systemd knows whom a message is from
+  ASSERT_TRUE(PathExists(procs)) << procs;
+  // In the service's control group, by which systemd knows whom a message is from.
+  const pid_t child = fork();
   if (child == 0) {
     std::ofstream(procs) << getpid() << std::flush;
     UniqueFd manager(socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0));

@@ -208,6 +208,7 @@ TEST(SwapReportTest, AFailureSaysWhatToDo) {
   EXPECT_NE(died.find("tried by hand: c.toml:3: unknown key"), std::string::npos) << died;
   EXPECT_NE(advice("rehearse", "different").find("a bad build"), std::string::npos);
   EXPECT_NE(advice("probe", "different").find("rolled back"), std::string::npos);
+  EXPECT_NE(advice("commit", "no space").find("could not take the metadata"), std::string::npos);
   EXPECT_NE(SwapAdvice({"rollback", "none is kept", "", "", ""}).find("--worker PATH"), std::string::npos);
   StepLog log;
   log.Add({"start", 0, ""}, false);

@@ -119,6 +119,11 @@ std::string SwapAdvice(const SwapFailure& failure) {
            "were under "
            "way for too long, or the disk is slow; try again";
   }
+  if (step == "await-exit" || step == "commit") {
+    return "rolled back: the new worker could not take the metadata, e.g. because the disk is full. "
+           "`holdfastctl status` "
+           "shows who serves; the journal says what it could not do";
+  }
   return "see `holdfastctl status` for who serves now, and journalctl -u holdfast for why";
 }
 

@@ -491,10 +491,10 @@ void Supervisor::OnExit(Generation generation) {
             << " how=" << LogValue(reason);
   ledgers_.OwnerExited(generation);
   journal_.ForgetWorker(generation);
-  SaveLivingWorkers();
   // Not in this callback: it belongs to what is destroyed.
   tasks_.add(kj::evalLater([this, generation] { workers_.erase(generation); }));
   Dispatch({.type = EventType::kExited, .generation = generation, .reason = reason});
+  SaveLivingWorkers();  // a file, milliseconds; a dead worker that is still listed does no harm
 }
 
 WorkerProcess* Supervisor::Find(Generation generation) {

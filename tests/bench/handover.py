@@ -6,8 +6,8 @@ folders open through overlays; their operations are O_DIRECT reads of what is ca
 each round content that nobody has read is read as well, from a registry that answers 5 ms late (every other round 50 ms), so
 fetches are outstanding when the worker goes. Those reads count for failures, not for latency.
 
-Counted are operations begun or under way from the beginning of a swap (of a crash or hang: from the signal) until reads are taken
-over (of a swap: until it is over) and 20 ms more. The latency added is an operation's own minus the median of the same kind of
+Counted are operations begun or under way from the upgrade command (of a crash or hang: from the signal) until reads are taken
+over (of an upgrade: until it is over) and 20 ms more. The latency added is an operation's own minus the median of the same kind of
 operation in the undisturbed time between the rounds. Each case ends with rounds while the registry is down.
 """
 
@@ -113,7 +113,7 @@ class Driver:
         pause = int(taken.fields["pause_ns"])
         end = max(taken.at, done.at) + TAIL_NS
         carried = int(taken.fields["requests_carried_over"])
-        return Round(begun.at, begun.at, end, taken.at - pause, taken.at, pause / 1e6, 0, carried)
+        return Round(asked, asked, end, taken.at - pause, taken.at, pause / 1e6, 0, carried)
 
     def _death(self, pid: int, case: str) -> Round:
         fault = time.monotonic_ns()

@@ -22,6 +22,7 @@ namespace {
 constexpr unsigned kMaxIncomingFds = 16;
 constexpr uint64_t kMountingPollMillis = 5;
 constexpr uint64_t kGonePollMillis = 1'000;
+constexpr uint64_t kDistrustSeconds = 180;
 constexpr int kStoreMillis = 1'000;  // a busy service manager delays a mount this long, not longer
 
 constexpr uint64_t kNeeded = schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER;
@@ -395,7 +396,8 @@ kj::Promise<void> Supervisor::SendCall(WorkerProcess* worker, const Action& acti
       request.setGeneration(action.subject);
       if (touched_ != nullptr) request.setTouched(MakeDescriptor(std::exchange(touched_, nullptr)));
       request.setVaultId(Bytes(vault_id_));
-      return request.send().ignoreResult();
+      // The kernel waits for pages that are just being read, at most as long as a read may wait for a registry.
+      return timer_.timeoutAfter(kDistrustSeconds * kj::SECONDS, request.send().ignoreResult());
     }
   }
   KJ_UNREACHABLE;

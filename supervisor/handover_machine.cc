@@ -147,7 +147,8 @@ class Stepper {
       s_.reverted = false;
     }
     EnterRunning();
-    Do(Type::kSwapDone, s_.owner);
+    // After a failed upgrade, what became of that is told when the candidate's answers are taken back.
+    if (s_.tainted == 0) Do(Type::kSwapDone, s_.owner);
   }
   void EnterRunning() {
     s_.stable = false;

@@ -214,6 +214,9 @@ void CheckInvariants(const State& before, const Event& event, const StepResult& 
   if (was_asked && !is_asked) {
     EXPECT_EQ(told, 1);
   }
+  if (before.tainted != 0 && after.tainted != 0) {
+    EXPECT_EQ(told, 0);
+  }
   if (after.trial != 0) {
     EXPECT_EQ(after.trial, after.successor);
   }
@@ -593,6 +596,21 @@ TEST(HandoverMachineTest, WhenBothDieTheRunningBinaryIsStartedAgain) {
   EXPECT_TRUE(m.Did("spawn 9"));
   EXPECT_FALSE(m.state().upgrade);
   EXPECT_EQ(m.state().tainted, kNew);
+}
+
+TEST(HandoverMachineTest, AFailedUpgradeIsNotToldAsDoneWhenTheOldWorkerIsReplacedMeanwhile) {
+  Machine m(In(Phase::kYielding));
+  m.On(EventType::kTimer).On(EventType::kExited, kNew);
+  EXPECT_EQ(m.phase(), Phase::kResuming);
+  m.On(EventType::kTimer).On(EventType::kExited, kOld);  // it answers nothing at all
+  EXPECT_EQ(m.phase(), Phase::kStarting);
+  const Generation next = m.state().successor;
+  m.On(EventType::kRegistered, next).On(EventType::kReplied, next).On(EventType::kReplied, next, Call::kTake);
+  EXPECT_EQ(m.phase(), Phase::kRunning);
+  EXPECT_FALSE(m.Did("done " + std::to_string(next)));
+  EXPECT_TRUE(m.Did("distrust " + std::to_string(next) + " of " + std::to_string(kNew)));
+  m.On(EventType::kReplied, next, Call::kDistrust);
+  EXPECT_EQ(m.actions(), std::vector<std::string>{"failed"});
 }
 
 TEST(HandoverMachineTest, ACrashSuccessorThatCannotTakeTheMetadataKeepsServing) {

@@ -69,6 +69,8 @@ absl::StatusOr<std::string> FileDigest(int root, const ProbeFile& file, bool dir
 
 absl::StatusOr<std::string> FolderDigest(int root, const std::string& path) {
   HF_ASSIGN_OR_RETURN(UniqueFd fd, OpenBeneath(root, path, O_RDONLY | O_DIRECTORY));
+  // The kernel keeps listings as it keeps content, and knows no O_DIRECT for them: the worker shall answer.
+  posix_fadvise(fd.get(), 0, 0, POSIX_FADV_DONTNEED);
   std::unique_ptr<DIR, int (*)(DIR*)> folder(fdopendir(fd.get()), closedir);
   if (folder == nullptr) return ErrnoStatus(errno, "fdopendir");
   fd.Release();

@@ -26,6 +26,8 @@ absl::Status FaultPoints::Parse(std::string_view spec) {
     }
     if (action.first == "kill") {
       KillAt(parts.first, nth);
+    } else if (action.first == "stop") {
+      Arm(parts.first, Kind::kKill, Internal("stop"), nth);  // not SIGKILL but SIGSTOP
     } else if (action.first == "block") {
       BlockAt(parts.first, nth);
     } else if (action.first == "wrong") {
@@ -36,7 +38,7 @@ absl::Status FaultPoints::Parse(std::string_view spec) {
       FailAt(parts.first, ErrnoStatus(ENOSPC, "injected at " + parts.first), nth);
     } else {
       return InvalidArgument("fault point '" + std::string(item) +
-                             "': the action is not kill, block, wrong, eio or enospc");
+                             "': the action is not kill, stop, block, wrong, eio or enospc");
     }
   }
   return absl::OkStatus();
@@ -89,14 +91,17 @@ absl::Status FaultPoints::Pass(std::string_view point) {
   changed_.SignalAll();
   // An injected fault can always be told from a real one.
   if (p.fired <= 10 || p.fired % 1000 == 0) {
-    LOG(WARNING) << "fault.fired point=" << point << " action=" << NameOf(p.kind) << " times=" << p.fired;
+    const bool stop = p.kind == Kind::kKill && !p.status.ok();
+    LOG(WARNING) << "fault.fired point=" << point << " action=" << (stop ? "stop" : NameOf(p.kind))
+                 << " times=" << p.fired;
     if (p.kind == Kind::kKill) google::FlushLogFiles(google::INFO);
   }
   switch (p.kind) {
     case Kind::kFail:
       return p.status;
     case Kind::kKill:
-      kill(getpid(), SIGKILL);
+      // To this very thread: so it does not go on for a moment.
+      raise(p.status.ok() ? SIGKILL : SIGSTOP);
       return absl::OkStatus();
     case Kind::kBlock:
       while (!p.released) changed_.Wait(&mutex_);

@@ -1,5 +1,9 @@
 #include "common/fault.h"
 
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <cerrno>
 #include <thread>
 
@@ -26,6 +30,23 @@ TEST(FaultTest, ABlockedPassWaitsForItsRelease) {
   EXPECT_TRUE(faults.WaitFired("step", 1, 10));
   faults.Release("step");
   thread.join();
+}
+
+TEST(FaultTest, AProcessStopsAtAPointUntilItIsContinued) {
+  const pid_t child = fork();
+  if (child == 0) {
+    FaultPoints faults;
+    _exit(faults.Parse("step=stop@2").ok() && faults.Pass("step").ok() && faults.Pass("step").ok() &&
+                  faults.fired("step") == 1
+              ? 3
+              : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, WUNTRACED), child);
+  ASSERT_TRUE(WIFSTOPPED(status)) << status;
+  ASSERT_EQ(kill(child, SIGCONT), 0);
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(WEXITSTATUS(status), 3);
 }
 
 TEST(FaultTest, ASpecIsParsedAndABadOneIsNamed) {

@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "absl/strings/numbers.h"
+#include "absl/strings/str_split.h"
 #include "supervisor/fuse_mount.h"
 
 namespace holdfast::supervisor {
@@ -66,6 +67,22 @@ absl::Status RemoveStaleSocket(const std::string& path, const sockaddr_un& addre
   return absl::OkStatus();
 }
 
+absl::Status ParseLimits(const std::string& text, Limits* limits) {
+  const std::map<std::string, uint64_t*> known = {
+      {"register", &limits->register_ms}, {"prepare", &limits->prepare_ms},
+      {"rehearse", &limits->rehearse_ms}, {"park", &limits->park_ms},
+      {"serve", &limits->serve_ms},       {"probe", &limits->probe_ms},
+      {"yield", &limits->yield_ms},       {"take", &limits->take_ms},
+      {"resume", &limits->resume_ms}};
+  for (absl::string_view item : absl::StrSplit(text, ',', absl::SkipEmpty())) {
+    std::pair<std::string, std::string> parts = absl::StrSplit(item, absl::MaxSplits('=', 1));
+    auto limit = known.find(parts.first);
+    if (limit == known.end() || !absl::SimpleAtoi(parts.second, limit->second))
+      return InvalidArgument("--limits: '" + std::string(item) + "' is not a step and a number");
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 const char kUsage[] =
@@ -94,7 +111,7 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
   Options options;
   std::string probation;
   std::string hang_limit;
-  std::string register_limit;  // for tests: how long a worker may take to register, in milliseconds
+  std::string limits;  // for tests: "register=500,take=800", in milliseconds
   std::map<std::string, std::string*> flags = {{"--worker", &options.worker},
                                                {"--state", &options.state_dir},
                                                {"--runtime", &options.runtime_dir},
@@ -102,7 +119,7 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
                                                {"--control-socket", &options.control_socket},
                                                {"--probation", &probation},
                                                {"--hang-limit", &hang_limit},
-                                               {"--register-limit-ms", &register_limit}};
+                                               {"--limits", &limits}};
   for (size_t i = 0; i < args.size(); ++i) {
     options.help |= args[i] == "--help" || args[i] == "-h";
     if (options.help) return options;
@@ -125,9 +142,7 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
     *flag->second = inline_value ? args[i].substr(name.size() + 1) : ++i < args.size() ? args[i] : "";
     if (flag->second->empty()) return InvalidArgument(name + " needs a value");
   }
-  if (!register_limit.empty() && !absl::SimpleAtoi(ToAbsl(register_limit), &options.limits.register_ms)) {
-    return InvalidArgument("--register-limit-ms needs a number, not '" + register_limit + "'");
-  }
+  HF_RETURN_IF_ERROR(ParseLimits(limits, &options.limits));
   if (!hang_limit.empty() && (!absl::SimpleAtoi(ToAbsl(hang_limit), &options.hang_limit_ms) ||
                               options.hang_limit_ms > kMaxHangMillis)) {
     return InvalidArgument("--hang-limit needs a number of milliseconds up to a day, not '" + hang_limit +

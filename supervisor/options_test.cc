@@ -32,12 +32,22 @@ TEST(OptionsTest, MistakesAreNamed) {
   EXPECT_NE(ParseOptions({"stray"}).status().ToString().find("stray"), std::string::npos);
   EXPECT_NE(ParseOptions({"--worker"}).status().ToString().find("needs a value"), std::string::npos);
   EXPECT_NE(ParseOptions({"--state="}).status().ToString().find("needs a value"), std::string::npos);
-  EXPECT_FALSE(ParseOptions({"--register-limit-ms", "soon"}).ok());
+  EXPECT_FALSE(ParseOptions({"--limits", "register=soon"}).ok());
+  EXPECT_NE(ParseOptions({"--limits", "register=1,dance=2"}).status().ToString().find("dance=2"),
+            std::string::npos);
   EXPECT_FALSE(ParseOptions({"--hang-limit", "3s"}).ok());
   EXPECT_FALSE(ParseOptions({"--hang-limit", "18446744073710"}).ok())
       << "too large to be counted in nanoseconds";
   EXPECT_EQ(ParseOptions({})->hang_limit_ms, 3'000u);
   EXPECT_EQ(ParseOptions({"--hang-limit=0"})->hang_limit_ms, 0u);
+}
+
+TEST(OptionsTest, TestsMayShortenTheTimeLimitsOfSteps) {
+  auto options = ParseOptions({"--limits", "register=500,take=800"});
+  ASSERT_TRUE(options.ok()) << options.status();
+  EXPECT_EQ(options->limits.register_ms, 500u);
+  EXPECT_EQ(options->limits.take_ms, 800u);
+  EXPECT_EQ(options->limits.serve_ms, Limits().serve_ms);
 }
 
 // What PrepareProcess says in a process that `unfit` has changed: that it returned `code`, and `words`.

@@ -208,7 +208,7 @@ TEST(SupervisorTest, UpgradeToTheRunningBuildChangesNothingUnlessForced) {
 
 TEST(SupervisorTest, AfterAnUpgradeToABadBuildTheOldWorkerStillServes) {
   Harness harness;
-  harness.Start({"--register-limit-ms", "3000"});
+  harness.Start({"--limits", "register=3000"});
   MountView mount = harness.Mount("a");
   auto generation = static_cast<int64_t>(harness.WorkerInfo().generation);
   for (const char* mode :

@@ -19,9 +19,8 @@
 #include <thread>
 #include <utility>
 
+#include "common/process.h"
 #include "glog/logging.h"
-
-extern char** environ;
 
 namespace holdfast::test {
 namespace {
@@ -75,6 +74,10 @@ void Node::Reconnect() { snapshots_ = SnapshotsClient::Connect(root() + "/run/sn
 void Node::Start(const std::string& config) {
   CHECK(MakeDirs(root() + "/state").ok() && MakeDirs(root() + "/run").ok());
   CHECK(WriteFileAtomic(root() + "/config.toml", config).ok());
+  if (programs_.state_megabytes > 0) {
+    const std::string size = "mode=0700,size=" + std::to_string(programs_.state_megabytes) + "m";
+    PCHECK(mount("tmpfs", (root() + "/state").c_str(), "tmpfs", 0, size.c_str()) == 0);
+  }
   Spawn();
 }
 
@@ -88,17 +91,28 @@ void Node::Spawn() {
                                     "--state",
                                     root() + "/state",
                                     "--runtime",
-                                    root() + "/run",
-                                    "--",
-                                    "--config",
-                                    root() + "/config.toml"};
+                                    root() + "/run"};
+  words.insert(words.end(), programs_.arguments.begin(), programs_.arguments.end());
+  words.insert(words.end(), {"--", "--config", root() + "/config.toml"});
   std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);
+  std::vector<std::string> environment = EnvironmentWithout({});
+  environment.insert(environment.end(), programs_.environment.begin(), programs_.environment.end());
+  std::vector<char*> envp;
+  for (std::string& variable : environment) envp.push_back(variable.data());
+  envp.push_back(nullptr);
+  posix_spawn_file_actions_t files;
+  posix_spawn_file_actions_init(&files);
+  if (!programs_.log.empty()) {
+    posix_spawn_file_actions_addopen(&files, 1, programs_.log.c_str(), O_WRONLY | O_CREAT | O_APPEND, 0600);
+    posix_spawn_file_actions_adddup2(&files, 1, 2);
+  }
   posix_spawnattr_t attributes;
   posix_spawnattr_init(&attributes);
   posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);  // the terminal's Ctrl-C is for the test
-  CHECK_EQ(posix_spawn(&supervisor_, argv[0], nullptr, &attributes, argv.data(), environ), 0);
+  CHECK_EQ(posix_spawn(&supervisor_, argv[0], &files, &attributes, argv.data(), envp.data()), 0);
+  posix_spawn_file_actions_destroy(&files);
   posix_spawnattr_destroy(&attributes);
 }
 

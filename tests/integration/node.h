@@ -37,12 +37,18 @@ class SnapshotsClient {
   virtual absl::Status Cleanup() = 0;
 };
 
+// What a node runs, and how.
+struct NodePrograms {
+  std::string supervisor, worker;          // empty: today's build, of the folder HOLDFAST_BIN
+  std::vector<std::string> arguments{};    // more of them, for the supervisor
+  std::vector<std::string> environment{};  // "NAME=value", beside the test's own
+  std::string log{};        // what it and its workers print is appended here; empty: to the test's output
+  int state_megabytes = 0;  // > 0: the state folder is a tmpfs of that size
+};
+
 class Node {
  public:
-  // Empty: today's build, of the folder HOLDFAST_BIN.
-  struct Programs {
-    std::string supervisor, worker;
-  };
+  using Programs = NodePrograms;
   // `config`: text of config.toml.
   explicit Node(const std::string& config, Programs programs = {});
   ~Node();
@@ -54,6 +60,8 @@ class Node {
   SnapshotsClient* snapshots() { return snapshots_.get(); }
   // After a death: a call on the connection to the dead worker may fail.
   void Reconnect();
+  // A retired worker lives as long as connections to it.
+  void CloseSnapshots() { snapshots_.reset(); }
 
   // A fresh connection, so any thread may have its own.
   std::unique_ptr<ctl::ControlClient> Control() const;
@@ -66,6 +74,7 @@ class Node {
   pid_t KillSupervisor();
   // A new supervisor on the same state and runtime folders, after KillSupervisor. False: it did not come up.
   bool StartAgain();
+  pid_t supervisor() const { return supervisor_; }
   // True when the process ended within the time.
   bool WaitEnded(pid_t pid, int seconds = 20) const;
 

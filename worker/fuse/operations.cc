@@ -266,6 +266,10 @@ void Ioctl(fuse_req_t req, fuse_ino_t ino, unsigned int command, void*, fuse_fil
     return;
   }
   const ServerOptions& options = Current().core->options();
+  if (absl::Status fault = PassFault(options.faults, "fuse.probe"); !fault.ok()) {
+    fuse_reply_err(req, StatusErrno(fault));
+    return;
+  }
   hf_probe_live live{};
   live.generation = options.generation;
   options.build.copy(live.build, sizeof live.build - 1);

@@ -396,7 +396,8 @@ kj::Promise<void> Supervisor::SendCall(WorkerProcess* worker, const Action& acti
       request.setGeneration(action.subject);
       if (touched_ != nullptr) request.setTouched(MakeDescriptor(std::exchange(touched_, nullptr)));
       request.setVaultId(Bytes(vault_id_));
-      // The kernel waits for pages that are just being read, at most as long as a read may wait for a registry.
+      // The kernel waits for pages that are just being read, at most as long as a read may wait for a
+      // registry.
       return timer_.timeoutAfter(kDistrustSeconds * kj::SECONDS, request.send().ignoreResult());
     }
   }

@@ -104,7 +104,8 @@ Rig::Rig(Builds* builds, const Image* image, RegistryServer* registry, const Rig
   Node::Programs programs;
   programs.worker = builds->clean();
   programs.arguments = options.arguments;
-  programs.environment = {"HOLDFAST_FAULTS=@exe"};
+  programs.environment = options.environment;
+  programs.environment.emplace_back("HOLDFAST_FAULTS=@exe");
   programs.log = logs_.path() + "/log";
   programs.state_megabytes = options.state_megabytes;
   node_ = std::make_unique<Node>(kConfig, programs);

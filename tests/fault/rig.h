@@ -44,7 +44,8 @@ inline constexpr Step kSteps[] = {Step::kStart, Step::kPrepare, Step::kRehearse,
 const char* StepName(Step step);
 
 struct RigOptions {
-  std::vector<std::string> arguments{};  // for the supervisor
+  std::vector<std::string> arguments{};    // for the supervisor
+  std::vector<std::string> environment{};  // beside HOLDFAST_FAULTS
   int state_megabytes = 0;
 };
 

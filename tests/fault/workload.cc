@@ -12,12 +12,14 @@
 #include <utility>
 
 #include "common/clock.h"
+#include "glog/logging.h"
 
 namespace holdfast::test {
 namespace {
 
 constexpr char kLarge[] = "data/large";
-constexpr uint64_t kStride = 512 * 1024;  // two chunks
+constexpr uint64_t kStride = 512 * 1024;  // two chunks: the kernel reads around what is mapped
+constexpr uint64_t kOffsetsOfACase = 2;
 constexpr size_t kMapped = 64 * 1024;
 constexpr size_t kFilesApart = 10;  // in the blob, so that one is not fetched with the other
 const char* const kWarm[] = {"data/f1", "data/f2", "etc/kept", "etc/replaced", "private/file"};
@@ -50,8 +52,11 @@ ColdFiles::File ColdFiles::Next() {
 
 uint64_t ColdFiles::NextOffset(uint64_t size) {
   const uint64_t offset = kStride * next_offset_++;
-  return offset % (large_bytes_ - size) / 4096 * 4096;
+  CHECK_LE(offset + size, large_bytes_) << "all is read";
+  return offset;
 }
+
+bool ColdFiles::LastsForOneMore() const { return kStride * (next_offset_ + kOffsetsOfACase) <= large_bytes_; }
 
 void Findings::Compared(const std::string& what, bool right, const std::string& seen) {
   checked_++;

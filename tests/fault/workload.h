@@ -31,6 +31,8 @@ class ColdFiles {
   File Next();
   // A part of data/large that nobody has read yet.
   uint64_t NextOffset(uint64_t size);
+  // There are parts left for one more case.
+  bool LastsForOneMore() const;
 
  private:
   std::vector<std::string> names_;

@@ -150,13 +150,16 @@ absl::StatusOr<bool> UnmountFuse(const std::string& path, int device) {
 absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir, const std::set<std::string>& keep) {
   HF_ASSIGN_OR_RETURN(std::vector<MountInfo> mounts, ReadMountInfo());
   size_t removed = 0;
+  absl::Status failed;
   for (auto it = mounts.rbegin(); it != mounts.rend(); ++it) {
     if (it->type != kFuseType || !IsUnder(it->path, state_dir) || keep.count(it->path) != 0) continue;
-    if (umount2(it->path.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW) != 0) {
-      return ErrnoStatus(errno, "umount of the stale mount " + it->path);
+    if (umount2(it->path.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW) == 0) {
+      ++removed;
+    } else if (errno != EINVAL && errno != ENOENT && failed.ok()) {  // those: it went with its twin elsewhere
+      failed = ErrnoStatus(errno, "umount of the stale mount " + it->path);
     }
-    ++removed;
   }
+  if (!failed.ok()) return failed;
   return removed;
 }
 

@@ -83,7 +83,7 @@ class Stepper {
 
   // No worker is left: the spare takes over, or the running binary is started again.
   void Restart(const std::string& reason) {
-    s_.owner = s_.successor = s_.trial = 0;
+    s_.owner = s_.successor = s_.trial = s_.distrusting = 0;
     s_.upgrade = false;
     uint64_t wait = BackoffMillis(s_.quick_deaths++);
     Binary binary = Binary::kRunning;
@@ -99,7 +99,7 @@ class Stepper {
     if (s_.spare_ready) {
       s_.successor = std::exchange(s_.spare, 0);
       s_.spare_ready = false;
-      return BeginServing();
+      return Enter(Phase::kServing, s_.successor, Call::kServe, limits_.spare_serve_ms);
     }
     if (wait == 0 || binary == Binary::kLastGood) return SpawnSuccessor(binary);
     EnterTimed(Phase::kBackoff, wait);
@@ -220,12 +220,20 @@ class Stepper {
         s_.phase == Phase::kRunning || (s_.phase >= Phase::kReclaimWait && s_.phase <= Phase::kNoMetadata);
     if (s_.tainted == 0 || !s_.tainted_exited || !serves || s_.distrusting == s_.owner) return;
     s_.distrusting = s_.owner;
+    if (s_.spare != 0) {  // it knows the vault id of before
+      Do(Type::kKill, s_.spare);
+      SpareLost();
+    }
     actions_.push_back(
         {.type = Type::kCall, .generation = s_.owner, .subject = s_.tainted, .call = Call::kDistrust});
   }
   void Distrusted(Generation generation, const std::string& trouble) {
     if (generation == 0 || generation != s_.distrusting) return;
-    Fail(Type::kSwapFailed, s_.failure + trouble);
+    // Without a failure to tell, it was an earlier supervisor's upgrade, and the swap of its end went well.
+    if (s_.failure.empty() && trouble.empty())
+      Do(Type::kSwapDone, s_.owner);
+    else
+      Fail(Type::kSwapFailed, s_.failure + trouble);
     s_.tainted = s_.distrusting = 0;
     s_.failure.clear();
   }

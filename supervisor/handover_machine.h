@@ -73,6 +73,8 @@ struct Limits {
   uint64_t rehearse_ms = 30'000;
   uint64_t probe_ms = 10'000;
   uint64_t serve_ms = 20'000;
+  uint64_t spare_serve_ms =
+      5'000;  // it is prepared: one that does not answer soon has gone bad while it waited
   uint64_t park_ms = 5'000;
   uint64_t yield_ms = 10'000;
   uint64_t take_ms = 120'000;

@@ -99,6 +99,12 @@ absl::Status CheckFile(int root, const ProbeFile& file, bool direct) {
   return DataLoss(folder ? "its names are not those expected" : "its content is not that expected");
 }
 
+bool IsMountRoot(int root) {
+  struct statx info {};
+  return statx(root, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, &info) != 0 ||
+         (info.stx_attributes & STATX_ATTR_MOUNT_ROOT) != 0;
+}
+
 absl::Status CheckLive(int root, const ProbeMount& mount, Counts* counts) {
   hf_probe_live live{};
   if (ioctl(root, HF_PROBE_LIVE, &live) == 0) {
@@ -109,19 +115,22 @@ absl::Status CheckLive(int root, const ProbeMount& mount, Counts* counts) {
   }
   int error = errno;
   // Somebody may have unmounted it since the request was made: then this is only a folder.
-  struct statx info {};
-  bool is_mount = statx(root, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, &info) != 0 ||
-                  (info.stx_attributes & STATX_ATTR_MOUNT_ROOT) != 0;
-  bool skip = error == ENOTTY && (mount.may_be_unsupported || !is_mount);
+  bool skip = error == ENOTTY && (mount.may_be_unsupported || !IsMountRoot(root));
   counts->skipped += skip ? 1 : 0;
   return skip ? absl::OkStatus() : ErrnoStatus(error, "live probe");
 }
 
 absl::Status CheckMount(const ProbeMount& mount, bool direct, Counts* counts) {
   UniqueFd root(open(mount.root.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  // A live mount may be removed at any moment.
+  if (!root.valid() && errno == ENOENT && mount.generation != 0) {
+    ++counts->skipped;
+    return absl::OkStatus();
+  }
   if (!root.valid()) return ErrnoStatus(errno, "open " + mount.root);
   if (mount.generation != 0) {
     HF_RETURN_IF_ERROR(Annotate(CheckLive(root.get(), mount, counts), mount.root));
+    if (!IsMountRoot(root.get())) return absl::OkStatus();
   }
   for (const ProbeFile& file : mount.files) {
     std::string path = absl::CHexEscape(ToAbsl(mount.root + "/" + file.path));

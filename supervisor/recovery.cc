@@ -26,6 +26,8 @@ namespace {
 
 constexpr uint64_t kWaitStepMillis = 2;
 constexpr uint64_t kFetchMillis = 5'000;
+constexpr uint64_t kFetchPauseMillis = 200;
+constexpr int kFetchTries = 12;
 constexpr uint64_t kUnmountMillis = 10'000;
 constexpr uint64_t kNanosPerMilli = 1'000'000;
 
@@ -122,12 +124,13 @@ bool IsListeningOn(int fd, const std::string& path) {
          address.sun_family == AF_UNIX && path == address.sun_path && PathExists(path);
 }
 
-RestoredMounts RestoreMounts(const SavedState& state, const std::optional<std::set<uint64_t>>& held,
-                             StoredFds* fds) {
+RestoredMounts RestoreMounts(const SavedState& state, uint64_t owner,
+                             const std::optional<std::set<uint64_t>>& held, StoredFds* fds) {
   RestoredMounts result;
   for (const auto& [id, saved] : state.mounts) {
     UniqueFd device = TakeOne(fds, FdName(FdKind::kMount, id));
-    bool unknown = saved.state == MountState::kMounting || (held && held->count(id) == 0);
+    bool untold = held && saved.caller == owner && held->count(id) == 0;
+    bool unknown = saved.state == MountState::kMounting || untold;
     if (unknown || !IsFuseDevice(device.get()) || HasFailed(device.get())) {
       result.lost.push_back(id);
       continue;
@@ -314,8 +317,17 @@ kj::Promise<void> Supervisor::FetchDescriptors() {
       listener = listener.catch_([](kj::Exception&&) {});  // it closes its own when it has to
       fetched = kj::joinPromises(kj::arr(kj::mv(fetched), FetchLedgers(*client, 0), kj::mv(listener)));
     }
-    auto failed = [](kj::Exception&& exception) {
-      LOG(ERROR) << "event=descriptors_not_fetched error=" << LogValue(exception.getDescription().cStr());
+    // A mount whose device did not arrive is given up, so it is worth trying again: what has arrived is
+    // skipped, and the worker reads on meanwhile.
+    auto failed = [this](kj::Exception&& exception) -> kj::Promise<void> {
+      LOG(ERROR) << "event=descriptors_not_fetched error=" << LogValue(Describe(exception));
+      WorkerProcess* owner = Find(takeover_->owner);
+      bool again = owner != nullptr && owner->client != nullptr && !owner->exited && !owner->killed &&
+                   ++takeover_->fetch_failures < kFetchTries;
+      if (!again) return kj::READY_NOW;
+      return timer_.afterDelay(kFetchPauseMillis * kj::MILLISECONDS).then([this] {
+        return FetchDescriptors();
+      });
     };
     return timer_.timeoutAfter(kFetchMillis * kj::MILLISECONDS, kj::mv(fetched)).catch_(kj::mv(failed));
   }
@@ -328,7 +340,8 @@ kj::Promise<void> Supervisor::TakeFd(schema::Descriptor::Client descriptor, std:
   return fd.then([this, name, descriptor = kj::mv(descriptor)](kj::Maybe<int> maybe) {
     KJ_IF_MAYBE (number, maybe) {
       auto copy = DupFd(*number);
-      if (copy.ok()) takeover_->fds[name].push_back(std::move(*copy));
+      if (!copy.ok()) Throw(copy.status());
+      takeover_->fds[name].push_back(std::move(*copy));
     }
   });
 }
@@ -366,8 +379,11 @@ kj::Promise<void> Supervisor::FetchLedgers(schema::Worker::Client worker, uint64
       last = std::max(last, ledger.getGeneration());
       std::string memory = FdName(FdKind::kLedger, last), pipes = FdName(FdKind::kPipes, last);
       if (takeover_->fds.count(memory) != 0 && takeover_->fds.count(pipes) != 0) continue;
-      takeover_->fds.erase(memory);
-      takeover_->fds.erase(pipes);
+      for (const std::string& name : {memory, pipes}) {  // half of it is no ledger: stored anew, too
+        takeover_->fds.erase(name);
+        takeover_->kept.erase(name);
+        store_->Remove(name);
+      }
       taken.add(TakeFd(ledger.getLedger(), memory));
       for (auto pipe : ledger.getRequestPipes()) {
         taken.add(TakeFd(pipe.getReadEnd(), pipes));
@@ -385,7 +401,8 @@ kj::Promise<void> Supervisor::FetchLedgers(schema::Worker::Client worker, uint64
 }
 
 kj::Promise<void> Supervisor::RestoreVault() {
-  RestoredMounts restored = RestoreMounts(takeover_->state, takeover_->held, &takeover_->fds);
+  RestoredMounts restored =
+      RestoreMounts(takeover_->state, takeover_->owner, takeover_->held, &takeover_->fds);
   for (uint64_t id : restored.lost) {
     LOG(WARNING) << "event=mount_not_restored mount=" << id
                  << " path=" << LogValue(takeover_->state.mounts[id].path);
@@ -457,8 +474,8 @@ void Supervisor::EndTakeover() {
     WorkerProcess* tried = Find(trial);
     state_.tainted = trial;
     state_.tainted_exited = tried == nullptr || tried->exited;
-    state_.failure = "the supervisor died in the middle of it";
   }
+  state_.probation = last_good_ != nullptr && last_good_->sha256 != running_->sha256;
   if (!resumes) {
     if (takeover->adopted) BeginSwap("supervisor");
     if (vault_.Count(MountState::kLive) + vault_.Count(MountState::kDetached) != 0) {

@@ -42,14 +42,15 @@ bool IsFuseDevice(int fd);
 // A listening unix socket of that path, which is there.
 bool IsListeningOn(int fd, const std::string& path);
 
-// What becomes of the saved mounts. Descriptors are taken out of `fds`. `held`, if known: what the worker
-// that goes on was given. A mount that is not among them was made, but nobody was told of it.
+// What becomes of the saved mounts. Descriptors are taken out of `fds`. `owner`: the worker that goes on,
+// `held`, if known, what it was given. A mount that it asked for and was not given was made, but nobody was
+// told of it.
 struct RestoredMounts {
   std::vector<Mount> served;    // live or detached, with devices
   std::vector<uint64_t> lost;   // half-made, gone, or without a device
   std::set<std::string> paths;  // where a mount is to stay; all others are unmounted
 };
-RestoredMounts RestoreMounts(const SavedState& state, const std::optional<std::set<uint64_t>>& held,
-                             StoredFds* fds);
+RestoredMounts RestoreMounts(const SavedState& state, uint64_t owner,
+                             const std::optional<std::set<uint64_t>>& held, StoredFds* fds);
 
 }  // namespace holdfast::supervisor

@@ -191,7 +191,7 @@ TEST(RestoreMountsTest, OnlyWhatHasADeviceIsServed) {
   StoredFds fds;
   fds["m1"].emplace_back(open("/dev/fuse", O_RDWR | O_CLOEXEC));  // not mounted: it polls POLLERR
   fds["m2"].emplace_back(open("/dev/null", O_RDWR | O_CLOEXEC));
-  RestoredMounts restored = RestoreMounts(state, std::nullopt, &fds);
+  RestoredMounts restored = RestoreMounts(state, 0, std::nullopt, &fds);
   EXPECT_TRUE(restored.served.empty());
   EXPECT_EQ(restored.lost, (std::vector<uint64_t>{1, 2, 3}));
   EXPECT_TRUE(restored.paths.empty());

@@ -20,7 +20,7 @@ namespace holdfast::supervisor {
 namespace {
 
 constexpr unsigned kMaxIncomingFds = 16;
-constexpr uint64_t kMountingPollMillis = 5;
+constexpr uint64_t kMountingPollMillis = 5, kMountingMillis = 10'000;
 constexpr uint64_t kGonePollMillis = 1'000;
 constexpr uint64_t kDistrustSeconds = 180;
 constexpr int kStoreMillis = 1'000;  // a busy service manager delays a mount this long, not longer
@@ -186,6 +186,8 @@ void Supervisor::Do(const Action& action) {
       reverted_ = "build " + running_->sha256 + " (" + running_build_ + ") did not survive its probation (" +
                   action.reason + "); " + last_good_->sha256 + " was brought back";
       LOG(ERROR) << "event=reverted reason=" << LogValue(reverted_);
+      running_ = last_good_;  // also if it should die before it owns anything
+      previous_ = nullptr;
       return;
     case ActionType::kDataFault:
       reverted_ += "; it died too (" + action.reason +
@@ -317,16 +319,18 @@ void Supervisor::WatchExit(WorkerProcess* worker) {
   tasks_.add(worker->exit_observer->whenBecomesReadable().then([this, generation] { OnExit(generation); }));
 }
 
-void Supervisor::CallWorker(const Action& action) {
+void Supervisor::CallWorker(const Action& action, uint64_t waited_ms) {
   Generation generation = action.generation;
   Call call = action.call;
   WorkerProcess* worker = Find(generation);
   if (worker == nullptr) return;
-  if (call == Call::kTake && vault_.Count(MountState::kMounting) != 0) {
-    // What a dead predecessor was mounting must be in the vault when its successor looks.
-    tasks_.add(timer_.afterDelay(kMountingPollMillis * kj::MILLISECONDS).then([this, action] {
+  if (call == Call::kTake && vault_.Count(MountState::kMounting) != 0 && waited_ms < kMountingMillis) {
+    // What a dead predecessor was mounting must be in the vault when its successor looks; a mount(2) that
+    // does not return must not keep everybody from the metadata.
+    tasks_.add(timer_.afterDelay(kMountingPollMillis * kj::MILLISECONDS).then([this, action, waited_ms] {
       bool wanted = state_.phase == Phase::kCommitting || state_.phase == Phase::kReclaiming;
-      if (wanted && state_.holders.count(action.generation) != 0) CallWorker(action);
+      if (wanted && state_.holders.count(action.generation) != 0)
+        CallWorker(action, waited_ms + kMountingPollMillis);
     }));
     return;
   }
@@ -537,7 +541,6 @@ void Supervisor::Register(Generation generation, schema::Hello::Reader hello,
   worker->build = hello.getBuild().cStr();
   worker->capabilities = common;
   SaveWorker(*worker);
-  SaveLivingWorkers();
   if (SharedFd state = journal_.ReadOnlyState()) welcome.setState(MakeDescriptor(std::move(state)));
   welcome.setControlSocket(options_.control_socket.c_str());
   welcome.setCapabilities(common);
@@ -556,12 +559,14 @@ void Supervisor::Register(Generation generation, schema::Hello::Reader hello,
   bool verifiable = (common & kVerifiable) == kVerifiable;
   tasks_.add(kj::evalLast([this, generation, verifiable] {
     Dispatch({.type = EventType::kRegistered, .generation = generation, .verifiable = verifiable});
+    SaveLivingWorkers();  // a file: not before reads are taken over
   }));
 }
 
 kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force,
                                       kj::Maybe<schema::Progress::Client> progress) {
   ClaimSwap(kj::mv(progress));
+  auto free = kj::defer([this] { upgrade_busy_ = false; });
   if (path.empty()) path = options_.worker;
   BeginStep("copy");
   using Copy = absl::StatusOr<std::shared_ptr<const Executable>>;
@@ -578,7 +583,7 @@ kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force,
     if ((**copy)->sha256 == running_->sha256 && !force) return false;
     return SwapTo(**copy, "upgrade");
   });
-  return Keep(swapped.attach(kj::defer([this] { upgrade_busy_ = false; })));
+  return Keep(swapped.attach(kj::mv(free)));
 }
 
 kj::Promise<bool> Supervisor::Rollback(kj::Maybe<schema::Progress::Client> progress) {
@@ -591,6 +596,8 @@ kj::Promise<bool> Supervisor::Rollback(kj::Maybe<schema::Progress::Client> progr
 
 void Supervisor::ClaimSwap(kj::Maybe<schema::Progress::Client> progress) {
   if (upgrade_busy_) Throw(Unavailable("another swap is under way already"));
+  if (takeover_ != nullptr)
+    Throw(Unavailable("the supervisor is still taking over from the one before; try again in some seconds"));
   if (stopping_) Throw(Unavailable("the supervisor is shutting down"));
   upgrade_busy_ = true;
   steps_.clear();

@@ -113,12 +113,13 @@ struct Resources {
 struct Takeover {
   SavedState state;
   StoredFds fds;
-  std::set<std::string> kept;              // names that the service manager has already
-  std::vector<LivingWorker> living;        // of the workers' file
-  bool adopted = false;                    // `state` is valid
-  Generation owner = 0;                    // who is to go on; 0: nobody
-  Generation source = 0;                   // a worker that can hand out descriptors; 0: none
-  bool holds_metadata = false;             // the owner says so
+  std::set<std::string> kept;        // names that the service manager has already
+  std::vector<LivingWorker> living;  // of the workers' file
+  bool adopted = false;              // `state` is valid
+  Generation owner = 0;              // who is to go on; 0: nobody
+  Generation source = 0;             // a worker that can hand out descriptors; 0: none
+  bool holds_metadata = false;       // the owner says so
+  int fetch_failures = 0;
   std::optional<std::set<uint64_t>> held;  // mounts that the owner was given; unknown if it could not say
 };
 
@@ -204,7 +205,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void EndStep(bool ok);
   void Report(const SwapStep& step, bool done);
   void Connect(WorkerProcess* worker, UniqueFd socket);
-  void CallWorker(const Action& action);
+  void CallWorker(const Action& action, uint64_t waited_ms = 0);
   kj::Promise<void> SendCall(WorkerProcess* worker, const Action& action);
   kj::Promise<void> ServeOnTrial(WorkerProcess* worker);
   void OnCallDone(Generation generation, Call call);

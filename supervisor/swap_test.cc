@@ -216,6 +216,7 @@ TEST(SwapTest, ARollbackBringsTheBuildBeforeBackAndTellsItsSteps) {
 TEST(SwapTest, RollbackReadinessIsProvenByStartingTheBuild) {
   Harness harness;
   harness.Start({}, "fail-self-test");
+  harness.WaitPhase("running");
   bool changed = false;
   ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
   EXPECT_NE(harness.CheckRollback().find("not ready: "), std::string::npos);

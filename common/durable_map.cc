@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "common/crc32c.h"
+#include "common/sealed_memory.h"
 
 namespace holdfast {
 namespace {
@@ -65,13 +66,7 @@ absl::StatusOr<UniqueFd> Reopen(int file, int mode) {
 }  // namespace
 
 absl::StatusOr<DurableMap> DurableMap::Create(const std::string& name) {
-  UniqueFd file(memfd_create(name.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  if (!file.valid()) return ErrnoStatus(errno, "memfd_create");
-  if (ftruncate(file.get(), static_cast<off_t>(kFileBytes)) != 0) return ErrnoStatus(errno, "ftruncate");
-  // Not against us: what other holders do by mistake must not reach us.
-  if (fcntl(file.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
-    return ErrnoStatus(errno, "sealing a memfd");
-  }
+  HF_ASSIGN_OR_RETURN(UniqueFd file, MakeSealedMemory(name, static_cast<uint64_t>(kFileBytes)));
   DurableMap map(std::move(file));
   HF_RETURN_IF_ERROR(map.WriteHead(0, 0));
   return map;

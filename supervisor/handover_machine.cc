@@ -160,9 +160,7 @@ class Stepper {
     if (s_.stable && s_.probation) {
       s_.probation = false;
       Do(Type::kProven, s_.owner);
-      if (s_.spare != 0) Do(Type::kKill, s_.spare);  // of the build before
-      s_.spare = 0;
-      s_.spare_ready = false;
+      DropSpare();  // of the build before
     } else if (s_.stable) {
       s_.reverted = false;
     }
@@ -221,8 +219,8 @@ class Stepper {
     if (s_.tainted == 0 || !s_.tainted_exited || !serves || s_.distrusting == s_.owner) return;
     s_.distrusting = s_.owner;
     if (s_.spare != 0) {  // it knows the vault id of before
-      Do(Type::kKill, s_.spare);
-      SpareLost();
+      DropSpare();
+      WantSpareAgain();
     }
     actions_.push_back(
         {.type = Type::kCall, .generation = s_.owner, .subject = s_.tainted, .call = Call::kDistrust});
@@ -237,9 +235,19 @@ class Stepper {
     s_.tainted = s_.distrusting = 0;
     s_.failure.clear();
   }
-  void SpareLost() {
+  void DropSpare() {
+    if (s_.spare != 0) Do(Type::kKill, s_.spare);
+    SpareGone();
+  }
+  void SpareGone() {
     s_.spare = 0;
     s_.spare_ready = false;
+  }
+  void SpareLost() {
+    SpareGone();
+    WantSpareAgain();
+  }
+  void WantSpareAgain() {
     if (s_.phase == Phase::kRunning && s_.stable && !s_.probation) Timer(limits_.spare_retry_ms);
   }
 
@@ -318,8 +326,8 @@ class Stepper {
     if (call == Call::kDistrust)
       return Distrusted(generation, "; what it had answered could not be taken back: " + reason);
     if (call == Call::kPrepare && generation != 0 && generation == s_.spare) {
-      Do(Type::kKill, generation);
-      return SpareLost();
+      DropSpare();
+      return WantSpareAgain();
     }
     if (!IsAwaited(generation, call)) return;
     if (s_.phase == Phase::kReclaiming) return WithoutMetadata();
@@ -374,8 +382,7 @@ class Stepper {
 
   void OnStop() {
     if (s_.phase >= Phase::kStopYielding) return;
-    if (s_.spare != 0) Do(Type::kKill, s_.spare);
-    s_.spare = 0;
+    DropSpare();
     if (s_.tainted != 0) Fail(Type::kSwapFailed, s_.failure);
     s_.tainted = 0;
     if (s_.successor != 0) {

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "common/log.h"
+#include "common/sealed_memory.h"
 #include "glog/logging.h"
 #include "supervisor/offload.h"
 
@@ -28,14 +29,7 @@ absl::StatusOr<UniqueFd> MemoryFile(std::string_view content) {
 }
 
 // Of a fixed size, so that no helper can fill the memory.
-absl::StatusOr<UniqueFd> OutputFile() {
-  HF_ASSIGN_OR_RETURN(UniqueFd file, MemoryFile(""));
-  if (ftruncate(file.get(), kOutputBytes) != 0 ||
-      fcntl(file.get(), F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL) != 0) {
-    return ErrnoStatus(errno, "the helper's output");
-  }
-  return file;
-}
+absl::StatusOr<UniqueFd> OutputFile() { return MakeSealedMemory("holdfast-helper", kOutputBytes); }
 
 // What was written, without the line ends after it.
 std::string ReadOutput(int fd) {

@@ -475,8 +475,8 @@ void Supervisor::EndTakeover() {
     state_.tainted = trial;
     state_.tainted_exited = tried == nullptr || tried->exited;
   }
-  state_.probation = last_good_ != nullptr && last_good_->sha256 != running_->sha256;
   if (!resumes) {
+    state_.probation = RunsUnproven();
     if (takeover->adopted) BeginSwap("supervisor");
     if (vault_.Count(MountState::kLive) + vault_.Count(MountState::kDetached) != 0) {
       reads_stopped_boot_nanos_ = clock_->BootNanos();
@@ -488,7 +488,7 @@ void Supervisor::EndTakeover() {
   if (takeover->holds_metadata) state_.holders.insert(owner->generation);
   if (!takeover->holds_metadata) state_.holders.erase(owner->generation);
   AdoptRunningBinary();
-  state_.probation = last_good_ != nullptr && last_good_->sha256 != running_->sha256;
+  state_.probation = RunsUnproven();
   SaveMachine();
   PassFault(faults_, "supervisor.phase." + std::string(PhaseName(state_.phase))).IgnoreError();
   ArmTimer(options_.limits.resume_ms);

@@ -1,10 +1,8 @@
 #include "supervisor/supervisor.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -12,6 +10,7 @@
 
 #include "absl/strings/escaping.h"
 #include "common/log.h"
+#include "common/sealed_memory.h"
 #include "glog/logging.h"
 #include "schema/touched.h"
 #include "supervisor/rpc.h"
@@ -56,18 +55,14 @@ const char* StepName(Phase phase) {
 }
 
 absl::StatusOr<SharedFd> MakeTouched() {
-  UniqueFd memory(memfd_create("holdfast-touched", MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  if (!memory.valid()) return ErrnoStatus(errno, "memfd_create");
+  HF_ASSIGN_OR_RETURN(UniqueFd memory, MakeSealedMemory("holdfast-touched", HF_TOUCHED_TOTAL_SIZE));
   hf_touched_header header{};
   header.magic = HF_TOUCHED_MAGIC;
   header.version = HF_TOUCHED_VERSION;
   header.header_size = sizeof(header);
   header.entry_stride = sizeof(hf_touched_entry);
   header.capacity = HF_TOUCHED_ENTRIES;
-  bool made = ftruncate(memory.get(), HF_TOUCHED_TOTAL_SIZE) == 0 &&
-              pwrite(memory.get(), &header, sizeof(header), 0) == sizeof(header) &&
-              fcntl(memory.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0;
-  if (!made) return ErrnoStatus(errno, "preparing a memfd");
+  HF_RETURN_IF_ERROR(PwriteFull(memory.get(), &header, sizeof(header), 0));
   return std::make_shared<UniqueFd>(std::move(memory));
 }
 
@@ -94,7 +89,7 @@ Supervisor::Supervisor(const Options& options, Resources resources, kj::AsyncIoC
       helpers_(io, std::move(resources.program)),
       checks_(state_dir_.get(), options_.state_dir, &vault_, &helpers_),
       tasks_(*this) {
-  state_.probation = last_good_ != nullptr && last_good_->sha256 != running_->sha256;
+  state_.probation = RunsUnproven();
   takeover_->fds = std::move(resources.fds);
   takeover_->living = std::move(resources.living);
   for (const auto& [name, fds] : takeover_->fds) takeover_->kept.insert(name);
@@ -617,8 +612,7 @@ kj::Promise<bool> Supervisor::SwapTo(std::shared_ptr<const Executable> executabl
 
 std::shared_ptr<const Executable> Supervisor::RollbackTarget() const {
   if (previous_ != nullptr) return previous_;
-  bool another = last_good_ != nullptr && last_good_->sha256 != running_->sha256;
-  return another ? last_good_ : nullptr;
+  return RunsUnproven() ? last_good_ : nullptr;
 }
 
 kj::Promise<RollbackReadiness> Supervisor::CheckRollback() {

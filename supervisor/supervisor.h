@@ -198,6 +198,8 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void BeginSwap(const std::string& kind);
   void ClaimSwap(kj::Maybe<schema::Progress::Client> progress);
   kj::Promise<bool> SwapTo(std::shared_ptr<const Executable> executable, const std::string& kind);
+  // Another build than the running one is last-good.
+  bool RunsUnproven() const { return last_good_ != nullptr && last_good_->sha256 != running_->sha256; }
   std::shared_ptr<const Executable> RollbackTarget() const;
   void SetLastGood(std::shared_ptr<const Executable> executable);
   void NotePhase(Phase from, Phase to);

@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/sealed_memory.h"
+
 namespace holdfast::supervisor {
 namespace {
 
@@ -122,13 +124,9 @@ absl::StatusOr<std::unique_ptr<Ledger>> Ledger::Map(uint64_t generation, SharedF
 }
 
 absl::StatusOr<std::unique_ptr<Ledger>> Ledger::Create(uint64_t generation) {
-  auto memory = std::make_shared<UniqueFd>(memfd_create("holdfast-ledger", MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  if (!memory->valid()) return ErrnoStatus(errno, "memfd_create");
-  if (ftruncate(memory->get(), HF_LEDGER_TOTAL_SIZE) != 0) return ErrnoStatus(errno, "ftruncate of a ledger");
-  if (fcntl(memory->get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
-    return ErrnoStatus(errno, "sealing a ledger");
-  }
-  HF_ASSIGN_OR_RETURN(std::unique_ptr<Ledger> ledger, Map(generation, std::move(memory)));
+  HF_ASSIGN_OR_RETURN(UniqueFd memory, MakeSealedMemory("holdfast-ledger", HF_LEDGER_TOTAL_SIZE));
+  HF_ASSIGN_OR_RETURN(std::unique_ptr<Ledger> ledger,
+                      Map(generation, std::make_shared<UniqueFd>(std::move(memory))));
   FillHeader(reinterpret_cast<hf_ledger_header*>(ledger->base_), generation);
   for (uint32_t i = 0; i < HF_LEDGER_SLOTS; ++i) {
     HF_ASSIGN_OR_RETURN(Pipe pipe, MakePipe());

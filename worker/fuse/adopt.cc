@@ -5,6 +5,11 @@
 // wait it gets a record in the own ledger before its slot is given up. While the old owner may still live (no
 // final walk) slots are left as they are: a dying thread may still fill one, and a request answered twice
 // does no harm, one overlooked does.
+//
+// Claimed first, taken up later. Claiming (AdoptLedger) costs microseconds: a record gets the successor's
+// generation and its place in the mount's table, so that an INTERRUPT finds it; a slot's request is copied
+// out. Taking up may open layers that are cold, so Start lets the pool read all mounts first. Who dies in
+// between leaves everything in the ledgers.
 #include <linux/fuse.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
@@ -96,7 +101,7 @@ Recovery RecoverRequest(const LedgerView& view, uint32_t index, bool final_walk,
     return Recovery::kBad;
   }
   if (out->length > HF_LEDGER_REQUEST_BYTES) return Recovery::kBad;
-  out->bytes.assign(HF_LEDGER_REQUEST_BYTES + 64, 0);
+  out->bytes.assign(out->length + 64, 0);
   memcpy(out->bytes.data(), slot->request, out->length);
   if (state == HF_SLOT_RECEIVING) return Sane(*out) ? Recovery::kRequest : Recovery::kBad;
   // A living owner may have gone on to its next request while we copied.
@@ -127,9 +132,29 @@ absl::StatusOr<uint64_t> ServerCore::AdoptLedger(uint64_t generation, LedgerHand
                                                  bool owner_hung) {
   if (generation == options_.generation) return InvalidArgument("a worker does not adopt its own ledger");
   MutexLock walk(&adopt_mutex_);
-  Gate gate(this);
-  if (!gate) return FailedPrecondition("parked");
-  uint64_t start = options_.clock->BootNanos();
+  uint64_t start = options_.clock->BootNanos(), taken = 0;
+  {
+    Gate gate(this);
+    if (!gate) return FailedPrecondition("parked");
+    HF_ASSIGN_OR_RETURN(taken, Claim(generation, std::move(handle), final_walk, owner_hung));
+  }
+  uint64_t nanos = options_.clock->BootNanos() - start;
+  LOG(INFO) << "fuse.adopted generation=" << generation << " final=" << final_walk << " hung=" << owner_hung
+            << " taken=" << taken << " suspects=" << suspects_.size() + suspect_records_.size()
+            << " us=" << nanos / 1000;
+  if (options_.trace != nullptr) {
+    options_.trace->Record(
+        "fuse.adopt", "generation=" + std::to_string(generation) + " taken=" + std::to_string(taken), nanos);
+  }
+  if (started_) {
+    TakeUpClaimed();
+    RunSuspects();
+  }
+  return taken;
+}
+
+absl::StatusOr<uint64_t> ServerCore::Claim(uint64_t generation, LedgerHandle handle, bool final_walk,
+                                           bool owner_hung) {
   std::shared_ptr<OldLedger> old;
   {
     MutexLock lock(&old_mutex_);
@@ -143,22 +168,10 @@ absl::StatusOr<uint64_t> ServerCore::AdoptLedger(uint64_t generation, LedgerHand
     old_[generation] = old;
     drained_.erase(generation);
   }
-  BorrowedPipe pipe(this);
-  uint64_t taken = AdoptRecords(old->view, final_walk, pipe.get());
-  taken += AdoptSlots(*old, final_walk, owner_hung, pipe.get());
-  if (started_) RunSuspects(pipe.get());
-  {
-    MutexLock lock(&old_mutex_);
-    if (final_walk) old->walked_finally = true;
-  }
-  uint64_t nanos = options_.clock->BootNanos() - start;
-  LOG(INFO) << "fuse.adopted generation=" << generation << " final=" << final_walk << " hung=" << owner_hung
-            << " taken=" << taken << " suspects=" << suspects_.size() + suspect_records_.size()
-            << " us=" << nanos / 1000;
-  if (options_.trace != nullptr) {
-    options_.trace->Record(
-        "fuse.adopt", "generation=" + std::to_string(generation) + " taken=" + std::to_string(taken), nanos);
-  }
+  uint64_t taken = ClaimRecords(old->view, final_walk);
+  taken += ClaimSlots(*old, final_walk, owner_hung);
+  MutexLock lock(&old_mutex_);
+  if (final_walk) old->walked_finally = true;
   return taken;
 }
 
@@ -185,7 +198,7 @@ void ServerCore::Dropped(uint64_t generation, uint64_t mount_id, const char* why
              << '"';
 }
 
-uint64_t ServerCore::AdoptRecords(const std::shared_ptr<LedgerView>& view, bool final_walk, ReplyPipe* pipe) {
+uint64_t ServerCore::ClaimRecords(const std::shared_ptr<LedgerView>& view, bool final_walk) {
   uint64_t taken = 0;
   for (uint32_t i = 0, end = view->high_water(); i < end; i++) {
     hf_record* record = view->record(i);
@@ -193,22 +206,25 @@ uint64_t ServerCore::AdoptRecords(const std::shared_ptr<LedgerView>& view, bool 
       suspect_records_.push_back({view, i});
       continue;
     }
-    if (AdoptRecord(view, i, final_walk, pipe)) taken++;
+    std::optional<ClaimedRead> claimed = ClaimRecord(view, i, final_walk);
+    if (!claimed) continue;
+    claimed_reads_.push_back(*std::move(claimed));
+    taken++;
   }
   return taken;
 }
 
-bool ServerCore::AdoptRecord(const std::shared_ptr<LedgerView>& view, uint32_t index, bool final_walk,
-                             ReplyPipe* pipe) {
+std::optional<ServerCore::ClaimedRead> ServerCore::ClaimRecord(const std::shared_ptr<LedgerView>& view,
+                                                               uint32_t index, bool final_walk) {
   hf_record* record = view->record(index);
   RecordState state = LoadState(record);
   if (state.state == HF_RECORD_FILLING && final_walk)
     ChangeState(record, &state, {});  // its slot has the request
-  if (state.state != HF_RECORD_PENDING) return false;
+  if (state.state != HF_RECORD_PENDING) return std::nullopt;
   // Taken first and looked at then: its owner may still be dying, and answer and refill it under our eyes.
   bool ours_before = state.owner == generation32_;
   if (!ChangeState(record, &state, {HF_RECORD_PENDING, generation32_}))
-    return false;  // answered this instant
+    return std::nullopt;  // answered this instant
   state.owner = generation32_;
   hf_record copy;
   memcpy(&copy, record, sizeof copy);
@@ -220,35 +236,27 @@ bool ServerCore::AdoptRecord(const std::shared_ptr<LedgerView>& view, uint32_t i
                         : mount == nullptr          ? "unknown mount"
                                                     : nullptr;
   if (refused != nullptr) {
-    if (!ChangeState(record, &state, {})) return false;
+    if (!ChangeState(record, &state, {})) return std::nullopt;
     if (view == ledger_) records_.Put(index);
     Dropped(view->generation(), copy.mount_id, refused);
-    return false;
+    return std::nullopt;
   }
-  if (ours_before && mount->FindPending(copy.unique)) return false;
+  if (ours_before && mount->FindPending(copy.unique)) return std::nullopt;
   read.deadline_nanos = AdoptedDeadline(Shared(record->deadline_ns).load(std::memory_order_relaxed));
   Shared(record->deadline_ns).store(read.deadline_nanos, std::memory_order_relaxed);
-  if (Poisoned(*mount, FUSE_READ, copy.nodeid, copy.strikes)) {
-    pipe->SendError(mount->device(), copy.unique, EIO);
-    pending_++;
-    FinishPending(*mount, read, EIO);
-    return true;
-  }
   pending_++;
   if (IsDuplicate(mount->AddPending(read))) {
     pending_--;
     FreeRecord(read);  // the same request waits in another ledger already
-    return false;
+    return std::nullopt;
   }
-  TakeUp(mount, read.unique, pipe);
   Throttle(*mount);
-  return true;
+  return ClaimedRead{std::move(mount), copy.unique, copy.nodeid, copy.strikes};
 }
 
-uint64_t ServerCore::AdoptSlots(OldLedger& old, bool final_walk, bool owner_hung, ReplyPipe* pipe) {
+uint64_t ServerCore::ClaimSlots(OldLedger& old, bool final_walk, bool owner_hung) {
   const LedgerView& view = *old.view;
-  uint64_t now = options_.clock->BootNanos();
-  std::vector<RecoveredRequest> requests;
+  uint64_t now = options_.clock->BootNanos(), taken = 0;
   for (uint32_t i = 0; i < view.slot_count(); i++) {
     RecoveredRequest request;
     Recovery found = RecoverRequest(view, i, final_walk, &request);
@@ -256,80 +264,129 @@ uint64_t ServerCore::AdoptSlots(OldLedger& old, bool final_walk, bool owner_hung
       bool hung_in = owner_hung && request.executing && now > request.received_nanos + kHungInNanos;
       request.strikes = StrikesOf(view.slot(i), hung_in);
       request.view = old.view;
-      requests.push_back(std::move(request));
+      if (ClaimRequest(old, std::move(request))) taken++;
     } else if (found == Recovery::kBad && final_walk) {
       Dropped(view.generation(), request.mount_id, "bad CRC or length");
     }
   }
-  std::stable_sort(requests.begin(), requests.end(),
-                   [](const auto& a, const auto& b) { return Order(a) < Order(b); });
-  uint64_t taken = 0;
-  for (RecoveredRequest& request : requests) {
-    uint64_t unique = request.header().unique;
-    auto known = old.taken_slots.find(request.slot);
-    if (known != old.taken_slots.end() && known->second == unique) continue;
-    old.taken_slots[request.slot] = unique;
-    if (request.strikes > 0 && request.NeedsAnswer()) {
-      Suspect& suspect = known_suspects_[{request.mount_id, unique}];
-      if (suspect.executed) continue;
-      if (suspect.strikes == 0) taken++;
-      suspect.strikes = std::max(suspect.strikes, request.strikes);
-      suspects_.push_back(std::move(request));
-    } else if (AdoptRequest(request, pipe)) {
-      taken++;
-    }
-  }
   if (final_walk) {
-    for (uint32_t i = 0; i < view.slot_count(); i++) {
-      bool waits = std::any_of(suspects_.begin(), suspects_.end(), [&](const RecoveredRequest& suspect) {
-        return suspect.view == old.view && suspect.slot == i;
-      });
-      if (!waits) Shared(view.slot(i)->state).store(HF_SLOT_FREE, std::memory_order_release);
-    }
     old.slots_of_the_dead = true;
+    for (uint32_t i = 0; i < view.slot_count(); i++) FreeSlot(old, i);
   }
   return taken;
 }
 
+// Whether somebody is to be answered who did not count yet.
+bool ServerCore::ClaimRequest(OldLedger& old, RecoveredRequest request) {
+  const uint64_t unique = request.header().unique;
+  auto [known, is_new] = old.taken_slots.try_emplace(request.slot, unique);
+  if (!is_new && known->second == unique) return false;
+  known->second = unique;
+  std::shared_ptr<Mount> mount = FindMount(request.mount_id);
+  if (mount == nullptr || ready_session_.load() == nullptr) {
+    Dropped(request.view->generation(), request.mount_id, "unknown mount");
+    return false;
+  }
+  bool counts = request.NeedsAnswer() && !mount->FindPending(unique);  // else its record counted
+  if (request.strikes > 0 && request.NeedsAnswer()) {
+    Suspect& suspect = known_suspects_[{request.mount_id, unique}];
+    if (suspect.executed) return false;
+    counts = suspect.strikes == 0;
+    suspect.strikes = std::max(suspect.strikes, request.strikes);
+    mount->BeginExecute(unique, &request.view->slot(request.slot)->marks);
+    suspects_.push_back(std::move(request));
+    return counts;
+  }
+  // An INTERRUPT finds it from now on.
+  mount->BeginExecute(unique, &request.view->slot(request.slot)->marks);
+  claimed_requests_.push_back(std::move(request));
+  return counts;
+}
+
+void ServerCore::TakeUpClaimed() {
+  if (claimed_requests_.empty() && claimed_reads_.empty()) return;
+  const uint64_t start = options_.clock->BootNanos();
+  const size_t requests = claimed_requests_.size(), reads = claimed_reads_.size();
+  std::stable_sort(claimed_requests_.begin(), claimed_requests_.end(),
+                   [](const auto& a, const auto& b) { return Order(a) < Order(b); });
+  BorrowedPipe pipe(this);
+  while (!claimed_requests_.empty() || !claimed_reads_.empty()) {
+    (void)PassFault(options_.faults, "fuse.before_take_up");
+    Gate gate(this);    // one each: who parks does not wait for all of them
+    if (!gate) return;  // what is left stays here for Resume, and in the ledgers for a successor
+    if (!claimed_requests_.empty()) {
+      RecoveredRequest request = std::move(claimed_requests_.front());
+      claimed_requests_.pop_front();
+      // A copy of a suspect is executed as one, or was.
+      if (!known_suspects_.contains({request.mount_id, request.header().unique})) {
+        ExecuteRecovered(request, pipe.get());
+      }
+      FreeSlotOf(request);
+    } else {
+      ClaimedRead read = std::move(claimed_reads_.front());
+      claimed_reads_.pop_front();
+      TakeUp(read.mount, read.unique, pipe.get());
+    }
+  }
+  LOG(INFO) << "fuse.taken_up requests=" << requests << " reads=" << reads
+            << " us=" << (options_.clock->BootNanos() - start) / 1000;
+}
+
 // Requests that may have ended a worker: one at a time, and nothing beside them, so that the next death, too,
 // points at one request only.
-void ServerCore::RunSuspects(ReplyPipe* pipe) {
-  std::vector<RecoveredRequest> requests = std::move(suspects_);
-  std::vector<SuspectRecord> records = std::move(suspect_records_);
-  suspects_.clear();
-  suspect_records_.clear();
-  if (requests.empty() && records.empty()) return;
+void ServerCore::RunSuspects() {
+  if (suspects_.empty() && suspect_records_.empty()) return;
+  Gate gate(this);
+  if (!gate) return;
+  BorrowedPipe pipe(this);
   Alone alone(this);
-  for (RecoveredRequest& request : requests) {
+  while (!suspects_.empty()) {
+    RecoveredRequest request = std::move(suspects_.front());
+    suspects_.pop_front();
     Suspect& suspect = known_suspects_[{request.mount_id, request.header().unique}];
-    if (std::exchange(suspect.executed, true)) {
-      FreeSuspectSlot(request);  // a copy
-      continue;
+    if (!std::exchange(suspect.executed, true)) {  // else it is a copy
+      request.strikes = suspect.strikes;
+      LOG(WARNING) << "fuse.suspect generation=" << request.view->generation() << " slot=" << request.slot
+                   << " mount=" << request.mount_id << " opcode=" << request.header().opcode
+                   << " node=" << request.header().nodeid << " strikes=" << request.strikes;
+      ExecuteRecovered(request, pipe.get());
     }
-    request.strikes = suspect.strikes;
-    LOG(WARNING) << "fuse.suspect generation=" << request.view->generation() << " slot=" << request.slot
-                 << " mount=" << request.mount_id << " opcode=" << request.header().opcode
-                 << " node=" << request.header().nodeid << " strikes=" << request.strikes;
-    AdoptRequest(request, pipe);
-    FreeSuspectSlot(request);
+    FreeSlotOf(request);
   }
-  for (const SuspectRecord& suspect : records) {
+  while (!suspect_records_.empty()) {
+    SuspectRecord suspect = std::move(suspect_records_.front());
+    suspect_records_.pop_front();
     LOG(WARNING) << "fuse.suspect generation=" << suspect.view->generation() << " record=" << suspect.index;
-    AdoptRecord(suspect.view, suspect.index, /*final_walk=*/false, pipe);
+    std::optional<ClaimedRead> read = ClaimRecord(suspect.view, suspect.index, /*final_walk=*/false);
+    if (!read) continue;
+    if (Poisoned(*read->mount, FUSE_READ, read->nodeid, read->strikes)) {
+      AnswerPending(*read->mount, read->unique, EIO, pipe.get());
+    } else {
+      TakeUp(read->mount, read->unique, pipe.get());
+    }
   }
 }
 
-// Its slot was kept for a successor in case that we die over it. (Only slots of the dead are ever freed.)
-void ServerCore::FreeSuspectSlot(const RecoveredRequest& request) {
-  bool owner_is_dead = false;
+// A slot of a ledger whose owner is dead, unless a request that was claimed from it still waits: it is kept
+// for a successor in case that we die before or over it.
+void ServerCore::FreeSlot(const OldLedger& old, uint32_t slot) {
+  auto waits = [&](const std::deque<RecoveredRequest>& requests) {
+    return std::any_of(requests.begin(), requests.end(), [&](const RecoveredRequest& request) {
+      return request.view == old.view && request.slot == slot;
+    });
+  };
+  if (!old.slots_of_the_dead || waits(claimed_requests_) || waits(suspects_)) return;
+  Shared(old.view->slot(slot)->state).store(HF_SLOT_FREE, std::memory_order_release);
+}
+
+void ServerCore::FreeSlotOf(const RecoveredRequest& request) {
+  std::shared_ptr<OldLedger> old;
   {
     MutexLock lock(&old_mutex_);
     auto it = old_.find(request.view->generation());
-    owner_is_dead = it != old_.end() && it->second->slots_of_the_dead;
+    if (it != old_.end()) old = it->second;
   }
-  if (owner_is_dead) {
-    Shared(request.view->slot(request.slot)->state).store(HF_SLOT_FREE, std::memory_order_release);
-  }
+  if (old != nullptr) FreeSlot(*old, request.slot);
 }
 
 bool ServerCore::Poisoned(Mount& mount, uint32_t opcode, uint64_t nodeid, uint32_t strikes) {
@@ -340,13 +397,11 @@ bool ServerCore::Poisoned(Mount& mount, uint32_t opcode, uint64_t nodeid, uint32
   return true;
 }
 
-bool ServerCore::AdoptRequest(const RecoveredRequest& request, ReplyPipe* pipe) {
+// Its unique was noted as executing when it was claimed.
+void ServerCore::ExecuteRecovered(const RecoveredRequest& request, ReplyPipe* pipe) {
   hf_slot* origin = request.view->slot(request.slot);
   std::shared_ptr<Mount> mount = FindMount(request.mount_id);
-  if (mount == nullptr || ready_session_.load() == nullptr) {
-    Dropped(request.view->generation(), request.mount_id, "unknown mount");
-    return false;
-  }
+  if (mount == nullptr) return;  // gone since, and nobody waits
   fuse_in_header in = request.header();
   Exchange x;
   x.core = this;
@@ -357,7 +412,7 @@ bool ServerCore::AdoptRequest(const RecoveredRequest& request, ReplyPipe* pipe) 
   x.adopted = true;
   if (request.NeedsAnswer() && Poisoned(*mount, in.opcode, in.nodeid, request.strikes)) {
     ReplyError(x, EIO);
-    return true;
+    return mount->EndExecute(in.unique);
   }
   // A copy in our own ledger says what we execute: to the supervisor, should it take too long, and to our
   // successor.
@@ -375,12 +430,10 @@ bool ServerCore::AdoptRequest(const RecoveredRequest& request, ReplyPipe* pipe) 
   x.strikes[0] = &copy->strikes;
   x.strikes[1] = &origin->strikes;
   x.own_slot = index + 1;
-  mount->BeginExecute(in.unique, &origin->marks);
   Execute(x, request.bytes.data(), request.length);
   mount->EndExecute(in.unique);
   Shared(copy->state).store(HF_SLOT_FREE, std::memory_order_release);
   if (x.waits) Fetch(mount, x.layer, *x.waits);
-  return request.NeedsAnswer() && !x.duplicate;
 }
 
 }  // namespace holdfast::fuse

@@ -34,7 +34,6 @@ struct Exchange {
   uint32_t own_slot = 0;       // index + 1 in the own ledger; 0 for a record
   Capture* capture = nullptr;  // set: a replay, the kernel hears nothing of it
   bool adopted = false;
-  bool duplicate = false;         // another ledger's record of the same request waits already
   std::optional<uint64_t> waits;  // a record was made for it: fetch once the slot is free
 
   ReplyTarget target() const { return {mount->device(), capture == nullptr ? nullptr : &capture->reply}; }

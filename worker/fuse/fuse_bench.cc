@@ -22,6 +22,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <sstream>
+#include <thread>
 
 #include "glog/logging.h"
 
@@ -293,6 +294,10 @@ class ServerMain {
     in >> verb;
     if (verb == "start") {
       server_->Start();
+    } else if (verb == "begin") {
+      starting_ = std::thread([this] { server_->Start(); });
+    } else if (verb == "begun") {
+      starting_.join();
     } else if (verb == "park") {
       server_->Park();
     } else if (verb == "resume") {
@@ -394,6 +399,7 @@ class ServerMain {
   Mutex mutex_;
   std::string ended_ ABSL_GUARDED_BY(mutex_);
   std::unique_ptr<FuseServer> server_;
+  std::thread starting_;
 };
 
 }  // namespace

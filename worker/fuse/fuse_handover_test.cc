@@ -171,6 +171,150 @@ TEST_F(FuseHandoverTest, KilledJustBeforeTheReplyLeavesNothingUnanswered) {
   }
 }
 
+// A server dies with a READ that waits and one that is executed; its successor has claimed both.
+class FuseTakeUpTest : public FuseHandoverTest {
+ protected:
+  void LeaveBoth() {
+    MountFlags flags;
+    flags.zero_open = true;  // once the first reader is there, all that a second one asks for is its READ
+    left_ = bench_.Mount(flags).path;
+    other_ = bench_.Mount().path;
+    auto first = Start(NewSetup(1), true);
+    waiting_ = MissReader(left_, 1);
+    ASSERT_TRUE(Eventually([&] { return first->Number("waiting 100") == 1; }));
+    ASSERT_EQ(first->Call("fault fuse.received=block@0"), "ok");
+    executed_ = MissReader(left_, 2);
+    ASSERT_EQ(first->Call("fired fuse.received 1"), "ok");
+    first->Kill();
+    ASSERT_EQ(ExecutingSlots().size(), 1u);
+    fuse_in_header in;
+    memcpy(&in, ExecutingSlots()[0]->request, sizeof in);
+    ASSERT_EQ(in.opcode, uint32_t{FUSE_READ});
+  }
+  std::unique_ptr<ServerProcess> Successor(uint64_t generation, const std::string& faults) {
+    ServerSetup setup = NewSetup(generation);
+    setup.faults = faults;
+    return std::make_unique<ServerProcess>(bench_, setup);
+  }
+  std::vector<hf_slot*> ExecutingSlots() {
+    std::vector<hf_slot*> slots;
+    for (uint32_t i = 0; i < HF_LEDGER_SLOTS; i++) {
+      hf_slot* slot = bench_.ledgers[1]->slot(i);
+      if (Shared(slot->state).load() == HF_SLOT_EXECUTING) slots.push_back(slot);
+    }
+    return slots;
+  }
+
+  std::string left_, other_;
+  std::unique_ptr<ChildProcess> waiting_, executed_;
+};
+
+TEST_F(FuseTakeUpTest, OtherMountsAreReadBeforeWhatADeadServerLeftIsTakenUp) {
+  ASSERT_NO_FATAL_FAILURE(LeaveBoth());
+  auto second = Successor(2, "fuse.before_take_up=block");
+  EXPECT_EQ(second->Number("adopt 1 0"), 2u);
+  EXPECT_EQ(second->Number("adopt 1 1"), 0u) << "claimed already";
+  EXPECT_EQ(second->Stats()["pending"], 1u);
+  EXPECT_EQ(second->Number("fetches 100"), 0u);
+  ASSERT_EQ(second->Call("begin"), "ok");
+  ASSERT_EQ(second->Call("fired fuse.before_take_up 1"), "ok");
+  EXPECT_EQ(MissReader(other_, 1)->Wait(10), 0);
+  EXPECT_EQ(Reader([&] { return CheckFile(left_ + "/stored", kStored, 0, 4096, true); })->Wait(10), 0);
+  EXPECT_EQ(waiting_->Wait(0), -1);
+  EXPECT_EQ(executed_->Wait(0), -1);
+  EXPECT_EQ(ExecutingSlots().size(), 1u) << "kept for a successor";
+  EXPECT_EQ(second->Number("drained 1"), 0u);
+  ASSERT_EQ(second->Call("unblock fuse.before_take_up"), "ok");
+  ASSERT_EQ(second->Call("begun"), "ok");
+  EXPECT_EQ(waiting_->Wait(10), 0);
+  EXPECT_EQ(executed_->Wait(10), 0);
+  EXPECT_TRUE(Eventually([&] { return second->Number("drained 1") == 1; }));
+  EXPECT_EQ(second->Stats()["adopted"], 2u);
+}
+
+TEST_F(FuseTakeUpTest, KilledBetweenClaimAndTakeUpItLeavesEverythingToItsSuccessor) {
+  ASSERT_NO_FATAL_FAILURE(LeaveBoth());
+  // Before the first of them, then before the second. (The slot's request has a record of its own then.)
+  for (uint64_t generation : {2, 3}) {
+    auto server = Successor(generation, "fuse.before_take_up=kill@" + std::to_string(generation - 1));
+    for (uint64_t old = 1; old < generation; old++) server->Number("adopt " + std::to_string(old) + " 1");
+    EXPECT_EQ(server->Call("hold 100 1"), "ok");
+    server->Send("start");
+    ASSERT_EQ(server->process().Wait(10), 1000 + SIGKILL) << generation;
+    EXPECT_EQ(waiting_->Wait(0), -1);
+    EXPECT_EQ(executed_->Wait(0), -1);
+    EXPECT_EQ(ExecutingSlots().size(), generation == 2 ? 1u : 0u);
+  }
+  auto last = Successor(4, "");
+  EXPECT_EQ(last->Number("adopt 1 1"), 1u);
+  EXPECT_EQ(last->Number("adopt 2 1"), 0u);
+  EXPECT_EQ(last->Number("adopt 3 1"), 1u);
+  ASSERT_EQ(last->Call("start"), "ok");
+  EXPECT_EQ(waiting_->Wait(10), 0);
+  EXPECT_EQ(executed_->Wait(10), 0);
+  EXPECT_TRUE(Eventually([&] { return last->Number("drained 1") == 1 && last->Number("drained 3") == 1; }));
+  EXPECT_EQ(last->Stats()["errors"], 0u);
+}
+
+TEST_F(FuseTakeUpTest, WhoIsParkedWhileItTakesUpLeavesTheRestUntilItResumes) {
+  ASSERT_NO_FATAL_FAILURE(LeaveBoth());
+  for (const char* pass : {"1", "2"}) {
+    bool none = *pass == '1';
+    uint64_t generation = none ? 2 : 3;
+    auto server = Successor(generation, std::string("fuse.before_take_up=block@") + pass);
+    ASSERT_EQ(server->Call("hold 100 1"), "ok");
+    EXPECT_EQ(server->Number("adopt 1 1"), 2u);
+    ASSERT_EQ(server->Call("begin"), "ok");
+    ASSERT_EQ(server->Call("fired fuse.before_take_up 1"), "ok");
+    ASSERT_EQ(server->Call("park"), "ok") << "it waits for one of them at most";
+    ASSERT_EQ(server->Call("unblock fuse.before_take_up"), "ok");
+    ASSERT_EQ(server->Call("begun"), "ok");
+    EXPECT_EQ(server->Number("fetches 100"), none ? 0u : 1u);
+    EXPECT_EQ(ExecutingSlots().size(), none ? 1u : 0u);
+    if (none) continue;  // it dies parked, and the next one finds both
+    ASSERT_EQ(server->Call("hold 100 0"), "ok");
+    ASSERT_EQ(server->Call("resume"), "ok");
+    EXPECT_EQ(waiting_->Wait(10), 0);
+    EXPECT_EQ(executed_->Wait(10), 0);
+    EXPECT_TRUE(Eventually([&] { return server->Number("drained 1") == 1; }));
+    EXPECT_EQ(server->Stats()["pending"], 0u);
+  }
+}
+
+TEST_F(FuseTakeUpTest, AnInterruptFindsAReadThatIsClaimedAndNotTakenUp) {
+  ASSERT_NO_FATAL_FAILURE(LeaveBoth());
+  auto second = Successor(2, "fuse.before_take_up=block");
+  ASSERT_EQ(second->Call("hold 100 1"), "ok");
+  EXPECT_EQ(second->Number("adopt 1 1"), 2u);
+  ASSERT_EQ(second->Call("begin"), "ok");
+  ASSERT_EQ(second->Call("fired fuse.before_take_up 1"), "ok");
+  waiting_->Signal(SIGKILL);
+  EXPECT_EQ(waiting_->Wait(5), 1000 + SIGKILL);
+  executed_->Signal(SIGKILL);
+  hf_slot* slot = ExecutingSlots().at(0);
+  ASSERT_TRUE(Eventually([&] { return (Shared(slot->marks).load() & HF_MARK_INTERRUPTED) != 0; }));
+  ASSERT_EQ(second->Call("unblock fuse.before_take_up"), "ok");
+  ASSERT_EQ(second->Call("begun"), "ok");
+  EXPECT_EQ(executed_->Wait(5), 1000 + SIGKILL);
+  EXPECT_EQ(second->Stats()["interrupted"], 2u);
+  EXPECT_EQ(second->Number("drained 1"), 1u);
+}
+
+TEST_F(FuseTakeUpTest, WhatCrashedAServerIsExecutedBeforeThePoolStarts) {
+  ASSERT_NO_FATAL_FAILURE(LeaveBoth());
+  ExecutingSlots().at(0)->strikes = 1;
+  auto second = Successor(2, "fuse.received=block");
+  EXPECT_EQ(second->Number("adopt 1 1"), 2u);
+  ASSERT_EQ(second->Call("begin"), "ok");
+  ASSERT_EQ(second->Call("fired fuse.received 1"), "ok");
+  auto other = MissReader(other_, 1);
+  ASSERT_TRUE(bench_.WaitReadable(bench_.mounts[101], 5)) << "nobody reads";
+  EXPECT_EQ(second->Number("fetches 100"), 0u);
+  ASSERT_EQ(second->Call("unblock fuse.received"), "ok");
+  for (auto* reader : {&waiting_, &executed_, &other}) EXPECT_EQ((*reader)->Wait(10), 0);
+  EXPECT_TRUE(Eventually([&] { return second->Number("drained 1") == 1; }));
+}
+
 TEST_F(FuseHandoverTest, ARequestLeftInThePipeIsRecovered) {
   Bench::MountPoint& mount = bench_.Mount();
   Bench::Ledger& dead = bench_.MakeLedger(1);
@@ -467,6 +611,7 @@ TEST_F(FuseHandoverTest, KillsFromOutsideNeverAddAStrikeHoweverOften) {
     next.faults = "fuse.received=kill";  // while it executes what it adopts
     server = std::make_unique<ServerProcess>(bench_, next);
     server->Send("adopt 1 1");
+    server->Send("start");
     ASSERT_EQ(server->process().Wait(10), 1000 + SIGKILL);
   }
   auto last = Start(NewSetup(6));

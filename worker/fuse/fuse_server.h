@@ -49,8 +49,8 @@ struct MountSpec {
   // unread.
   bool serve_now = false;
   // Opens the layer on the mount's first request; called once, off no lock, on a pool thread or in
-  // AdoptLedger/Resume. Other requests of the mount wait for it, so it must not wait for the network. An
-  // error makes the mount answer EIO (logged once) and is tried again after a second.
+  // AdoptLedger/Start/Resume. Other requests of the mount wait for it, so it must not wait for the network.
+  // An error makes the mount answer EIO (logged once) and is tried again after a second.
   std::function<absl::StatusOr<std::shared_ptr<layer::Layer>>()> open_layer;
 };
 
@@ -99,12 +99,13 @@ class FuseServer {
   virtual void OnMountEnded(std::function<void(uint64_t mount_id)> callback) = 0;
 
   // Adopts every unanswered request of another generation's ledger: drains its pipes, takes its slots and
-  // records and answers them. Call after AddMount of all mounts, and again when the owner's exit is proven
-  // (`final_walk`): nothing can be left behind by a thread of the dying worker. Returns how many were taken.
-  // Requests of unknown mounts or with a bad CRC are dropped, logged and counted, never guessed at.
-  // A request that was executed when its worker crashed, or for more than a second when its worker was killed
-  // because it hung (`owner_hung`), has a strike. Requests with strikes are executed last, one at a time and
-  // with nothing beside them: before Start in Start, else at the end of this call. With two strikes they get
+  // records. They are answered at the end of this call, before Start at the end of Start, when all mounts are
+  // read. Call after AddMount of all mounts, and again when the owner's exit is proven (`final_walk`):
+  // nothing can be left behind by a thread of the dying worker. Returns how many were taken. Requests of
+  // unknown mounts or with a bad CRC are dropped, logged and counted, never guessed at. A request that was
+  // executed when its worker crashed, or for more than a second when its worker was killed because it hung
+  // (`owner_hung`), has a strike. Requests with strikes are executed one at a time and with nothing beside
+  // them: in Start before anything is read, by a started server after the others. With two strikes they get
   // EIO.
   virtual absl::StatusOr<uint64_t> AdoptLedger(uint64_t generation, LedgerHandle ledger, bool final_walk,
                                                bool owner_hung) = 0;
@@ -113,7 +114,8 @@ class FuseServer {
   // drained.
   virtual bool Drained(uint64_t generation) const = 0;
 
-  virtual void Start() = 0;  // start the pool, read all mounts
+  // Starts the pool, reads all mounts; then answers what was adopted.
+  virtual void Start() = 0;
   // Stops reading and answering; on return no thread holds a request, and all unanswered ones are in the
   // ledger. Fetches that finish later only fill the cache.
   virtual void Park() = 0;

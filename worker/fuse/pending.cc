@@ -80,12 +80,11 @@ void ServerCore::MakeRecord(Exchange& x, uint64_t nodeid, uint64_t offset, uint6
     case Mount::Added::kDuplicateInterrupted:  // and nobody waits for it
       pending_--;
       FreeRecord(read);
-      x.duplicate = true;
-      if (added == Mount::Added::kDuplicateInterrupted) AnswerInterrupted(*x.mount, x.unique, x.pipe);
+      if (added == Mount::Added::kDuplicateInterrupted) AnswerPending(*x.mount, x.unique, EINTR, x.pipe);
       return;
     case Mount::Added::kInterrupted:
       Shared(record->marks).fetch_or(HF_MARK_INTERRUPTED, std::memory_order_acq_rel);
-      return AnswerInterrupted(*x.mount, x.unique, x.pipe);
+      return AnswerPending(*x.mount, x.unique, EINTR, x.pipe);
     case Mount::Added::kWaits:
       x.waits = x.unique;
       return Throttle(*x.mount);
@@ -154,7 +153,7 @@ void ServerCore::TakeUp(const std::shared_ptr<Mount>& mount, uint64_t unique, Re
   if (!read) return;
   if ((Shared(read->ledger->record(read->record)->marks).load(std::memory_order_acquire) &
        HF_MARK_INTERRUPTED) != 0) {
-    return AnswerInterrupted(*mount, unique, pipe);
+    return AnswerPending(*mount, unique, EINTR, pipe);
   }
   Exchange x;
   x.strikes[0] = &read->ledger->record(read->record)->strikes;
@@ -165,22 +164,20 @@ void ServerCore::TakeUp(const std::shared_ptr<Mount>& mount, uint64_t unique, Re
   bool sane = node != nullptr && (node->mode & S_IFMT) == S_IFREG && read->offset <= node->size &&
               read->size <= node->size - read->offset;
   if (!sane) {
-    if (!(read = mount->TakePending(unique))) return;
     LOG(ERROR) << "fuse.record_refused mount=" << mount->id() << " node=" << read->nodeid
                << " offset=" << read->offset;
-    pipe->SendError(mount->device(), unique, EIO);
-    return FinishPending(*mount, *read, EIO);
+    return AnswerPending(*mount, unique, EIO, pipe);
   }
   std::optional<layer::ReadResult> content = (*layer)->ReadNow(read->nodeid, read->offset, read->size);
   if (!content) return Fetch(mount, *layer, unique);
   if ((read = mount->TakePending(unique))) SendPending(mount, *read, *content, pipe);
 }
 
-void ServerCore::AnswerInterrupted(Mount& mount, uint64_t unique, ReplyPipe* pipe) {
+void ServerCore::AnswerPending(Mount& mount, uint64_t unique, int error, ReplyPipe* pipe) {
   std::optional<PendingRead> read = mount.TakePending(unique);
   if (!read) return;
-  pipe->SendError(mount.device(), unique, EINTR);
-  FinishPending(mount, *read, EINTR);
+  pipe->SendError(mount.device(), unique, error);
+  FinishPending(mount, *read, error);
 }
 
 void ServerCore::FinishPending(Mount& mount, const PendingRead& read, int error) {

@@ -231,7 +231,7 @@ void ServerCore::Execute(Exchange& x, const uint8_t* request, uint32_t length) {
 void ServerCore::HandleInterrupt(Exchange& x, uint64_t target) {
   switch (x.mount->Interrupt(target)) {
     case Mount::Interrupted::kPending:
-      return AnswerInterrupted(*x.mount, target, x.pipe);
+      return AnswerPending(*x.mount, target, EINTR, x.pipe);
     case Mount::Interrupted::kMaybeArriving:
       // The kernel sends it again; by then the target is known. A replayed INTERRUPT is never answered.
       if (!x.adopted) x.pipe->SendError(x.mount->device(), x.unique, EAGAIN);

@@ -409,6 +409,8 @@ TEST(GoldenLedgerTest, ALedgerOfVersion1IsReadAndItsRequestsAnswered) {
   ASSERT_TRUE(taken.ok()) << taken.status();
   EXPECT_EQ(*taken, 2u);
   EXPECT_EQ(build.server->stats().dropped, 0u);
+  EXPECT_FALSE(build.server->Drained(kGoldenGeneration));
+  build.server->Start();
   EXPECT_TRUE(build.server->Drained(kGoldenGeneration));
   std::string replies;
   char bytes[16384];
@@ -417,15 +419,15 @@ TEST(GoldenLedgerTest, ALedgerOfVersion1IsReadAndItsRequestsAnswered) {
   }
   ASSERT_EQ(replies.size(), 2 * sizeof(fuse_out_header) + 4096 + sizeof(fuse_entry_out));
   fuse_out_header read_reply, lookup_reply;
-  memcpy(&read_reply, replies.data(), sizeof read_reply);
+  fuse_entry_out entry;
+  memcpy(&lookup_reply, replies.data(), sizeof lookup_reply);
+  memcpy(&entry, replies.data() + sizeof lookup_reply, sizeof entry);
+  memcpy(&read_reply, replies.data() + lookup_reply.len, sizeof read_reply);
   EXPECT_EQ(read_reply.unique, kReadUnique);
   EXPECT_EQ(read_reply.error, 0);
-  EXPECT_EQ(replies.substr(sizeof read_reply, 4096), ContentBytes(kMissing, 8192, 4096));
-  memcpy(&lookup_reply, replies.data() + read_reply.len, sizeof lookup_reply);
+  EXPECT_EQ(replies.substr(lookup_reply.len + sizeof read_reply, 4096), ContentBytes(kMissing, 8192, 4096));
   EXPECT_EQ(lookup_reply.unique, kLookupUnique);
   EXPECT_EQ(lookup_reply.error, 0);
-  fuse_entry_out entry;
-  memcpy(&entry, replies.data() + read_reply.len + sizeof lookup_reply, sizeof entry);
   EXPECT_EQ(entry.nodeid, uint64_t{kStored});
 }
 

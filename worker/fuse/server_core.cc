@@ -120,28 +120,22 @@ void ServerCore::Resume() {
     MutexLock walk(&adopt_mutex_);
     Gate gate(this);
     if (!gate) return;
-    BorrowedPipe pipe(this);
-    AdoptRecords(ledger_, false, pipe.get());
-    for (const auto& view : OldLedgers()) AdoptRecords(view, false, pipe.get());
-    RunSuspects(pipe.get());
+    claimed_reads_.clear();
+    suspect_records_.clear();
+    ClaimRecords(ledger_, false);
+    for (const auto& view : OldLedgers()) ClaimRecords(view, false);
   }
-  started_ = true;
-  StartPool();
-  for (const auto& mount : AllMounts()) UpdateArmed(*mount);
+  Start();
 }
 
 void ServerCore::Start() {
-  {
-    MutexLock walk(&adopt_mutex_);
-    Gate gate(this);
-    if (gate) {
-      BorrowedPipe pipe(this);
-      RunSuspects(pipe.get());
-    }
-  }
+  MutexLock walk(&adopt_mutex_);
+  Beat();  // the last one of a worker that waited to serve may be hours old
+  RunSuspects();
   started_ = true;
   StartPool();
   for (const auto& mount : AllMounts()) UpdateArmed(*mount);
+  TakeUpClaimed();  // while the pool serves
 }
 
 void ServerCore::StartPool() {

@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -139,6 +140,12 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
     std::shared_ptr<LedgerView> view;
     uint32_t index = 0;
   };
+  // A dead worker's READ whose record is ours and stands in its mount's table.
+  struct ClaimedRead {
+    std::shared_ptr<Mount> mount;
+    uint64_t unique = 0, nodeid = 0;
+    uint32_t strikes = 0;
+  };
   enum class Received { kNothing, kRequest, kInterrupt, kEnded, kBroken };
 
   // server_core.cc
@@ -180,7 +187,7 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   void SendPending(const std::shared_ptr<Mount>& mount, const PendingRead& read,
                    const layer::ReadResult& content, ReplyPipe* pipe);
   uint64_t AdoptedDeadline(uint64_t recorded) const;
-  void AnswerInterrupted(Mount& mount, uint64_t unique, ReplyPipe* pipe);
+  void AnswerPending(Mount& mount, uint64_t unique, int error, ReplyPipe* pipe);
   // Tries the cache, then fetches.
   void TakeUp(const std::shared_ptr<Mount>& mount, uint64_t unique, ReplyPipe* pipe);
   void FinishPending(Mount& mount, const PendingRead& read, int error);
@@ -189,16 +196,22 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   bool WrongBytes(bool captured) const;
 
   // adopt.cc
-  uint64_t AdoptRecords(const std::shared_ptr<LedgerView>& view, bool final_walk, ReplyPipe* pipe)
+  absl::StatusOr<uint64_t> Claim(uint64_t generation, LedgerHandle handle, bool final_walk, bool owner_hung)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
-  bool AdoptRecord(const std::shared_ptr<LedgerView>& view, uint32_t index, bool final_walk, ReplyPipe* pipe)
+  uint64_t ClaimRecords(const std::shared_ptr<LedgerView>& view, bool final_walk)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
-  uint64_t AdoptSlots(OldLedger& old, bool final_walk, bool owner_hung, ReplyPipe* pipe)
+  std::optional<ClaimedRead> ClaimRecord(const std::shared_ptr<LedgerView>& view, uint32_t index,
+                                         bool final_walk) ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  uint64_t ClaimSlots(OldLedger& old, bool final_walk, bool owner_hung)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
-  bool AdoptRequest(const RecoveredRequest& request, ReplyPipe* pipe)
+  bool ClaimRequest(OldLedger& old, RecoveredRequest request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  // Answers what was claimed, suspects aside. The caller is inside no Gate.
+  void TakeUpClaimed() ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  void RunSuspects() ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  void ExecuteRecovered(const RecoveredRequest& request, ReplyPipe* pipe)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
-  void FreeSuspectSlot(const RecoveredRequest& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
-  void RunSuspects(ReplyPipe* pipe) ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  void FreeSlot(const OldLedger& old, uint32_t slot) ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  void FreeSlotOf(const RecoveredRequest& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
   bool Poisoned(Mount& mount, uint32_t opcode, uint64_t nodeid, uint32_t strikes);
   std::vector<std::shared_ptr<LedgerView>> OldLedgers() const;
 
@@ -229,8 +242,11 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   std::vector<std::unique_ptr<ReplyPipe>> pipes_ ABSL_GUARDED_BY(pipes_mutex_);
 
   Mutex adopt_mutex_;  // one walk at a time
-  std::vector<RecoveredRequest> suspects_ ABSL_GUARDED_BY(adopt_mutex_);
-  std::vector<SuspectRecord> suspect_records_ ABSL_GUARDED_BY(adopt_mutex_);
+  // Claimed and not taken up yet; all of it lies in the ledgers, too.
+  std::deque<RecoveredRequest> claimed_requests_ ABSL_GUARDED_BY(adopt_mutex_);
+  std::deque<ClaimedRead> claimed_reads_ ABSL_GUARDED_BY(adopt_mutex_);
+  std::deque<RecoveredRequest> suspects_ ABSL_GUARDED_BY(adopt_mutex_);
+  std::deque<SuspectRecord> suspect_records_ ABSL_GUARDED_BY(adopt_mutex_);
   struct Suspect {
     uint32_t strikes = 0;  // the most seen on any copy of the request
     bool executed = false;

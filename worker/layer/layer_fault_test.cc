@@ -40,21 +40,24 @@ class LayerFaultTest : public LayerTest {
     byte = static_cast<char>(byte ^ 1);
     ASSERT_TRUE(PwriteFull(file->get(), &byte, 1, at).ok());
   }
-  static std::string Corrupt(std::string bytes) {
-    for (size_t i = 40; i < bytes.size(); i += 500) bytes[i] = static_cast<char>(bytes[i] ^ 0x55);
-    return bytes;
+  // The same, with a byte in every 500 flipped from the 41st on.
+  static std::string Corrupt(const std::string& bytes) {
+    std::string damaged;
+    damaged.reserve(bytes.size());
+    for (char byte : bytes) damaged += static_cast<char>(damaged.size() % 500 == 40 ? byte ^ 0x55 : byte);
+    return damaged;
   }
 };
 
 TEST_F(LayerFaultTest, BytesThatDoNotMatchAreFetchedAgain) {
-  source_->AnswerWith([](size_t n, std::string bytes) { return n == 0 ? Corrupt(std::move(bytes)) : bytes; });
+  source_->AnswerWith([](size_t n, const std::string& bytes) { return n == 0 ? Corrupt(bytes) : bytes; });
   EXPECT_EQ(*Read("big"), Truth("big"));
   EXPECT_EQ(source_->requests().size(), 2u);
   EXPECT_EQ(layer_->stats().damaged_chunks, 1u);
 }
 
 TEST_F(LayerFaultTest, BytesThatNeverMatchAreDataLossAndAreNeitherServedNorStored) {
-  source_->AnswerWith([](size_t, std::string bytes) { return Corrupt(std::move(bytes)); });
+  source_->AnswerWith([](size_t, const std::string& bytes) { return Corrupt(bytes); });
   EXPECT_EQ(Read("big").status().code(), absl::StatusCode::kDataLoss);
   EXPECT_EQ(source_->requests().size(), 2u);
   EXPECT_FALSE(StoredAnything());

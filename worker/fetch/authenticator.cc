@@ -25,10 +25,11 @@ std::string CaFileFor(const ClientOptions& options, const std::string& authority
 }
 
 Authenticator::Authenticator(const ClientOptions& options, std::string docker_config_path,
-                             HttpTransport* transport, Post post)
+                             HttpTransport* transport, TimerQueue* timers, Post post)
     : options_(options),
       store_(std::move(docker_config_path)),
       transport_(transport),
+      timers_(timers),
       post_(std::move(post)) {}
 
 Authenticator::~Authenticator() {
@@ -51,7 +52,7 @@ void Authenticator::Authorize(const std::string& host, const std::string& reposi
   switch (state->mode) {
     case Mode::kUnknown:
       state->mode = Mode::kProbing;
-      ready({absl::OkStatus(), "", state->generation, true});
+      Probe(state, ready);
       return;
     case Mode::kOpen:
       ready({absl::OkStatus(), "", state->generation, false});
@@ -66,13 +67,34 @@ void Authenticator::Authorize(const std::string& host, const std::string& reposi
       if (!state->obtaining) Obtain(state);
       return;
     case Mode::kProbing:
-      state->waiting.push_back(std::move(ready));
+      if (state->silent) {
+        Probe(state, ready);
+      } else {
+        state->waiting.push_back(std::move(ready));
+      }
       return;
   }
 }
 
+void Authenticator::Probe(State* state, const Ready& ready) {
+  state->silent = false;
+  state->patience = timers_->Add(options_.clock->BootNanos() + options_.probe_patience_nanos, [this, state] {
+    state->silent = true;
+    if (state->waiting.empty()) return;  // whoever comes next does not wait
+    const Ready next = std::move(state->waiting.front());
+    state->waiting.pop_front();
+    Probe(state, next);
+  });
+  ready({absl::OkStatus(), "", state->generation, true});
+}
+
+void Authenticator::EndProbing(State* state, Mode mode) {
+  timers_->Cancel(state->patience);
+  state->mode = mode;
+}
+
 void Authenticator::Flush(State* state, const Grant& grant) {
-  std::vector<Ready> waiting;
+  std::deque<Ready> waiting;
   waiting.swap(state->waiting);
   for (const Ready& ready : waiting) ready(grant);
 }
@@ -80,7 +102,7 @@ void Authenticator::Flush(State* state, const Grant& grant) {
 void Authenticator::Accepted(const std::string& host, const std::string& repository) {
   State* const state = StateOf(host, repository);
   if (state->mode != Mode::kProbing) return;
-  state->mode = Mode::kOpen;
+  EndProbing(state, Mode::kOpen);
   Flush(state, {absl::OkStatus(), "", state->generation, false});
 }
 
@@ -88,7 +110,7 @@ void Authenticator::ProbeEnded(const std::string& host, const std::string& repos
   State* const state = StateOf(host, repository);
   if (state->mode != Mode::kProbing) return;
   // No answer. Those who waited try for themselves rather than one after the other.
-  state->mode = Mode::kUnknown;
+  EndProbing(state, Mode::kUnknown);
   Flush(state, {absl::OkStatus(), "", state->generation, false});
 }
 
@@ -101,12 +123,12 @@ void Authenticator::Rejected(const std::string& host, const std::string& reposit
   state->generation++;
   state->header.clear();
   if (!challenge) {
-    state->mode = Mode::kUnknown;
+    EndProbing(state, Mode::kUnknown);
     Flush(state, {PermissionDenied("HTTP 401 without a challenge that could be answered"), "",
                   state->generation, false});
     return;
   }
-  state->mode = challenge->scheme == "bearer" ? Mode::kBearer : Mode::kBasic;
+  EndProbing(state, challenge->scheme == "bearer" ? Mode::kBearer : Mode::kBasic);
   state->challenge = *challenge;
   if (!state->waiting.empty() && !state->obtaining) Obtain(state);
 }

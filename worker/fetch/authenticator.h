@@ -1,11 +1,14 @@
 // Authorization headers for (host, repository): learned from the registry's challenge, obtained once for all
 // who wait, kept until they expire. The first request to a repository goes out without any and finds out what
-// is wanted; others wait for its answer. Used on the client's thread only (Post brings the results of
-// credential helpers there).
+// is wanted; others wait for its answer. While it is silent one of them after the other goes out in the same
+// way, so an answer that never comes (a connection that a middlebox forgot) holds up nobody for long, and a
+// registry that is silent altogether gets few requests. Used on the client's thread only (Post brings the
+// results of credential helpers there).
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <list>
 #include <map>
@@ -22,6 +25,7 @@
 #include "worker/fetch/credentials.h"
 #include "worker/fetch/http_transport.h"
 #include "worker/fetch/registry_client.h"
+#include "worker/fetch/timer_queue.h"
 
 namespace holdfast::fetch {
 
@@ -37,20 +41,20 @@ class Authenticator {
   using Post = std::function<void(std::function<void()>)>;
 
   Authenticator(const ClientOptions& options, std::string docker_config_path, HttpTransport* transport,
-                Post post);
+                TimerQueue* timers, Post post);
   ~Authenticator();  // kills helpers and waits for them; nothing is called any more
   Authenticator(const Authenticator&) = delete;
   Authenticator& operator=(const Authenticator&) = delete;
 
   // `ready` may be called before this returns.
   void Authorize(const std::string& host, const std::string& repository, Ready ready);
-  // The registry answered something else than 401 to the probe.
+  // The registry answered something else than 401 to a probe.
   void Accepted(const std::string& host, const std::string& repository);
   // The registry answered 401 to a request with the grant of `generation`; `challenges` = its
   // WWW-Authenticate lines.
   void Rejected(const std::string& host, const std::string& repository, uint64_t generation,
                 const std::vector<std::string>& challenges);
-  // The probing request is over, with or without an answer.
+  // A probing request is over, with or without an answer.
   void ProbeEnded(const std::string& host, const std::string& repository);
 
  private:
@@ -63,7 +67,9 @@ class Authenticator {
     uint64_t valid_until = 0;  // BootNanos
     uint64_t generation = 1;
     bool obtaining = false;
-    std::vector<Ready> waiting;
+    std::deque<Ready> waiting;
+    TimerQueue::Id patience;  // of those who wait for a probe
+    bool silent = false;      // the newest probe has used it up
   };
   struct HelperRun {
     std::thread thread;
@@ -71,6 +77,8 @@ class Authenticator {
   };
 
   State* StateOf(const std::string& host, const std::string& repository);
+  void Probe(State* state, const Ready& ready);
+  void EndProbing(State* state, Mode mode);
   void Flush(State* state, const Grant& grant);
   void Fail(State* state, absl::Status status);
   void Succeed(State* state, std::string header, uint64_t lifetime_nanos);
@@ -83,6 +91,7 @@ class Authenticator {
   const ClientOptions options_;
   CredentialStore store_;
   HttpTransport* const transport_;
+  TimerQueue* const timers_;
   const Post post_;
   std::map<std::pair<std::string, std::string>, std::unique_ptr<State>> states_;
   std::list<HelperRun> helpers_;

@@ -48,7 +48,7 @@ FetchEngine::FetchEngine(const ClientOptions& options, const std::string& docker
     : options_(options),
       transport_(transport),
       counters_(counters),
-      authenticator_(options, docker_config, transport, std::move(post)),
+      authenticator_(options, docker_config, transport, &timers_, std::move(post)),
       queue_(options.max_requests, options.max_connections_per_host),
       random_(std::random_device{}()) {}
 

@@ -103,9 +103,9 @@ class FetchEngine {
   const ClientOptions options_;
   HttpTransport* const transport_;
   FetchCounters* const counters_;
+  TimerQueue timers_;
   Authenticator authenticator_;
   TransferQueue queue_;
-  TimerQueue timers_;
   BlobTable blobs_;
   std::map<Id, std::unique_ptr<Operation>> operations_;
   Id next_id_ = 0;

@@ -45,6 +45,30 @@ TEST_F(BearerTest, GetsOneTokenForManyConcurrentRequests) {
   EXPECT_EQ(registry_.token_requests(), 2u);  // another repository, another token
 }
 
+// The first request to a repository finds out what authorization is wanted, for all others as well.
+TEST_F(BearerTest, AFirstRequestThatIsNeverAnsweredHoldsUpNobodyElse) {
+  registry_.SetPassword("", "");
+  options_.stall_timeout_nanos = 60 * kSecond;
+  options_.probe_patience_nanos = 50 * kMilli;
+  const BlobRef blob = Blob("content");
+  RegistryFault silent;
+  silent.stall = true;
+  registry_.FailNext(silent, 2);  // the second who asks is unlucky as well
+  std::vector<Waiter<std::string>> unlucky(2), others(5);
+  client().FetchRange(blob, 0, 7, Priority::kDemand, In(60 * kSecond), unlucky[0].Callback());
+  ASSERT_TRUE(registry_.WaitFor([this] { return registry_.faults_served() == 1; }));
+  client().FetchRange(blob, 0, 7, Priority::kDemand, In(60 * kSecond), unlucky[1].Callback());
+  for (auto& other : others)
+    client().FetchRange(blob, 0, 7, Priority::kDemand, In(60 * kSecond), other.Callback());
+  for (auto& other : others) EXPECT_EQ(other.Get().value(), "content");
+  EXPECT_EQ(Fetch(blob, 0, 7).value(), "content");
+  EXPECT_EQ(registry_.faults_served(), 2u);
+  EXPECT_EQ(registry_.in_flight(), 2);
+  EXPECT_EQ(registry_.token_requests(), 1u);
+  registry_.ReleaseStalls();  // cut, so asked again
+  for (auto& one : unlucky) EXPECT_EQ(one.Get().value(), "content");
+}
+
 TEST_F(BearerTest, AnonymousTokensNeedNoCredentials) {
   registry_.SetPassword("", "");
   EXPECT_EQ(Fetch(Blob("content"), 0, 7).value(), "content");

@@ -55,6 +55,8 @@ struct ClientOptions {
   int max_requests = 64;  // in flight; demand goes first in the queue
   uint64_t connect_timeout_nanos = 5'000'000'000;
   uint64_t stall_timeout_nanos = 10'000'000'000;  // no byte for so long: the attempt failed
+  // A first request to a repository that is not answered for so long holds up nobody else.
+  uint64_t probe_patience_nanos = 500'000'000;
   uint64_t first_backoff_nanos = 50'000'000;
   uint64_t max_backoff_nanos = 5'000'000'000;
   const Clock* clock = Clock::Real();

@@ -1,6 +1,7 @@
 #include "worker/app/layer_service.h"
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 #include "common/log.h"
@@ -205,30 +206,62 @@ absl::Status LayerService::AdoptMount(handover::MountEntry entry, bool private_m
   return Serve(std::move(entry), handover::MountBlob(), unreadable, private_mount);
 }
 
-void LayerService::OpenIndexes(uint64_t budget_nanos) {
+void LayerService::OpenAhead(uint64_t budget_nanos) {
+  struct Opened {
+    IndexPtr index;
+    std::shared_ptr<cache::LayerContent> content;
+  };
   const Clock* clock = Clock::Real();
   const uint64_t deadline = clock->BootNanos() + budget_nanos;
-  std::map<std::pair<std::string, std::string>, IndexPtr> opened;  // by index and layer digest
+  std::map<std::pair<std::string, std::string>, Opened> opened;  // by index and layer digest
   {
     MutexLock lock(&mutex_);
     for (const auto& [id, row] : mounts_) {
-      if (!row.blob.index_digest.empty()) opened[{row.blob.index_digest, row.blob.layer_digest}] = row.index;
+      if (row.blob.index_digest.empty()) continue;
+      opened[{row.blob.index_digest, row.blob.layer_digest}] = {row.index, row.content};
     }
   }
   size_t failed = 0;
-  for (auto& [key, index] : opened) {
-    if (index != nullptr) continue;
+  for (auto& [key, layer] : opened) {
+    if (layer.index != nullptr && layer.content != nullptr) continue;
     if (clock->BootNanos() >= deadline) break;
-    absl::StatusOr<IndexPtr> now = OpenIndex(key.second, key.first, /*verify=*/false);
-    if (now.ok()) index = *std::move(now);
-    failed += now.ok() ? 0 : 1;  // its first request tries again and says why
+    if (layer.index == nullptr) {
+      absl::StatusOr<IndexPtr> index = OpenIndex(key.second, key.first, /*verify=*/false);
+      if (!index.ok()) {
+        failed++;  // its first request tries again and says why
+        continue;
+      }
+      layer.index = *std::move(index);
+    }
+    auto content = parts_.store->FindLayer(ContentKey(*layer.index), layer.index->chunk_count(),
+                                           layer.index->content_bytes());
+    if (content.ok()) layer.content = *std::move(content);
   }
   LOG_IF(WARNING, failed > 0) << "layer.indexes_not_opened count=" << failed;
   MutexLock lock(&mutex_);
   for (auto& [id, row] : mounts_) {
     auto it = opened.find({row.blob.index_digest, row.blob.layer_digest});
-    if (row.index == nullptr && it != opened.end()) row.index = it->second;
+    if (it == opened.end()) continue;
+    if (row.index == nullptr) row.index = it->second.index;
+    if (row.content == nullptr) row.content = it->second.content;
   }
+}
+
+void LayerService::LetGoOfEvicted() {
+  std::set<std::shared_ptr<cache::LayerContent>> contents;
+  {
+    MutexLock lock(&mutex_);
+    for (const auto& [id, row] : mounts_) {
+      if (row.content != nullptr) contents.insert(row.content);
+    }
+  }
+  std::erase_if(contents, [](const auto& content) { return !content->unlinked(); });
+  if (contents.empty()) return;
+  MutexLock lock(&mutex_);
+  for (auto& [id, row] : mounts_) {
+    if (contents.contains(row.content)) row.content = nullptr;
+  }
+  // The last ones close when `contents` goes, after the lock.
 }
 
 LayerService::IndexPtr LayerService::OpenedAhead(uint64_t mount_id) const {
@@ -345,9 +378,10 @@ absl::Status LayerService::Unmount(uint64_t snapshot_id, bool* still_used) {
 
 void LayerService::ForgetMounts(const std::vector<uint64_t>& mount_ids) {
   for (uint64_t id : mount_ids) {
+    std::map<uint64_t, MountRow>::node_type row;  // what it holds open closes off the lock
     {
       MutexLock lock(&mutex_);
-      mounts_.erase(id);
+      row = mounts_.extract(id);
     }
     parts_.server->RemoveMount(id);
   }

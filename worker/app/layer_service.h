@@ -74,10 +74,13 @@ class LayerService final : public snapshot::LayerMounter {
   // The vault says these are gone.
   void ForgetMounts(const std::vector<uint64_t>& mount_ids);
 
-  // Maps the indexes of mounts that are served ahead of their first request, for at most that long, so that a
-  // successor's first requests find them. Their content is not opened: held open, it would keep the space of
-  // what is evicted.
-  void OpenIndexes(uint64_t budget_nanos);
+  // Maps the indexes and opens the content of mounts that are served ahead of their first request, for at
+  // most that long, so that a successor's first requests find them open. Makes nothing: content that is not
+  // there is left to its first reader. May be repeated.
+  void OpenAhead(uint64_t budget_nanos);
+  // Closes content that OpenAhead opened and another worker has evicted since, for open it would keep its
+  // space on the disk.
+  void LetGoOfEvicted();
   // Something to look at in mounts that can be looked at: see samples.h. A layer that cannot be opened is
   // left out.
   std::vector<handover::SampleFile> Samples(uint32_t limit, uint64_t deadline_boot_nanos);
@@ -97,7 +100,8 @@ class LayerService final : public snapshot::LayerMounter {
     bool private_mount = false;
     // Owned by the server, which has it as long as this row exists.
     int device = -1;
-    IndexPtr index;  // opened ahead
+    IndexPtr index;                                // opened ahead
+    std::shared_ptr<cache::LayerContent> content;  // opened ahead; held so that OpenLayer finds it open
   };
 
   absl::StatusOr<IndexPtr> OpenIndex(const std::string& layer_digest, const std::string& sha256, bool verify);

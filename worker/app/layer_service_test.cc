@@ -7,6 +7,7 @@
 
 #include <fcntl.h>
 #include <atomic>
+#include <filesystem>
 #include <future>
 #include <thread>
 
@@ -153,6 +154,30 @@ class LayerServiceTest : public ::testing::Test {
     EXPECT_TRUE(index.ok()) << index.status();
     return index.ok() ? *index : nullptr;
   }
+
+  // Descriptors of content and presence files that this process has open.
+  int OpenContentFiles(const std::string& kind = "") {
+    int count = 0;
+    for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+      std::error_code error;
+      const std::string path = std::filesystem::read_symlink(entry.path(), error).string();
+      const bool stored =
+          path.starts_with(state_.path() + "/") &&
+          (path.find("/content.") != std::string::npos || path.find("/presence.") != std::string::npos);
+      if (stored && path.find(kind) != std::string::npos) count++;
+    }
+    return count;
+  }
+  // A thread that has just answered a read holds its layer for a moment.
+  bool SoonOpen(int files) {
+    const uint64_t deadline = Clock::Real()->BootNanos() + 10'000'000'000;
+    while (OpenContentFiles() != files) {
+      if (Clock::Real()->BootNanos() > deadline) return false;
+      std::this_thread::yield();
+    }
+    return true;
+  }
+  int DeletedContentFiles() { return OpenContentFiles(" (deleted)"); }
 
   TempDir state_;
   RegistryServer registry_;
@@ -532,14 +557,58 @@ TEST_F(LayerServiceTest, SamplesAreSpreadOverMountsBoundedInNumberInLengthAndInT
   EXPECT_TRUE(service_->Samples(0, Clock::Real()->BootNanos() + kLater).empty());
 }
 
-TEST_F(LayerServiceTest, IndexesOpenedAheadServeTheFirstRequestAndKeepNoContentOpen) {
+TEST_F(LayerServiceTest, WhatIsOpenedAheadServesTheFirstRequestAndNothingIsMadeForIt) {
   EstargzLayer layer = Push({File("f", "content")});
   auto mounted = Mount(Request(layer), 1);
   ASSERT_TRUE(mounted.ok());
-  service_->OpenIndexes(kLater);
+  EXPECT_EQ(OpenContentFiles(), 0);
+  service_->OpenAhead(kLater);
+  EXPECT_TRUE(std::filesystem::is_empty(state_.path() + "/content")) << "nobody has read it so far";
   const std::string path = files_.IndexPath(layer.layer_digest, mounted->index_sha256);
   ASSERT_EQ(unlink(path.c_str()), 0);
   EXPECT_EQ(Read(1, "f"), "content") << "from the index that was open";
+  EXPECT_TRUE(SoonOpen(0)) << "its layer is gone";
+  service_->OpenAhead(kLater);
+  EXPECT_EQ(OpenContentFiles(), 2);
+  // Hidden from everybody who opens it now.
+  ASSERT_EQ(rename((state_.path() + "/content").c_str(), (state_.path() + "/elsewhere").c_str()), 0);
+  auto opened = server_.mounts.at(1).open_layer();
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  EXPECT_TRUE((*opened)->ReadNow((*opened)->index().LookupPath("f"), 0, 7).has_value());
+  EXPECT_FALSE(PathExists(state_.path() + "/content"));
+  opened = Unavailable("closed");
+  service_->ForgetMounts({1});
+  EXPECT_TRUE(SoonOpen(0));
+}
+
+TEST_F(LayerServiceTest, ContentOpenedAheadThatAnotherWorkerEvictsIsLetGoAndFoundAgain) {
+  EstargzLayer layer = Push({File("f", "content")}), other = Push({File("g", "other")});
+  ASSERT_TRUE(Mount(Request(layer), 1).ok());
+  ASSERT_TRUE(Mount(Request(other), 2).ok());
+  ASSERT_EQ(Read(1, "f"), "content");
+  ASSERT_EQ(Read(2, "g"), "other");
+  service_->OpenAhead(kLater);
+  service_->LetGoOfEvicted();
+  EXPECT_TRUE(SoonOpen(4)) << "nothing is evicted";
+  // Another process: all that it has room for is one chunk.
+  cache::StoreOptions options;
+  options.root = state_.path() + "/content";
+  options.vault_id = std::string(32, '0');
+  options.limit_bytes = 20'000;
+  auto owner = std::move(*cache::ContentStore::Open(options));
+  owner->AllowEviction(true);
+  auto fresh = owner->OpenLayer("sha256:" + std::string(64, 'e'), 1, 10'000);
+  ASSERT_TRUE(fresh.ok()) << fresh.status();
+  ASSERT_TRUE((*fresh)->Put(0, 0, std::string(10'000, 'x')).ok());
+  ASSERT_GT(owner->stats().evicted_bytes, 0u) << "the eviction happened";
+  EXPECT_EQ(DeletedContentFiles(), 4);
+  service_->LetGoOfEvicted();
+  EXPECT_EQ(DeletedContentFiles(), 0);
+  service_->OpenAhead(kLater);
+  EXPECT_EQ(OpenContentFiles(), 2) << "the other process's own; nothing is made anew";
+  EXPECT_EQ(Read(1, "f"), "content") << "fetched again";
+  service_->OpenAhead(kLater);
+  EXPECT_TRUE(SoonOpen(4));
 }
 
 TEST_F(LayerServiceTest, TheDevicesOfMountsAreHandedOutInPages) {

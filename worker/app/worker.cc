@@ -245,9 +245,14 @@ absl::Status Worker::SyncMounts() {
 }
 
 absl::Status Worker::AddNewMounts() {
-  HF_ASSIGN_OR_RETURN(std::vector<handover::MountEntry> entries, link_->ListMounts(last_mount_seen_));
-  if (!entries.empty()) last_mount_seen_ = entries.back().mount_id;
+  uint64_t seen = last_mount_seen_;
+  HF_ASSIGN_OR_RETURN(std::vector<handover::MountEntry> entries, link_->ListMounts(seen));
+  if (entries.empty()) return absl::OkStatus();
+  const uint64_t last = entries.back().mount_id;
   AdoptMounts(std::move(entries));
+  // Not before: Serve may come here while the housekeeping does, and must not go on without them.
+  while (seen < last && !last_mount_seen_.compare_exchange_weak(seen, last)) {
+  }
   return absl::OkStatus();
 }
 
@@ -288,9 +293,9 @@ absl::Status Worker::Prepare() {
   }
   HF_RETURN_IF_ERROR(SyncMounts());
   const std::vector<uint64_t> served = layers_->ServedMounts();
-  if (!served.empty()) last_mount_seen_ = std::max(last_mount_seen_, served.back());
+  if (!served.empty()) last_mount_seen_ = std::max(last_mount_seen_.load(), served.back());
   prepared_ = true;
-  layers_->OpenIndexes(kOpenAheadNanos);
+  layers_->OpenAhead(kOpenAheadNanos);
   LOG(INFO) << "worker.prepared generation=" << generation_ << " mounts=" << served.size();
   return absl::OkStatus();
 }
@@ -643,6 +648,7 @@ handover::Health Worker::Ping() {
 
 void Worker::Housekeeping() {
   uint64_t next_flush = clock_->BootNanos() + kFlushEveryNanos;
+  uint64_t next_refresh = clock_->BootNanos() + options_.refresh_nanos;
   while (true) {
     bool owner = false, sync = false;
     std::vector<uint64_t> ended;
@@ -661,6 +667,10 @@ void Worker::Housekeeping() {
       absl::Status synced = SyncMounts();  // waits for the supervisor, so it is not the loop's work
       LOG_IF(ERROR, !synced.ok()) << "worker.sync_failed error=" << LogValue(FromAbsl(synced.message()));
     }
+    if (clock_->BootNanos() >= next_refresh) {
+      Refresh();
+      next_refresh = clock_->BootNanos() + options_.refresh_nanos;
+    }
     ReportDrained();
     LoopWatch::Turn turn(housekeeping_loop_.get());
     if (!ended.empty()) layers_->ForgetMounts(ended);
@@ -669,6 +679,15 @@ void Worker::Housekeeping() {
     content_->Flush();
     next_flush = clock_->BootNanos() + kFlushEveryNanos;
   }
+}
+
+// What the first requests of a worker that waits to serve will need is open when they come, and nothing that
+// was evicted meanwhile.
+void Worker::Refresh() {
+  layers_->LetGoOfEvicted();
+  if (!prepared_ || served_) return;
+  absl::Status added = AddNewMounts();
+  if (added.ok()) layers_->OpenAhead(kOpenAheadNanos);  // else the supervisor is gone
 }
 
 // An orphan ends with the last container that needs it; one that looks for a supervisor waits a little first.

@@ -53,6 +53,8 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
     std::string build;       // what the live probe answers
     // A worker that waits for a supervisor and serves no mount ends after this.
     uint64_t orphan_limit_nanos = 10'000'000'000;
+    // How often a worker that waits to serve looks for new mounts, and every worker for evicted content.
+    uint64_t refresh_nanos = 2'000'000'000;
     std::string oom_score_file = "/proc/self/oom_score_adj";  // set to 0 when told to serve
     // Ends the process: the worker has retired (0) or has nothing left to do. Called once, on any thread.
     std::function<void(int exit_code)> exit;
@@ -123,6 +125,7 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   void CloseMetadata();
   void Housekeeping();
   void EndIfUnneeded();
+  void Refresh();
   void ReportDrained();
 
   const Options options_;
@@ -150,10 +153,8 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   std::unique_ptr<api::SnapshotService> service_;  // set once service_started_
 
   // Action thread only.
-  bool prepared_ = false;
   bool trial_ = false;
   bool refused_ = false;  // by the next supervisor
-  uint64_t last_mount_seen_ = 0;
   std::vector<uint64_t> exited_while_parked_;
   std::vector<std::unique_ptr<snapshot::Snapshotter>>
       former_;  // aborted; may wait for an overdue mount when destroyed
@@ -180,7 +181,8 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   std::vector<uint64_t> ended_mounts_
       ABSL_GUARDED_BY(mutex_);  // the kernel said so; housekeeping forgets them
   // Written on the action thread, read on any.
-  std::atomic<bool> served_{false}, parked_{false}, looks_for_next_{false};
+  std::atomic<bool> prepared_{false}, served_{false}, parked_{false}, looks_for_next_{false};
+  std::atomic<uint64_t> last_mount_seen_{0};   // every mount up to it is served here, if it was there then
   std::atomic<uint64_t> lost_since_nanos_{0};  // 0: there is a supervisor
 
   std::unique_ptr<LoopWatch::Loop> housekeeping_loop_;

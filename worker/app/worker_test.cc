@@ -172,6 +172,7 @@ class WorkerTest : public ::testing::Test {
     keep_open_ = UniqueFd(fds[1]);
     options_.oom_score_file = dir_.path() + "/oom_score_adj";
     EXPECT_TRUE(WriteFileAtomic(options_.oom_score_file, "-900").ok());
+    options_.refresh_nanos = 3'600'000'000'000;  // not in these tests, but for one
     options_.exit = [this](int code) {
       exit_code_ = code;
       ends_++;
@@ -277,6 +278,18 @@ TEST_F(WorkerTest, AMountWithALowIdThatAppearsAfterPrepareIsServedAllTheSame) {
   vault_.Put(3, 3);
   ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
   EXPECT_TRUE(WaitUntil([&] { return Held() == std::vector<uint64_t>({3, 5, 6, 7, 8, 9}); }));
+}
+
+TEST_F(WorkerTest, AWorkerThatWaitsToServeTakesNewMountsAsTheyCome) {
+  options_.refresh_nanos = 1;
+  vault_.Put(1, 2);
+  Start();
+  const size_t asked = vault_.Asked().size();
+  EXPECT_EQ(asked, 0u) << "not before it is told to prepare";
+  ASSERT_TRUE(worker_->Prepare().ok());
+  vault_.Put(5, 6);
+  EXPECT_TRUE(WaitUntil([&] { return Held() == std::vector<uint64_t>({1, 2, 5, 6}); }));
+  EXPECT_TRUE(WaitUntil([&] { return vault_.Asked().back() == 6; })) << "only for what is new";
 }
 
 TEST_F(WorkerTest, UnderASupervisorOfTheFirstProtocolItServesAndEndsAsBefore) {

@@ -91,7 +91,7 @@ class StoreState final : public StoreShared {
   // `self` is this object: the layer shares it.
   absl::StatusOr<std::shared_ptr<LayerContent>> OpenLayer(std::shared_ptr<StoreShared> self,
                                                           const std::string& hex, uint64_t chunk_count,
-                                                          uint64_t content_bytes);
+                                                          uint64_t content_bytes, bool create);
   absl::Status Remove(const std::string& hex);
   absl::Status MakeRoom(uint64_t bytes) override;
   void FlushAll();
@@ -150,7 +150,7 @@ void StoreState::Scan() {
 absl::StatusOr<std::shared_ptr<LayerContent>> StoreState::OpenLayer(std::shared_ptr<StoreShared> self,
                                                                     const std::string& hex,
                                                                     uint64_t chunk_count,
-                                                                    uint64_t content_bytes) {
+                                                                    uint64_t content_bytes, bool create) {
   std::shared_ptr<LayerAccount> account;
   std::shared_ptr<LayerContentImpl> live;
   {
@@ -163,8 +163,13 @@ absl::StatusOr<std::shared_ptr<LayerContent>> StoreState::OpenLayer(std::shared_
   if (live == nullptr) {
     account->active_boot_nanos = options.clock->BootNanos();
     PresenceIdentity identity{hex, chunk_count, content_bytes, "", options.boot_id};
-    HF_ASSIGN_OR_RETURN(std::shared_ptr<LayerContentImpl> opened,
-                        LayerContentImpl::Open(std::move(self), account, std::move(identity)));
+    absl::StatusOr<std::shared_ptr<LayerContentImpl>> made =
+        LayerContentImpl::Open(std::move(self), account, std::move(identity), create);
+    if (!made.ok()) {
+      SetBytes(account.get(), UsageOf(options.root + "/" + hex).bytes);
+      return made.status();
+    }
+    std::shared_ptr<LayerContentImpl> opened = std::move(*made);
     MutexLock lock(&mutex_);
     Entry& entry = layers_[hex];
     live = entry.live.lock();
@@ -307,7 +312,13 @@ class ContentStoreImpl final : public ContentStore {
                                                           uint64_t chunk_count,
                                                           uint64_t content_bytes) override {
     HF_ASSIGN_OR_RETURN(std::string hex, HexOf(content_key));
-    return state_->OpenLayer(state_, hex, chunk_count, content_bytes);
+    return state_->OpenLayer(state_, hex, chunk_count, content_bytes, /*create=*/true);
+  }
+  absl::StatusOr<std::shared_ptr<LayerContent>> FindLayer(const std::string& content_key,
+                                                          uint64_t chunk_count,
+                                                          uint64_t content_bytes) override {
+    HF_ASSIGN_OR_RETURN(std::string hex, HexOf(content_key));
+    return state_->OpenLayer(state_, hex, chunk_count, content_bytes, /*create=*/false);
   }
   void AllowEviction(bool allow) override { state_->AllowEviction(allow); }
   absl::Status SetVaultId(const std::string& vault_id) override {

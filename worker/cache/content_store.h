@@ -92,6 +92,9 @@ class LayerContent {
   virtual void Touch() = 0;
   virtual uint64_t bytes() const = 0;
   virtual int64_t last_access_wall_nanos() const = 0;
+  // Another process evicted the layer: the files that are open here have no name any more, and keep their
+  // space on the disk for as long as somebody holds them.
+  virtual bool unlinked() const = 0;
 };
 
 class ContentStore {
@@ -105,6 +108,10 @@ class ContentStore {
   // `chunk_count` and `content_bytes` are checked against what is on disk: content of another shape is
   // dropped.
   virtual absl::StatusOr<std::shared_ptr<LayerContent>> OpenLayer(const std::string& content_key,
+                                                                  uint64_t chunk_count,
+                                                                  uint64_t content_bytes) = 0;
+  // The same, but NotFound unless it is there already, sound and of this vault and boot: changes nothing.
+  virtual absl::StatusOr<std::shared_ptr<LayerContent>> FindLayer(const std::string& content_key,
                                                                   uint64_t chunk_count,
                                                                   uint64_t content_bytes) = 0;
   // From now on this process may evict, or (after the return) no longer does. In Put: whole layers, those

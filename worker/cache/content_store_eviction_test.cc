@@ -117,6 +117,28 @@ TEST_F(EvictionTest, AnotherWorkerThatStillHoldsAnEvictedLayerStoresIntoTheNewFi
   EXPECT_EQ(ReadChunk(*ours->files(), 1), ChunkContent(1));
 }
 
+TEST_F(EvictionTest, AWorkerThatWaitsSeesThatALayerItHoldsWasEvictedAndFindsTheNewFiles) {
+  LimitTo(1);
+  auto owner = OpenStore(options_), waiting = OpenStore(options_);
+  owner->AllowEviction(true);
+  auto idle = OpenLayer(owner.get(), 1, kChunks);
+  FillLayer(idle.get());
+  auto held = waiting->FindLayer(LayerName(1), kChunks, kChunks * kChunkBytes);
+  ASSERT_TRUE(held.ok()) << held.status();
+  EXPECT_TRUE(Stored(held->get()));
+  EXPECT_FALSE((*held)->unlinked());
+  clock_.Advance(2 * kMinute);
+  auto fresh = OpenLayer(owner.get(), 2, kChunks);
+  ASSERT_TRUE(PutChunk(fresh.get(), 0).ok());
+  EXPECT_FALSE(idle->unlinked()) << "who evicts has the new files";
+  EXPECT_TRUE((*held)->unlinked());
+  held->reset();
+  held = waiting->FindLayer(LayerName(1), kChunks, kChunks * kChunkBytes);
+  ASSERT_TRUE(held.ok()) << held.status();
+  EXPECT_FALSE((*held)->unlinked());
+  EXPECT_FALSE(Stored(held->get()));
+}
+
 TEST_F(EvictionTest, AChunkLargerThanTheLimitIsNotStored) {
   options_.limit_bytes = kChunkBytes / 2;
   auto store = OpenStore(options_);

@@ -90,6 +90,47 @@ TEST_F(ProcessTest, TwoWorkersThatStoreTheSameChunksNeverShowAWrongByte) {
   EXPECT_GT(present, kChunks * 9 / 10);
 }
 
+TEST_F(ProcessTest, ALayerOpenedByManyWorkersWhileItsFolderIsRemovedAndMadeAgainIsNeverDamaged) {
+  constexpr uint64_t kChunks = 4;
+  auto work = [&](uint64_t seed) {
+    bool good = true;
+    for (uint64_t i = 0; i < 400 && good; i++) {
+      auto store = OpenStore(options_);
+      auto found = i % 2 == 0 ? store->FindLayer(LayerName(1), kChunks, kChunks * kChunkBytes)
+                              : store->OpenLayer(LayerName(1), kChunks, kChunks * kChunkBytes);
+      if (!found.ok()) {
+        good = i % 2 == 0 && found.status().code() == absl::StatusCode::kNotFound;
+        continue;
+      }
+      uint64_t chunk = (seed + i) % kChunks;
+      good = PutChunk(found->get(), chunk).ok() && store->stats().damaged_layers == 0;
+      auto files = (*found)->files();
+      if ((*found)->StateOf(*files, chunk) == ChunkState::kPresent) {
+        good = good && ReadChunk(*files, chunk) == ChunkContent(chunk);
+      }
+    }
+    return good;
+  };
+  std::vector<pid_t> workers;
+  for (uint64_t seed = 0; seed < 3; seed++) workers.push_back(Spawn([&, seed] { return work(seed); }));
+  // Room for one of the others: each that is stored evicts the rest, with its folder.
+  StoreOptions options = options_;
+  options.limit_bytes = kChunks * kChunkBytes + 16384;
+  pid_t evicts = Spawn([&] {
+    uint64_t evicted = 0;
+    for (int i = 0; i < 300; i++) {
+      auto owner = OpenStore(options);
+      owner->AllowEviction(true);
+      auto other = OpenLayer(owner.get(), 2 + i % 2, kChunks);
+      for (uint64_t chunk = 0; chunk < kChunks; chunk++) (void)PutChunk(other.get(), chunk);
+      evicted += owner->stats().evicted_bytes;
+    }
+    return evicted > 0;
+  });
+  for (pid_t worker : workers) EXPECT_EQ(WaitFor(worker), 0);
+  EXPECT_EQ(WaitFor(evicts), 0);
+}
+
 TEST_F(ProcessTest, OpeningUnderANewVaultWhileAnotherWorkerStoresLosesNothing) {
   constexpr uint64_t kChunks = 128;
   pid_t writer = Spawn([&] {

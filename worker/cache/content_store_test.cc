@@ -195,6 +195,63 @@ TEST_F(ContentStoreTest, TheSameDigestIsTheSameObjectWhileItIsHeld) {
   EXPECT_EQ(store->OpenLayer("sha256:../../etc", 1, 1).status().code(), absl::StatusCode::kInvalidArgument);
 }
 
+TEST_F(ContentStoreTest, WhoOnlyLooksForALayerMakesRemovesAndRepairsNothing) {
+  auto store = OpenStore(options_);
+  auto find = [&] { return store->FindLayer(LayerName(1), 4, 4 * kChunkBytes); };
+  EXPECT_EQ(find().status().code(), absl::StatusCode::kNotFound);
+  EXPECT_FALSE(PathExists(FolderOf(1)));
+  ASSERT_TRUE(MakeDirs(FolderOf(1)).ok());
+  EXPECT_EQ(find().status().code(), absl::StatusCode::kNotFound);
+  ASSERT_EQ(rmdir(FolderOf(1).c_str()), 0) << "still empty";
+  {
+    auto other = OpenStore(options_);
+    ASSERT_TRUE(PutChunk(OpenLayer(other.get(), 1, 4).get(), 2).ok());
+  }
+  {
+    auto found = find();
+    ASSERT_TRUE(found.ok()) << found.status();
+    EXPECT_EQ((*found)->StateOf(*(*found)->files(), 2), ChunkState::kPresent);
+    EXPECT_FALSE((*found)->unlinked());
+    EXPECT_EQ(OpenLayer(store.get(), 1, 4), *found);
+    EXPECT_EQ(store->stats().bytes, DiskUsage(FolderOf(1)));
+  }
+  {
+    StoreOptions options = options_;
+    options.vault_id = std::string(32, '2');
+    auto other = OpenStore(options);
+    EXPECT_EQ(other->FindLayer(LayerName(1), 4, 4 * kChunkBytes).status().code(),
+              absl::StatusCode::kNotFound);
+    auto still = find();
+    ASSERT_TRUE(still.ok()) << still.status();
+    EXPECT_EQ((*still)->StateOf(*(*still)->files(), 2), ChunkState::kPresent)
+        << "not renamed, not distrusted";
+  }
+  const std::string content = FolderOf(1) + "/content.1", presence = FolderOf(1) + "/presence.1";
+  ASSERT_EQ(truncate(content.c_str(), 10), 0);
+  EXPECT_EQ(find().status().code(), absl::StatusCode::kNotFound);
+  EXPECT_TRUE(PathExists(content) && PathExists(presence)) << "not set aside";
+  ASSERT_EQ(unlink(content.c_str()), 0);
+  EXPECT_EQ(find().status().code(), absl::StatusCode::kNotFound);
+  EXPECT_TRUE(PathExists(presence));
+  EXPECT_EQ(store->stats().bytes, DiskUsage(FolderOf(1)));
+}
+
+TEST_F(ContentStoreTest, WhatALayerOccupiesIsCountedWhenItIsOpenedWhateverElseLiesInItsFolder) {
+  uint64_t put = 0;
+  for (const char* extra : {"", "/content.damaged", "/presence.3", "/content.7"}) {
+    if (*extra != 0) {
+      ASSERT_TRUE(WriteFileAtomic(FolderOf(1) + extra, std::string(50'000, 'x')).ok());
+    }
+    auto store = OpenStore(options_);
+    auto content = OpenLayer(store.get(), 1, 4);
+    EXPECT_EQ(content->bytes(), DiskUsage(FolderOf(1))) << extra;
+    EXPECT_EQ(content->StateOf(*content->files(), 0), put > 0 ? ChunkState::kPresent : ChunkState::kAbsent);
+    ASSERT_TRUE(PutChunk(content.get(), put++).ok());
+    EXPECT_EQ(content->bytes(), DiskUsage(FolderOf(1))) << extra;
+    EXPECT_EQ(store->stats().bytes, DiskUsage(FolderOf(1))) << extra;
+  }
+}
+
 TEST_F(ContentStoreTest, ContentOfAnotherShapeIsDropped) {
   {
     auto store = OpenStore(options_);

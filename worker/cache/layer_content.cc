@@ -28,11 +28,12 @@ LayerContentImpl::LayerContentImpl(std::shared_ptr<StoreShared> shared, std::sha
     : shared_(std::move(shared)), account_(std::move(account)), identity_(std::move(identity)) {}
 
 absl::StatusOr<std::shared_ptr<LayerContentImpl>> LayerContentImpl::Open(
-    std::shared_ptr<StoreShared> shared, std::shared_ptr<LayerAccount> account, PresenceIdentity identity) {
+    std::shared_ptr<StoreShared> shared, std::shared_ptr<LayerAccount> account, PresenceIdentity identity,
+    bool create) {
   std::shared_ptr<LayerContentImpl> content(
       new LayerContentImpl(std::move(shared), std::move(account), std::move(identity)));
   MutexLock lock(&content->reopen_mutex_);
-  HF_RETURN_IF_ERROR(content->OpenFolder());
+  HF_RETURN_IF_ERROR(content->OpenFolder(create));
   return content;
 }
 
@@ -41,18 +42,18 @@ LayerContentImpl::~LayerContentImpl() {
   if (auto files = current(); files != nullptr) WriteAccessHour(*files);
 }
 
-absl::Status LayerContentImpl::OpenFolder() {
+absl::Status LayerContentImpl::OpenFolder(bool create) {
   // Of a layer that was there before, the presence file knows better: opening is not reading.
   uint32_t known = account_->access_hour, hour = known != 0 ? known : shared_->CurrentHour();
   const StoreShared::Vault vault = shared_->vault();
   auto opened = [&]() -> absl::StatusOr<LayerFolder::Opened> {
-    HF_ASSIGN_OR_RETURN(LayerFolder locked, LayerFolder::Lock(folder(), /*create=*/true));
-    return locked.OpenCurrent(identity(vault), hour);
+    HF_ASSIGN_OR_RETURN(LayerFolder locked, LayerFolder::Lock(folder(), create));
+    return create ? locked.OpenCurrent(identity(vault), hour) : locked.FindCurrent(identity(vault));
   }();
   vault_epoch_ = vault.epoch;
   if (opened.ok()) {
     if (opened->damaged) shared_->damaged_layers++;
-    FolderUsage usage = UsageOf(folder());
+    const FolderUsage& usage = opened->usage;
     struct stat st {};
     if (fstat(opened->files->data.get(), &st) != 0) return ErrnoStatus(errno, "fstat of a content file");
     other_bytes_ = usage.bytes - std::min(usage.bytes, BlockBytes(st));
@@ -61,7 +62,7 @@ absl::Status LayerContentImpl::OpenFolder() {
     SetFiles(std::move(opened->files));
     return absl::OkStatus();
   }
-  if (opened.status().code() != absl::StatusCode::kResourceExhausted) return opened.status();
+  if (!create || opened.status().code() != absl::StatusCode::kResourceExhausted) return opened.status();
   if (known == 0) account_->access_hour = hour;
   LOG(WARNING) << "cache.not_storing content=" << identity_.layer_hex << " reason=\""
                << opened.status().message() << "\"";
@@ -140,11 +141,18 @@ absl::StatusOr<std::shared_ptr<LayerContent::Files>> LayerContentImpl::WritableF
   return Reopen(files);
 }
 
+bool LayerContentImpl::unlinked() const {
+  std::shared_ptr<Files> files = current();
+  struct stat st {};
+  return files->data.valid() && fstat(files->data.get(), &st) == 0 && st.st_nlink == 0;
+}
+
 absl::StatusOr<std::shared_ptr<LayerContent::Files>> LayerContentImpl::Reopen(
     const std::shared_ptr<Files>& stale) {
   MutexLock lock(&reopen_mutex_);
   if (current() == stale) {
-    if (shared_->options.clock->BootNanos() >= retry_boot_nanos_) HF_RETURN_IF_ERROR(OpenFolder());
+    if (shared_->options.clock->BootNanos() >= retry_boot_nanos_)
+      HF_RETURN_IF_ERROR(OpenFolder(/*create=*/true));
   }
   std::shared_ptr<Files> files = current();
   if (!files->data.valid()) return ResourceExhausted("no room for the layer's cache files");

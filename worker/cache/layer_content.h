@@ -103,9 +103,10 @@ class StoreShared {
 
 class LayerContentImpl final : public LayerContent {
  public:
+  // `create`: makes what is not there, and what is damaged anew; else NotFound.
   static absl::StatusOr<std::shared_ptr<LayerContentImpl>> Open(std::shared_ptr<StoreShared> shared,
                                                                 std::shared_ptr<LayerAccount> account,
-                                                                PresenceIdentity identity);
+                                                                PresenceIdentity identity, bool create);
   ~LayerContentImpl() override;
 
   std::shared_ptr<const Files> files() const override;
@@ -115,6 +116,7 @@ class LayerContentImpl final : public LayerContent {
   void Drop(const Files& files, uint64_t chunk, uint64_t size) override;
   void Touch() override;
   uint64_t bytes() const override { return account_->bytes; }
+  bool unlinked() const override;
   int64_t last_access_wall_nanos() const override;
 
   // Empties the layer: a new generation replaces the files, descriptors held by readers stay valid.
@@ -135,7 +137,7 @@ class LayerContentImpl final : public LayerContent {
   // short.
   absl::StatusOr<std::shared_ptr<Files>> WritableFiles();
   absl::StatusOr<std::shared_ptr<Files>> Reopen(const std::shared_ptr<Files>& stale);
-  absl::Status OpenFolder() ABSL_EXCLUSIVE_LOCKS_REQUIRED(reopen_mutex_);
+  absl::Status OpenFolder(bool create) ABSL_EXCLUSIVE_LOCKS_REQUIRED(reopen_mutex_);
   std::shared_ptr<Files> current() const;
   void SetFiles(std::shared_ptr<Files> files);
   void RepairIfShort(const Files& files);

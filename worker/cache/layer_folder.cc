@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <map>
@@ -43,13 +44,36 @@ struct Pair {
   bool presence = false;
 };
 
-std::map<uint64_t, Pair> PairsIn(const std::string& folder) {
-  std::map<uint64_t, Pair> pairs;
+struct Contents {
+  std::map<uint64_t, Pair> pairs;  // by generation
+  bool others = false;             // something of another name
+};
+
+Contents ContentsOf(const std::string& folder) {
+  Contents contents;
   for (const std::string& name : NamesIn(folder)) {
-    if (uint64_t g = GenerationIn(name, "content."); g != 0) pairs[g].content = true;
-    if (uint64_t g = GenerationIn(name, "presence."); g != 0) pairs[g].presence = true;
+    if (uint64_t g = GenerationIn(name, "content."); g != 0) {
+      contents.pairs[g].content = true;
+    } else if (uint64_t p = GenerationIn(name, "presence."); p != 0) {
+      contents.pairs[p].presence = true;
+    } else {
+      contents.others = true;
+    }
   }
-  return pairs;
+  return contents;
+}
+
+// What UsageOf says of a folder with nothing in it but these files.
+absl::StatusOr<FolderUsage> UsageOfPair(const LayerContent::Files& files) {
+  FolderUsage usage;
+  for (int fd : {files.data.get(), files.presence.get()}) {
+    struct stat st {};
+    if (fstat(fd, &st) != 0) return ErrnoStatus(errno, "fstat in the cache");
+    usage.bytes += static_cast<uint64_t>(st.st_blocks) * 512;
+  }
+  std::atomic_ref<uint64_t> packed(HeaderOf(files)->last_access);
+  usage.access_hour = UnpackAccessHour(packed.load());
+  return usage;
 }
 
 absl::Status Unlink(const std::string& path) {
@@ -70,11 +94,11 @@ absl::Status SetAside(const std::string& folder, uint64_t generation) {
 
 absl::StatusOr<LayerFolder> LayerFolder::Lock(const std::string& path, bool create) {
   for (;;) {
-    if (create) HF_RETURN_IF_ERROR(MakeDirs(path));
     auto fd = OpenFile(path, O_RDONLY | O_DIRECTORY);
     if (!fd.ok()) {
-      if (create && fd.status().code() == absl::StatusCode::kNotFound) continue;  // removed in between
-      return fd.status();
+      if (!create || fd.status().code() != absl::StatusCode::kNotFound) return fd.status();
+      HF_RETURN_IF_ERROR(MakeDirs(path));
+      continue;  // it may be removed in between
     }
     int result = 0;
     do {
@@ -94,12 +118,15 @@ absl::StatusOr<LayerFolder> LayerFolder::Lock(const std::string& path, bool crea
 absl::StatusOr<LayerFolder::Opened> LayerFolder::OpenCurrent(const PresenceIdentity& identity,
                                                              uint32_t access_hour) {
   Opened opened;
-  std::map<uint64_t, Pair> pairs = PairsIn(path_);
+  const Contents contents = ContentsOf(path_);
+  const std::map<uint64_t, Pair>& pairs = contents.pairs;
   uint64_t last = pairs.empty() ? 0 : pairs.rbegin()->first;
+  // The usual case: one sound pair, or nothing yet.
+  bool only_pair = !contents.others && pairs.size() <= 1;
   for (auto it = pairs.rbegin(); it != pairs.rend(); ++it) {
     const auto& [generation, pair] = *it;
     if (opened.files == nullptr && pair.content && pair.presence) {
-      auto files = OpenGeneration(path_, generation, identity);
+      auto files = OpenGeneration(path_, generation, identity, /*may_renew=*/true);
       if (files.ok()) {
         opened.files = std::move(*files);
         continue;
@@ -108,9 +135,11 @@ absl::StatusOr<LayerFolder::Opened> LayerFolder::OpenCurrent(const PresenceIdent
       LOG(WARNING) << "cache.damaged content=" << identity.layer_hex << " generation=" << generation
                    << " reason=\"" << files.status().message() << "\"";
       opened.damaged = true;
+      only_pair = false;
       HF_RETURN_IF_ERROR(SetAside(path_, generation));
     } else if (pair.presence && !pair.content) {
       opened.damaged = true;
+      only_pair = false;
       HF_RETURN_IF_ERROR(SetAside(path_, generation));
     } else {  // left by an interrupted eviction or creation
       HF_RETURN_IF_ERROR(Unlink(path_ + "/presence." + std::to_string(generation)));
@@ -120,11 +149,30 @@ absl::StatusOr<LayerFolder::Opened> LayerFolder::OpenCurrent(const PresenceIdent
   if (opened.files == nullptr) {
     HF_ASSIGN_OR_RETURN(opened.files, CreateGeneration(path_, last + 1, identity, access_hour));
   }
+  if (!only_pair) {
+    opened.usage = UsageOf(path_);
+    return opened;
+  }
+  HF_ASSIGN_OR_RETURN(opened.usage, UsageOfPair(*opened.files));
+  return opened;
+}
+
+absl::StatusOr<LayerFolder::Opened> LayerFolder::FindCurrent(const PresenceIdentity& identity) {
+  const Contents contents = ContentsOf(path_);
+  auto last = contents.pairs.rbegin();
+  if (last == contents.pairs.rend() || !last->second.content || !last->second.presence) {
+    return NotFound("no content in " + path_);
+  }
+  Opened opened;
+  auto files = OpenGeneration(path_, last->first, identity, /*may_renew=*/false);
+  if (!files.ok()) return NotFound("no sound content in " + path_);
+  opened.files = std::move(*files);
+  opened.usage = UsageOf(path_);
   return opened;
 }
 
 absl::Status LayerFolder::UnlinkContent(uint64_t* last_generation) {
-  std::map<uint64_t, Pair> pairs = PairsIn(path_);
+  const std::map<uint64_t, Pair> pairs = ContentsOf(path_).pairs;
   for (const auto& [generation, pair] : pairs) {
     HF_RETURN_IF_ERROR(Unlink(path_ + "/presence." + std::to_string(generation)));
   }

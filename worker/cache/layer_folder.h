@@ -13,6 +13,14 @@
 
 namespace holdfast::cache {
 
+// What the files of a layer folder occupy on disk (blocks), and when the layer was last read as far as its
+// presence file tells (hours since 1970; 0 = unknown). Takes no lock.
+struct FolderUsage {
+  uint64_t bytes = 0;
+  uint32_t access_hour = 0;
+};
+FolderUsage UsageOf(const std::string& folder);
+
 class LayerFolder {
  public:
   // Locks the folder, making it when `create`; NotFound otherwise. Blocks while another holds it
@@ -22,10 +30,13 @@ class LayerFolder {
   struct Opened {
     std::shared_ptr<LayerContent::Files> files;
     bool damaged = false;  // something unsound was renamed to *.damaged
+    FolderUsage usage;
   };
   // The current generation: what is on disk, or a new, empty one. What an interrupted eviction left behind is
   // removed.
   absl::StatusOr<Opened> OpenCurrent(const PresenceIdentity& identity, uint32_t access_hour);
+  // The current generation if it is there, sound and of this vault and boot, else NotFound. Changes nothing.
+  absl::StatusOr<Opened> FindCurrent(const PresenceIdentity& identity);
   // Unlinks all content (presence first) and makes the next, empty generation.
   absl::StatusOr<std::shared_ptr<LayerContent::Files>> Replace(const PresenceIdentity& identity,
                                                                uint32_t access_hour);
@@ -39,13 +50,5 @@ class LayerFolder {
   std::string path_;
   UniqueFd lock_;
 };
-
-// What the files of a layer folder occupy on disk (blocks), and when the layer was last read as far as its
-// presence file tells (hours since 1970; 0 = unknown). Takes no lock.
-struct FolderUsage {
-  uint64_t bytes = 0;
-  uint32_t access_hour = 0;
-};
-FolderUsage UsageOf(const std::string& folder);
 
 }  // namespace holdfast::cache

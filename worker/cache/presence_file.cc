@@ -123,7 +123,8 @@ absl::StatusOr<std::shared_ptr<LayerContent::Files>> CreateGeneration(const std:
 
 absl::StatusOr<std::shared_ptr<LayerContent::Files>> OpenGeneration(const std::string& folder,
                                                                     uint64_t generation,
-                                                                    const PresenceIdentity& identity) {
+                                                                    const PresenceIdentity& identity,
+                                                                    bool may_renew) {
   auto files = std::make_shared<LayerContent::Files>();
   files->generation = generation;
   HF_ASSIGN_OR_RETURN(files->data, OpenFile(ContentPath(folder, generation), O_RDWR | O_NOFOLLOW));
@@ -138,6 +139,7 @@ absl::StatusOr<std::shared_ptr<LayerContent::Files>> OpenGeneration(const std::s
   HF_RETURN_IF_ERROR(CheckHeader(*header, generation, identity));
   if (!TextIs(header->vault_id, sizeof header->vault_id, identity.vault_id) ||
       !TextIs(header->boot_id, sizeof header->boot_id, identity.boot_id)) {
+    if (!may_renew) return FailedPrecondition("presence file: of another vault or boot");
     HF_RETURN_IF_ERROR(RenewIdentity(*files, identity));
   }
   return files;

@@ -72,10 +72,12 @@ absl::StatusOr<std::shared_ptr<LayerContent::Files>> CreateGeneration(const std:
                                                                       const PresenceIdentity& identity,
                                                                       uint32_t access_hour);
 // Opens an existing pair. DataLoss: not a sound pair of this identity (vault and boot aside). When the header
-// names another vault or boot, its marks become kMarkUnverified and the header is rewritten.
+// names another vault or boot, its marks become kMarkUnverified and the header is rewritten;
+// FailedPrecondition instead if not `may_renew`.
 absl::StatusOr<std::shared_ptr<LayerContent::Files>> OpenGeneration(const std::string& folder,
                                                                     uint64_t generation,
-                                                                    const PresenceIdentity& identity);
+                                                                    const PresenceIdentity& identity,
+                                                                    bool may_renew);
 // Files that hold nothing and store nothing, for a disk too full to hold even a presence file. generation =
 // 0.
 absl::StatusOr<std::shared_ptr<LayerContent::Files>> UnstoredGeneration(uint64_t chunk_count);

@@ -62,7 +62,7 @@ TEST(PresenceFile, TheBytesOfTheFirstReleaseAreReadAndWrittenUnchanged) {
   file += std::string("\0\1\2\x7f", 4);  // absent, verified, unverified, and a mark from the future
   ASSERT_TRUE(WriteFileAtomic(given.path() + "/presence.7", file).ok());
   ASSERT_TRUE(WriteFileAtomic(given.path() + "/content.7", std::string(4096, 'x')).ok());
-  auto files = OpenGeneration(given.path(), 7, identity);
+  auto files = OpenGeneration(given.path(), 7, identity, /*may_renew=*/true);
   ASSERT_TRUE(files.ok()) << files.status();
   EXPECT_EQ(UnpackAccessHour(HeaderOf(**files)->last_access), 472222u);
   EXPECT_EQ((*files)->marks[0].load(), kMarkAbsent);

@@ -1,6 +1,9 @@
 // Shared by this folder's tests: a store in a folder of its own, chunks with known bytes.
 #pragma once
 
+#include <sys/stat.h>
+
+#include <filesystem>
 #include <memory>
 #include <string>
 
@@ -48,6 +51,17 @@ inline std::string ReadChunk(const LayerContent::Files& files, uint64_t chunk) {
   std::string bytes(kChunkBytes, '\0');
   absl::Status status = PreadFull(files.data.get(), bytes.data(), bytes.size(), chunk * kChunkBytes);
   return status.ok() ? bytes : "unreadable: " + status.ToString();
+}
+
+// Of all files in a folder, in blocks.
+inline uint64_t DiskUsage(const std::string& folder) {
+  uint64_t bytes = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    struct stat st {};
+    EXPECT_EQ(lstat(entry.path().c_str(), &st), 0);
+    bytes += static_cast<uint64_t>(st.st_blocks) * 512;
+  }
+  return bytes;
 }
 
 class StoreTest : public testing::Test {

@@ -8,10 +8,10 @@
 #include <vector>
 
 #include "common/cgroup.h"
+#include "common/hang_report.h"
 #include "common/log.h"
+#include "common/offload.h"
 #include "glog/logging.h"
-#include "supervisor/hang_report.h"
-#include "supervisor/offload.h"
 #include "supervisor/rpc.h"
 #include "supervisor/supervisor.h"
 

@@ -14,9 +14,9 @@
 #include <vector>
 
 #include "common/log.h"
+#include "common/unix_socket.h"
 #include "glog/logging.h"
 #include "supervisor/options.h"
-#include "supervisor/probe.h"
 #include "supervisor/rpc.h"
 #include "supervisor/spawner.h"
 #include "supervisor/supervisor.h"
@@ -36,10 +36,11 @@ absl::StatusOr<Resources> Prepare(const Options& options, FdStore* store, FaultP
   HF_RETURN_IF_ERROR(MakeDirs(folder));
   HF_ASSIGN_OR_RETURN(IdFile mount_ids, IdFile::Open(folder + "/next-mount-id", kMountIdBlock));
   HF_ASSIGN_OR_RETURN(IdFile generations, IdFile::Open(folder + "/next-generation", kGenerationBlock));
-  HF_ASSIGN_OR_RETURN(auto executable, CopyExecutable(options.worker, options.state_dir));
+  const ExecutableStore copies = WorkerCopies(options.state_dir);
+  auto executable = copies.Add(options.worker);
+  if (!executable.ok()) return Annotate(executable.status(), "worker " + options.worker);
   auto kept = ReadFile(options.state_dir + "/" + kLastGoodFile);
-  auto last_good = kept.ok() ? OpenExecutable(options.state_dir, kept->substr(0, kept->find('\n'))) : nullptr;
-  HF_ASSIGN_OR_RETURN(UniqueFd program, OpenFile("/proc/self/exe", O_RDONLY));
+  auto last_good = kept.ok() ? copies.Open(kept->substr(0, kept->find('\n'))) : nullptr;
   std::vector<LivingWorker> living = ReadLivingWorkers(WorkersPath(options.state_dir));
   SharedFd listener;  // else it comes back with the rest
   if (living.empty() && fds.empty()) {
@@ -48,10 +49,17 @@ absl::StatusOr<Resources> Prepare(const Options& options, FdStore* store, FaultP
   }
   std::vector<std::string> warnings = MachineWarnings();
   for (const std::string& text : warnings) LOG(WARNING) << "event=machine_warning text=" << LogValue(text);
-  return Resources{std::move(state_dir),   std::move(listener),   std::move(mount_ids),
-                   std::move(generations), std::move(executable), std::move(last_good),
-                   std::move(program),     std::move(warnings),   store,
-                   std::move(fds),         std::move(living),     faults};
+  return Resources{std::move(state_dir),
+                   std::move(listener),
+                   std::move(mount_ids),
+                   std::move(generations),
+                   *std::move(executable),
+                   std::move(last_good),
+                   std::move(warnings),
+                   store,
+                   std::move(fds),
+                   std::move(living),
+                   faults};
 }
 
 // The control socket, from the service manager if it kept it: then no client was ever refused.
@@ -147,7 +155,4 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace holdfast::supervisor
 
-int main(int argc, char** argv) {
-  using namespace holdfast::supervisor;  // NOLINT
-  return argc == 2 && argv[1] == std::string(kProbeArgument) ? ProbeMain() : Main(argc, argv);
-}
+int main(int argc, char** argv) { return holdfast::supervisor::Main(argc, argv); }

@@ -5,9 +5,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/resource.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <filesystem>
@@ -16,11 +14,12 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_split.h"
-#include "supervisor/fuse_mount.h"
+#include "common/fuse_mount.h"
 
 namespace holdfast::supervisor {
 namespace {
 
+constexpr char kVerifier[] = "holdfast-verifier";
 constexpr uint64_t kMaxProbationSeconds = 86'400;
 constexpr uint64_t kMaxHangMillis = 86'400'000;
 
@@ -34,36 +33,6 @@ absl::Status RefuseInsideFuse(const std::string& folder) {
   if (nearest != nullptr && nearest->type.substr(0, 4) == "fuse" && nearest->type != "fusectl") {
     return FailedPrecondition("state folder " + folder + " lies in the FUSE mount " + nearest->path);
   }
-  return absl::OkStatus();
-}
-
-absl::StatusOr<sockaddr_un> SocketAddress(const std::string& path) {
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  if (path.size() >= sizeof(address.sun_path)) return InvalidArgument("longer than 107 bytes: " + path);
-  memcpy(address.sun_path, path.c_str(), path.size() + 1);
-  return address;
-}
-
-absl::StatusOr<UniqueFd> UnixSocket() {
-  UniqueFd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!fd.valid()) return ErrnoStatus(errno, "socket");
-  return fd;
-}
-
-absl::Status RemoveStaleSocket(const std::string& path, const sockaddr_un& address) {
-  struct stat info;
-  if (lstat(path.c_str(), &info) != 0) return errno == ENOENT ? absl::OkStatus() : ErrnoStatus(errno, path);
-  if (!S_ISSOCK(info.st_mode)) return AlreadyExists("socket path " + path + " exists and is not a socket");
-  // An orphaned worker needs a moment to notice that its supervisor is dead and to close the socket.
-  for (int tries = 20;; --tries) {
-    HF_ASSIGN_OR_RETURN(UniqueFd probe, UnixSocket());
-    int result = connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address));
-    if (result != 0 && errno != EAGAIN) break;
-    if (tries == 0) return AlreadyExists("socket " + path + " is in use by a running process");
-    usleep(50'000);
-  }
-  if (unlink(path.c_str()) != 0) return ErrnoStatus(errno, "removing the stale socket " + path);
   return absl::OkStatus();
 }
 
@@ -91,6 +60,8 @@ const char kUsage[] =
 Usage: holdfast-supervisor [options] [-- worker arguments...]
 
   --worker PATH              worker program (default /usr/lib/holdfast/holdfast-worker); a private copy is run
+  --verifier PATH            program that judges a new worker (default: holdfast-verifier beside this program, else in
+                             /usr/lib/holdfast)
   --state DIR                state, mounts and worker copies (default /var/lib/holdfast); one supervisor a folder
   --runtime DIR              sockets (default /run/holdfast)
   --snapshotter-socket PATH  containerd's end (default <runtime>/snapshotter.sock): proxy_plugins address
@@ -113,6 +84,7 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
   std::string hang_limit;
   std::string limits;  // for tests: "register=500,take=800", in milliseconds
   std::map<std::string, std::string*> flags = {{"--worker", &options.worker},
+                                               {"--verifier", &options.verifier},
                                                {"--state", &options.state_dir},
                                                {"--runtime", &options.runtime_dir},
                                                {"--snapshotter-socket", &options.snapshotter_socket},
@@ -182,6 +154,10 @@ absl::StatusOr<UniqueFd> PrepareFolders(Options* options) {
   options->state_dir = std::filesystem::canonical(options->state_dir).string();
   options->runtime_dir = std::filesystem::canonical(options->runtime_dir).string();
   std::string folder = options->runtime_dir;
+  if (options->verifier.empty()) {
+    options->verifier = std::filesystem::read_symlink("/proc/self/exe").parent_path() / kVerifier;
+    if (!PathExists(options->verifier)) options->verifier = std::string("/usr/lib/holdfast/") + kVerifier;
+  }
   if (options->snapshotter_socket.empty()) options->snapshotter_socket = folder + "/snapshotter.sock";
   if (options->control_socket.empty()) options->control_socket = folder + "/supervisor.sock";
   HF_RETURN_IF_ERROR(RefuseInsideFuse(options->state_dir));
@@ -192,19 +168,6 @@ absl::StatusOr<UniqueFd> PrepareFolders(Options* options) {
     return AlreadyExists("another holdfast-supervisor runs on the state folder " + options->state_dir);
   }
   return lock;
-}
-
-absl::StatusOr<UniqueFd> ListenUnix(const std::string& path) {
-  HF_ASSIGN_OR_RETURN(sockaddr_un address, SocketAddress(path));
-  HF_RETURN_IF_ERROR(RemoveStaleSocket(path, address));
-  HF_ASSIGN_OR_RETURN(UniqueFd fd, UnixSocket());
-  mode_t before = umask(0177);  // never open to others, not even for a moment
-  int result = bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address));
-  int error = errno;
-  umask(before);
-  if (result != 0) return ErrnoStatus(error, "binding " + path);
-  if (listen(fd.get(), SOMAXCONN) != 0) return ErrnoStatus(errno, "listening on " + path);
-  return fd;
 }
 
 std::vector<std::string> MachineWarnings() {

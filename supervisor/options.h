@@ -12,6 +12,7 @@ namespace holdfast::supervisor {
 
 struct Options {
   std::string worker = "/usr/lib/holdfast/holdfast-worker";
+  std::string verifier;  // default: beside the supervisor's program, else in /usr/lib/holdfast
   std::string state_dir = "/var/lib/holdfast";
   std::string runtime_dir = "/run/holdfast";
   std::string snapshotter_socket;  // default: <runtime>/snapshotter.sock
@@ -34,9 +35,6 @@ absl::Status PrepareProcess();
 // Creates both folders, makes their names in `options` real paths, refuses a state folder inside a FUSE
 // mount, and locks it. The returned descriptor is the lock.
 absl::StatusOr<UniqueFd> PrepareFolders(Options* options);
-
-// A listening unix socket, mode 0600. A stale socket is replaced; AlreadyExists when a living process has it.
-absl::StatusOr<UniqueFd> ListenUnix(const std::string& path);
 
 // Settings of the machine that endanger mounts, in words.
 std::vector<std::string> MachineWarnings();

@@ -5,10 +5,6 @@
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/sysmacros.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,6 +13,7 @@
 
 #include "common/log.h"
 #include "common/process.h"
+#include "common/unix_socket.h"
 #include "glog/logging.h"
 #include "supervisor/rpc.h"
 #include "supervisor/supervisor.h"
@@ -108,22 +105,6 @@ bool HasAllDescriptors(const SavedState& state, const StoredFds& fds) {
          });
 }
 
-bool IsFuseDevice(int fd) {
-  constexpr unsigned kMisc = 10, kFuseMinor = 229;
-  struct stat info;
-  return fstat(fd, &info) == 0 && S_ISCHR(info.st_mode) && info.st_rdev == makedev(kMisc, kFuseMinor);
-}
-
-bool IsListeningOn(int fd, const std::string& path) {
-  int listening = 0;
-  socklen_t size = sizeof(listening);
-  if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) != 0 || listening == 0) return false;
-  sockaddr_un address{};
-  size = sizeof(address);
-  return getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size) == 0 &&
-         address.sun_family == AF_UNIX && path == address.sun_path && PathExists(path);
-}
-
 RestoredMounts RestoreMounts(const SavedState& state, uint64_t owner,
                              const std::optional<std::set<uint64_t>>& held, StoredFds* fds) {
   RestoredMounts result;
@@ -196,7 +177,7 @@ std::shared_ptr<const Executable> Supervisor::KeptExecutable(const std::string& 
   for (const auto& known : {running_, last_good_, previous_}) {
     if (known != nullptr && known->sha256 == sha256) return known;
   }
-  return OpenExecutable(options_.state_dir, sha256);
+  return WorkerCopies(options_.state_dir).Open(sha256);
 }
 
 // Those that still run become ours to watch.

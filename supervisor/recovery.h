@@ -38,10 +38,6 @@ uint64_t ChooseOwner(const SavedState& state, const std::set<uint64_t>& alive);
 // True when the descriptors of everything in `state` are in `fds`.
 bool HasAllDescriptors(const SavedState& state, const StoredFds& fds);
 
-bool IsFuseDevice(int fd);
-// A listening unix socket of that path, which is there.
-bool IsListeningOn(int fd, const std::string& path);
-
 // What becomes of the saved mounts. Descriptors are taken out of `fds`. `owner`: the worker that goes on,
 // `held`, if known, what it was given. A mount that it asked for and was not given was made, but nobody was
 // told of it.

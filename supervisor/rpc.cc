@@ -22,15 +22,6 @@ constexpr unsigned kMountsPerPage = 200;
 constexpr unsigned kLedgersPerPage = 7;       // 33 descriptors each; 253 fit into one message
 constexpr unsigned kLedgersForControl = 250;  // without the pipes
 
-class DescriptorServer final : public schema::Descriptor::Server {
- public:
-  explicit DescriptorServer(SharedFd fd) : fd_(std::move(fd)) {}
-  kj::Maybe<int> getFd() override { return fd_->get(); }
-
- private:
-  const SharedFd fd_;
-};
-
 static_assert(static_cast<int>(schema::MountState::GONE) == static_cast<int>(MountState::kGone));
 schema::MountState Convert(MountState state) { return static_cast<schema::MountState>(state); }
 
@@ -128,6 +119,32 @@ class SupervisorServer final : public schema::Supervisor::Server {
  private:
   Supervisor& supervisor_;
   const uint64_t generation_;
+};
+
+class MountViewServer final : public schema::MountView::Server {
+ public:
+  explicit MountViewServer(Vault* vault) : vault_(*vault) {}
+
+  kj::Promise<void> live(LiveContext context) override {
+    std::vector<const Mount*> mounts;
+    for (uint64_t id : context.getParams().getMountIds()) {
+      const Mount* mount = vault_.Find(id);
+      if (mount != nullptr && mount->state == MountState::kLive) mounts.push_back(mount);
+    }
+    auto entries = context.getResults().initEntries(static_cast<unsigned>(mounts.size()));
+    for (unsigned i = 0; i < mounts.size(); ++i) FillMountEntry(*mounts[i], false, entries[i]);
+    return kj::READY_NOW;
+  }
+
+  kj::Promise<void> newMountId(NewMountIdContext context) override {
+    auto id = vault_.NextId();
+    if (!id.ok()) Throw(id.status());
+    context.getResults().setMountId(*id);
+    return kj::READY_NOW;
+  }
+
+ private:
+  Vault& vault_;
 };
 
 template <typename Params>
@@ -277,27 +294,6 @@ void FillStep(const SwapStep& step, schema::SwapStep::Builder out) {
   out.setDetail(step.detail.c_str());
 }
 
-std::string String(capnp::Data::Reader data) {
-  auto chars = data.asChars();
-  return std::string(chars.begin(), chars.size());
-}
-
-kj::ArrayPtr<const kj::byte> Bytes(const std::string& text) {
-  return kj::arrayPtr(reinterpret_cast<const kj::byte*>(text.data()), text.size());
-}
-
-// KJ_EXCEPTION and KJ_REQUIRE would put the text of the expression before the reason, which people read.
-kj::Exception Failed(const std::string& reason) {
-  return kj::Exception(kj::Exception::Type::FAILED, __FILE__, __LINE__, kj::str(reason.c_str()));
-}
-
-void Throw(const absl::Status& status) {
-  kj::throwFatalException(Failed(std::string(FromAbsl(status.message()))));
-  __builtin_unreachable();
-}
-
-std::string Describe(const kj::Exception& exception) { return exception.getDescription().cStr(); }
-
 void FillMountEntry(const Mount& mount, bool with_device, schema::MountEntry::Builder out) {
   out.setMountId(mount.id);
   out.setState(Convert(mount.state));
@@ -312,7 +308,7 @@ capnp::Capability::Client MakeSupervisorServer(Supervisor* supervisor, uint64_t 
   return schema::Supervisor::Client(kj::heap<SupervisorServer>(supervisor, generation));
 }
 
-schema::Descriptor::Client MakeDescriptor(SharedFd fd) { return kj::heap<DescriptorServer>(std::move(fd)); }
+schema::MountView::Client MakeMountView(Vault* vault) { return kj::heap<MountViewServer>(vault); }
 
 void FillPipes(const Ledger& ledger, capnp::List<schema::PipePair>::Builder out) {
   for (unsigned i = 0; i < out.size(); ++i) {

@@ -22,6 +22,7 @@ constexpr unsigned kMaxIncomingFds = 16;
 constexpr uint64_t kMountingPollMillis = 5, kMountingMillis = 10'000;
 constexpr uint64_t kGonePollMillis = 1'000;
 constexpr uint64_t kDistrustSeconds = 180;
+constexpr char kCanaryFolder[] = "/supervisor/canary";  // in the state folder
 constexpr int kStoreMillis = 1'000;  // a busy service manager delays a mount this long, not longer
 
 constexpr uint64_t kNeeded = schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER;
@@ -86,8 +87,7 @@ Supervisor::Supervisor(const Options& options, Resources resources, kj::AsyncIoC
       generations_(std::move(resources.generations)),
       running_(std::move(resources.executable)),
       last_good_(std::move(resources.last_good)),
-      helpers_(io, std::move(resources.program)),
-      checks_(state_dir_.get(), options_.state_dir, &vault_, &helpers_),
+      verifiers_(io, options_.verifier),
       tasks_(*this) {
   state_.probation = RunsUnproven();
   takeover_->fds = std::move(resources.fds);
@@ -380,13 +380,10 @@ kj::Promise<void> Supervisor::SendCall(WorkerProcess* worker, const Action& acti
       return client.prepareRequest().send().ignoreResult();
     case Call::kEndTrial:
       return client.endTrialRequest().send().ignoreResult();
-    case Call::kRehearse: {
-      WorkerProcess* owner = Find(state_.owner);
-      if (owner == nullptr || owner->client == nullptr) return Failed("the running worker is gone");
-      return checks_.Rehearse(KJ_ASSERT_NONNULL(owner->client), client).then(kj::mv(note));
-    }
+    case Call::kRehearse:
+      return kj::evalNow([&] { return Rehearse(client); }).then(kj::mv(note));
     case Call::kProbe:
-      return checks_.ProbeLive(worker->generation).then(kj::mv(note));
+      return kj::evalNow([&] { return ProbeLive(worker->generation); }).then(kj::mv(note));
     case Call::kDistrust: {
       // Content that the candidate stored is under the old id, and so is verified before its next use.
       vault_id_ = RandomBytes(16);
@@ -411,6 +408,53 @@ kj::Promise<void> Supervisor::ServeOnTrial(WorkerProcess* worker) {
   request.setTrial(true);
   request.setTouched(MakeDescriptor(touched_));
   return request.send().ignoreResult();
+}
+
+kj::Promise<std::string> Supervisor::Rehearse(schema::Worker::Client candidate) {
+  WorkerProcess* owner = Find(state_.owner);
+  if (owner == nullptr || owner->client == nullptr) return Failed("the running worker is gone");
+  verifier_ = verifiers_.Begin();
+  auto request = KJ_ASSERT_NONNULL(verifier_)->client().rehearseRequest();
+  request.setOwner(KJ_ASSERT_NONNULL(owner->client));
+  request.setCandidate(kj::mv(candidate));
+  request.setMounts(MakeMountView(&vault_));
+  request.setCanaryFolder((options_.state_dir + kCanaryFolder).c_str());
+  using Results = capnp::Response<schema::Verifier::RehearseResults>;
+  return Judged(
+      request.send().then([](Results&& results) { return std::string(results.getSummary().cStr()); }));
+}
+
+// The end of a worker is told as its death; that of the verifier is a failure.
+kj::Promise<std::string> Supervisor::Judged(kj::Promise<std::string> verdict) {
+  return verdict.catch_([this](kj::Exception&& exception) -> kj::Promise<std::string> {
+    auto lives = [this](Generation generation) {
+      WorkerProcess* worker = Find(generation);
+      return worker != nullptr && worker->dead_since_boot_nanos == 0;
+    };
+    bool disconnected = exception.getType() == kj::Exception::Type::DISCONNECTED;
+    if (disconnected && lives(state_.successor) && (state_.owner == 0 || lives(state_.owner)))
+      return Failed("the verifier died: " + Describe(exception));
+    return kj::mv(exception);
+  });
+}
+
+kj::Promise<std::string> Supervisor::ProbeLive(Generation generation) {
+  auto request = KJ_REQUIRE_NONNULL(verifier_, "nothing was rehearsed")->client().probeLiveRequest();
+  request.setGeneration(generation);
+  using Results = capnp::Response<schema::Verifier::ProbeLiveResults>;
+  return Judged(
+      request.send().then([](Results&& results) { return std::string(results.getSummary().cStr()); }));
+}
+
+// What it was killed over may have left canaries mounted.
+void Supervisor::EndVerifier() {
+  if (verifier_ == nullptr) return;
+  verifier_ = nullptr;
+  auto removed = Offload<int>([folder = options_.state_dir + kCanaryFolder] {
+    RemoveStaleMounts(folder).status().IgnoreError();
+    return 0;
+  });
+  tasks_.add(removed.ignoreResult());
 }
 
 void Supervisor::OnCallDone(Generation generation, Call call) {
@@ -505,6 +549,7 @@ WorkerProcess* Supervisor::Find(Generation generation) {
 }
 
 void Supervisor::FinishSwap(const std::string& result) {
+  EndVerifier();
   if (swap_.kind == "none" || swap_.result != "running") return;
   swap_.result = result;
   swap_.finished_wall_nanos = clock_->WallNanos();
@@ -570,11 +615,12 @@ kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force,
     if (executable != nullptr) keep.push_back(executable->sha256);
   }
   auto copied = Offload<Copy>([path, keep, state_dir = options_.state_dir] {
-    RemoveOtherExecutables(state_dir, keep);
-    return CopyExecutable(path, state_dir);
+    ExecutableStore copies = WorkerCopies(state_dir);
+    copies.Keep(keep);
+    return copies.Add(path);
   });
-  auto swapped = copied.then([this, force](kj::Own<Copy>&& copy) -> kj::Promise<bool> {
-    if (!copy->ok()) Throw(copy->status());
+  auto swapped = copied.then([this, force, path](kj::Own<Copy>&& copy) -> kj::Promise<bool> {
+    if (!copy->ok()) Throw(Annotate(copy->status(), "worker " + path));
     if ((**copy)->sha256 == running_->sha256 && !force) return false;
     return SwapTo(**copy, "upgrade");
   });
@@ -619,8 +665,18 @@ kj::Promise<RollbackReadiness> Supervisor::CheckRollback() {
   auto target = RollbackTarget();
   // With none, what matters is that the build which is started after a crash still starts.
   if (target == nullptr) target = running_;
-  return helpers_.SelfTest(target).then([target](SelfTestResult result) {
-    return RollbackReadiness{result.ok, target->sha256, result.output};
+  auto tested = kj::evalNow([&] {
+    auto task = verifiers_.Begin();
+    auto request = task->client().selfTestRequest();
+    request.setExecutable(MakeDescriptor(SharedFd(target, const_cast<UniqueFd*>(&target->file))));
+    using Results = capnp::Response<schema::Verifier::SelfTestResults>;
+    auto result = request.send().then([target](Results&& results) {
+      return RollbackReadiness{results.getPassed(), target->sha256, results.getOutput().cStr()};
+    });
+    return result.attach(kj::mv(task));
+  });
+  return tested.catch_([target](kj::Exception&& exception) {
+    return RollbackReadiness{false, target->sha256, Describe(exception)};
   });
 }
 

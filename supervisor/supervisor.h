@@ -19,24 +19,25 @@
 #include "common/clock.h"
 #include "common/fault.h"
 #include "common/fd_store.h"
+#include "common/fuse_mount.h"
 #include "common/id_file.h"
 #include "common/io.h"
+#include "common/offload.h"
 #include "schema/control.capnp.h"
 #include "schema/handover.capnp.h"
-#include "supervisor/fuse_mount.h"
 #include "supervisor/handover_machine.h"
 #include "supervisor/hang_monitor.h"
-#include "supervisor/offload.h"
 #include "supervisor/options.h"
 #include "supervisor/recovery.h"
 #include "supervisor/spawner.h"
 #include "supervisor/state_journal.h"
-#include "supervisor/swap_checks.h"
 #include "supervisor/vault.h"
+#include "supervisor/verifiers.h"
 
 namespace holdfast::supervisor {
 
 inline constexpr char kBuild[] = "holdfast-supervisor 0.1.0";
+inline constexpr char kLastGoodFile[] = "supervisor/last-good";  // in the state folder: that build's digest
 inline constexpr uint64_t kNanosPerSecond = 1'000'000'000;
 inline constexpr uint64_t kRetireLimitSeconds = 600;  // a retired worker's old calls are cut off then
 inline constexpr uint64_t kStopUnmountSeconds = 10;   // what is not unmounted by then is left to the kernel
@@ -101,7 +102,6 @@ struct Resources {
   IdFile mount_ids, generations;
   std::shared_ptr<const Executable> executable;  // of the command line
   std::shared_ptr<const Executable> last_good;   // null: none is known yet
-  UniqueFd program;                              // our own executable, for helper processes
   std::vector<std::string> warnings;
   FdStore* store;                    // outlives the supervisor
   StoredFds fds;                     // what the service manager kept
@@ -210,6 +210,10 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void CallWorker(const Action& action, uint64_t waited_ms = 0);
   kj::Promise<void> SendCall(WorkerProcess* worker, const Action& action);
   kj::Promise<void> ServeOnTrial(WorkerProcess* worker);
+  kj::Promise<std::string> Rehearse(schema::Worker::Client candidate);
+  kj::Promise<std::string> ProbeLive(Generation generation);
+  kj::Promise<std::string> Judged(kj::Promise<std::string> verdict);
+  void EndVerifier();
   void OnCallDone(Generation generation, Call call);
   void TellExited(Generation generation, Generation exited);
   void KillWorker(Generation generation);
@@ -278,8 +282,8 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   std::string running_build_;
   std::string reverted_;  // why last-good was brought back; empty: it was not
   uint64_t probation_ends_boot_nanos_ = 0;
-  Helpers helpers_;
-  SwapChecks checks_;
+  Verifiers verifiers_;
+  kj::Maybe<kj::Own<Verifiers::Task>> verifier_;  // of the swap under way, from its rehearsal on
   SharedFd touched_;  // what the candidate on trial answered for (schema/touched.h)
 
   Swap swap_;

@@ -16,8 +16,8 @@
 #include <map>
 #include <set>
 
+#include "common/fuse_mount.h"
 #include "gtest/gtest.h"
-#include "supervisor/fuse_mount.h"
 #include "supervisor/testing/harness.h"
 
 namespace holdfast::supervisor {

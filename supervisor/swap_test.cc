@@ -4,8 +4,11 @@
 #include <signal.h>
 
 #include <algorithm>
+#include <atomic>
 #include <filesystem>
+#include <fstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "common/mountinfo.h"
@@ -69,6 +72,55 @@ TEST(SwapTest, ACandidateIsComparedAndProbedBeforeItMayCommit) {
   EXPECT_EQ(Stat(mount.path).Result(), static_cast<int64_t>(info.generation));
   ExpectNoCanary(harness);
   EXPECT_TRUE(Eventually([&] { return harness.Status().workers.size() == 1; }));
+}
+
+// Children of `parent` that were started as `name`.
+std::vector<pid_t> ChildrenNamed(pid_t parent, const std::string& name) {
+  std::string pid = std::to_string(parent);
+  std::ifstream file("/proc/" + pid + "/task/" + pid + "/children");
+  std::vector<pid_t> found;
+  for (pid_t child = 0; file >> child;) {
+    std::string line;
+    std::getline(std::ifstream("/proc/" + std::to_string(child) + "/cmdline"), line, '\0');
+    if (line == name) found.push_back(child);
+  }
+  return found;
+}
+
+TEST(SwapTest, AVerifierThatDiesFailsTheUpgradeAtOnceAndNothingElse) {
+  Harness harness;
+  harness.Start({}, "hang-samples");  // so that the verifier waits for it
+  harness.WaitPhase("running");
+  MountView mount = harness.Mount("a", FUSE_IOCTL_DIR, "blob");
+  auto old = static_cast<int64_t>(harness.WorkerInfo().generation);
+  std::atomic<bool> killed{false};
+  std::thread killer([&, supervisor = harness.pid()] {
+    killed = Eventually([&] {
+      for (pid_t pid : ChildrenNamed(supervisor, "holdfast-verifier")) return kill(pid, SIGKILL) == 0;
+      return false;
+    });
+  });
+  bool changed = false;
+  std::string error = harness.Upgrade(harness.MakeWorker("good"), false, &changed);
+  killer.join();
+  EXPECT_TRUE(killed);
+  EXPECT_NE(error.find("the verifier died"), std::string::npos) << error;
+  EXPECT_EQ(Stat(mount.path).Result(), old);
+  EXPECT_EQ(harness.Status().crashes, 0u);
+  EXPECT_TRUE(Eventually([&] { return ChildrenNamed(harness.pid(), "holdfast-verifier").empty(); }));
+  EXPECT_TRUE(Eventually([&] { return harness.Status().workers.size() == 1; })) << "the candidate is gone";
+}
+
+TEST(SwapTest, WithoutAVerifierNoBuildIsTakenAndTheReasonIsTold) {
+  Harness harness;
+  harness.Start({"--verifier", "/nonexistent/verifier"});
+  MountView mount = harness.Mount("a", FUSE_IOCTL_DIR, "blob");
+  auto old = static_cast<int64_t>(harness.WorkerInfo().generation);
+  bool changed = false;
+  std::string error = harness.Upgrade(harness.MakeWorker("good"), false, &changed);
+  EXPECT_NE(error.find("verifier /nonexistent/verifier: "), std::string::npos) << error;
+  EXPECT_NE(harness.CheckRollback().find("verifier /nonexistent/verifier: "), std::string::npos);
+  EXPECT_EQ(Stat(mount.path).Result(), old);
 }
 
 struct BadBuild {

@@ -23,7 +23,7 @@
 #include <utility>
 
 #include "gtest/gtest.h"
-#include "supervisor/fuse_mount.h"
+#include "common/fuse_mount.h"
 
 #pragma GCC diagnostic ignored "-Wnon-virtual-dtor"  // generated server bases
 

@@ -53,7 +53,7 @@ def main():
     root = pathlib.Path(sys.argv[1])
     allowed, libraries = read_rules(root / "tests/lint/layers.txt")
     problems, files = [], 0
-    for top in ("common", "schema", "supervisor", "worker"):
+    for top in ("common", "schema", "supervisor", "verifier", "worker"):
         for path in sorted((root / top).rglob("*")):
             if path.suffix not in (".h", ".cc", ".c") or is_test(path):
                 continue

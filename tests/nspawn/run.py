@@ -118,6 +118,7 @@ def main() -> int:
             files = {
                 binaries / "holdfast-supervisor": "/usr/bin/holdfast-supervisor",
                 binaries / "holdfastctl": "/usr/bin/holdfastctl",
+                binaries / "holdfast-verifier": "/usr/lib/holdfast/holdfast-verifier",
                 binaries / "holdfast-worker": "/usr/lib/holdfast/holdfast-worker",
                 source / "packaging/holdfast.service": "/etc/systemd/system/holdfast.service",
                 folder / "config.toml": "/etc/holdfast/config.toml",

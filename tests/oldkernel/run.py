@@ -1,6 +1,6 @@
 """Boots Debian 12's kernel 6.1 in QEMU without KVM with nothing but holdfast, its libraries and survival_test in the initramfs.
 
-    run.py TEST SUPERVISOR WORKER      (scripts/get-old-kernel has been run)
+    run.py TEST SUPERVISOR VERIFIER WORKER      (scripts/get-old-kernel has been run)
 
 The machine's serial console is printed. It must end with the line `HOLDFAST-VERDICT 0`.
 """
@@ -125,7 +125,7 @@ def boot(kernel: Path, initramfs: Path, log: Path) -> str:
 
 
 def main() -> int:
-    if len(sys.argv) != 4:
+    if len(sys.argv) != 5:
         print(__doc__, file=sys.stderr)
         return 2
     programs = [Path(word) for word in sys.argv[1:]]

@@ -8,7 +8,7 @@
 #include <thread>
 #include <utility>
 
-namespace holdfast::supervisor {
+namespace holdfast {
 
 // On a thread of its own; the result comes back on the main loop. A job that never ends costs its thread,
 // nothing else: the process leaves by _exit. `job` must not throw.
@@ -21,4 +21,4 @@ kj::Promise<kj::Own<T>> Offload(std::function<T()> job) {
   return kj::mv(pair.promise);
 }
 
-}  // namespace holdfast::supervisor
+}  // namespace holdfast

@@ -1,7 +1,6 @@
 // Looks at mounts as a container would see them: the live probe of a swap and the walk over canary mounts
-// (DESIGN 4.4). Whoever opens a path of a FUSE mount may be stuck for ever, so nothing here runs in the
-// supervisor: CheckMounts is the work of a helper process, this program started again with --probe
-// (helper.h), and ends with it.
+// (DESIGN 4.4). Whoever opens a path of a FUSE mount may be stuck for ever: for a thread that nobody waits
+// for, in a process that may be killed.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +11,7 @@
 
 #include "common/status.h"
 
-namespace holdfast::supervisor {
+namespace holdfast::verifier {
 
 enum class ProbeKind { kFile, kFolder, kAbsent };  // SampleKind of schema/handover.capnp
 
@@ -38,20 +37,10 @@ struct ProbeRequest {
   bool direct = true;  // read with O_DIRECT: past the page cache, so that the worker is asked
 };
 
-// As the helper reads it from its standard input: fields that end with a 0 byte. InvalidArgument when a path
-// holds a 0 byte or a digest has not 32 bytes.
-absl::StatusOr<std::string> EncodeProbe(const ProbeRequest& request);
-absl::StatusOr<ProbeRequest> DecodeProbe(std::string_view text);
-
 // Blocks, for ever when a mount is not served. "checked=N skipped=M": checked counts generations and files,
 // skipped the generations that could not be asked for, of mounts that know no probe or are no mounts any
 // more. The error names mount, path and what is wrong. `at` is told each mount before it is looked at.
 absl::StatusOr<std::string> CheckMounts(const ProbeRequest& request,
                                         const std::function<void(uint64_t mount)>& at);
 
-// The helper's main: a request from descriptor 0; on descriptor 1 a line "at MOUNT" before each mount, last
-// "ok checked=N skipped=M" or "failed: why". Returns the exit code.
-inline constexpr char kProbeArgument[] = "--probe";
-int ProbeMain();
-
-}  // namespace holdfast::supervisor
+}  // namespace holdfast::verifier

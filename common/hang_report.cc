@@ -1,4 +1,4 @@
-#include "supervisor/hang_report.h"
+#include "common/hang_report.h"
 
 #include <fcntl.h>
 #include <signal.h>
@@ -12,7 +12,7 @@
 #include "common/io.h"
 #include "common/thread_dump.h"
 
-namespace holdfast::supervisor {
+namespace holdfast {
 namespace {
 
 constexpr size_t kMaxReportBytes = 1 << 20;
@@ -47,4 +47,4 @@ absl::StatusOr<std::string> SaveStacks(const std::string& state_dir, pid_t pid, 
   return path;
 }
 
-}  // namespace holdfast::supervisor
+}  // namespace holdfast

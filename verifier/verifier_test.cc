@@ -1,8 +1,8 @@
-// Helper processes against plain folders and real FUSE mounts; the program started is the real supervisor's.
-#include "supervisor/helper.h"
+// What the verifier sees of plain folders and real FUSE mounts, and of builds that test themselves.
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <kj/async-io.h>
 #include <linux/fuse.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -18,12 +18,14 @@
 #include <thread>
 
 #include "absl/strings/escaping.h"
+#include "common/fuse_mount.h"
 #include "common/sha256.h"
 #include "gtest/gtest.h"
 #include "schema/probe.h"
-#include "supervisor/fuse_mount.h"
+#include "verifier/self_test.h"
+#include "verifier/swap_checks.h"
 
-namespace holdfast::supervisor {
+namespace holdfast::verifier {
 namespace {
 
 using std::chrono::steady_clock;
@@ -131,22 +133,22 @@ class TestMount {
   std::thread thread_;
 };
 
-class HelperTest : public ::testing::Test {
+class VerifierTest : public ::testing::Test {
  protected:
-  HelperTest() : io_(kj::setupAsyncIo()), helpers_(&io_, Open(Bin("holdfast-supervisor"))) {
+  VerifierTest() : io_(kj::setupAsyncIo()) {
     content_ = std::string(100'000, 'a') + "end";
     std::ofstream(dir_.path() + "/file", std::ios::binary) << content_;
     EXPECT_TRUE(MakeDirs(dir_.path() + "/folder/sub").ok());
     std::ofstream(dir_.path() + "/folder/\xff\n name") << "x";
   }
-  ~HelperTest() noexcept override {}
+  ~VerifierTest() noexcept override {}
   static UniqueFd Open(const std::string& path) {
     auto file = OpenFile(path, O_RDONLY);
     EXPECT_TRUE(file.ok()) << file.status();
     return file.ok() ? std::move(*file) : UniqueFd();
   }
   absl::StatusOr<std::string> Probe(const ProbeRequest& request, uint64_t deadline_ms = 5'000) {
-    return helpers_.Probe(request, deadline_ms).wait(io_.waitScope);
+    return CheckMountsWithin(io_.provider->getTimer(), request, deadline_ms).wait(io_.waitScope);
   }
   absl::StatusOr<std::string> ProbeFiles(std::vector<ProbeFile> files) {
     return Probe({.mounts = {{.id = 7, .root = dir_.path(), .files = std::move(files)}}});
@@ -158,21 +160,15 @@ class HelperTest : public ::testing::Test {
     auto program = ReadFile(Bin("holdfast-fake-worker"));
     std::ofstream(path, std::ios::binary) << *program << "\n#1 HFMODE:" << mode << "\n";
     chmod(path.c_str(), 0755);
-    auto executable = std::make_shared<Executable>();
-    executable->file = Open(path);
-    return helpers_.SelfTest(executable, deadline_ms).wait(io_.waitScope);
-  }
-  void Settle() {  // lets the event loop reap what has ended
-    io_.provider->getTimer().afterDelay(2 * kj::MILLISECONDS).wait(io_.waitScope);
+    return RunSelfTest(Open(path).get(), deadline_ms);
   }
 
   TempDir dir_;
   std::string content_;
   kj::AsyncIoContext io_;
-  Helpers helpers_;
 };
 
-TEST_F(HelperTest, WhatIsAsExpectedIsCountedAndLeavesNoProcessAndNoDescriptor) {
+TEST_F(VerifierTest, WhatIsAsExpectedIsCountedAndLeavesNoDescriptor) {
   std::vector<ProbeFile> files = {
       {.path = "file", .length = content_.size(), .digest = Digest(content_)},
       {.path = "file", .offset = 99'999, .length = 3, .digest = Digest("aen")},
@@ -186,10 +182,9 @@ TEST_F(HelperTest, WhatIsAsExpectedIsCountedAndLeavesNoProcessAndNoDescriptor) {
   size_t fds = CountFds();
   for (int i = 0; i < 20; ++i) ASSERT_TRUE(ProbeFiles(files).ok());
   EXPECT_EQ(CountFds(), fds);
-  EXPECT_TRUE(Children().empty());
 }
 
-TEST_F(HelperTest, EveryDifferenceIsNamedWithMountAndPath) {
+TEST_F(VerifierTest, EveryDifferenceIsNamedWithMountAndPath) {
   EXPECT_NE(ErrorOf({.path = "file", .length = 3, .digest = Digest("aab")})
                 .find("mount 7: " + dir_.path() + "/file: its content is not that expected"),
             std::string::npos);
@@ -206,7 +201,7 @@ TEST_F(HelperTest, EveryDifferenceIsNamedWithMountAndPath) {
       std::string::npos);
 }
 
-TEST_F(HelperTest, NothingOutsideTheMountIsRead) {
+TEST_F(VerifierTest, NothingOutsideTheMountIsRead) {
   TempDir outside;
   std::ofstream(outside.path() + "/secret") << "s";
   ASSERT_EQ(symlink(outside.path().c_str(), (dir_.path() + "/link").c_str()), 0);
@@ -222,19 +217,12 @@ TEST_F(HelperTest, NothingOutsideTheMountIsRead) {
   umount2((dir_.path() + "/folder/sub").c_str(), MNT_DETACH);
 }
 
-TEST_F(HelperTest, ASampleThatNoPathCanBeIsRefusedAndNothingIsStarted) {
+TEST_F(VerifierTest, ASampleThatNoPathCanBeIsADifference) {
   EXPECT_FALSE(ProbeFiles({{.path = std::string("a\0b", 3), .digest = Digest("")}}).ok());
   EXPECT_FALSE(ProbeFiles({{.path = "file", .digest = "short"}}).ok());
-  EXPECT_TRUE(Children().empty());
-  EXPECT_FALSE(DecodeProbe("1").ok());
-  EXPECT_FALSE(DecodeProbe(std::string("1\0"
-                                       "1\0",
-                                       4))
-                   .ok())
-      << "one mount announced, none there";
 }
 
-TEST_F(HelperTest, TheLiveProbeWantsTheGenerationAskedFor) {
+TEST_F(VerifierTest, TheLiveProbeWantsTheGenerationAskedFor) {
   TestMount mount;
   mount.Serve(42);
   auto ask = [&](uint64_t generation) {
@@ -246,7 +234,7 @@ TEST_F(HelperTest, TheLiveProbeWantsTheGenerationAskedFor) {
   EXPECT_NE(ask(43).status().ToString().find("generation 42 answers, not 43"), std::string::npos);
 }
 
-TEST_F(HelperTest, AMountWithoutAProbeIsSkippedOnlyWhenThatWasExpected) {
+TEST_F(VerifierTest, AMountWithoutAProbeIsSkippedOnlyWhenThatWasExpected) {
   TestMount mount;
   mount.Serve(0);
   ProbeMount live{.id = 9, .root = mount.path(), .generation = 42};
@@ -261,7 +249,7 @@ TEST_F(HelperTest, AMountWithoutAProbeIsSkippedOnlyWhenThatWasExpected) {
   EXPECT_EQ(*unmounted, "checked=0 skipped=1");
 }
 
-TEST_F(HelperTest, AMountThatNobodyServesEndsAtTheDeadlineAndIsNotProbedAgainMeanwhile) {
+TEST_F(VerifierTest, AMountThatNobodyServesIsNamedAtTheDeadlineAndKeepsOnlyItsThread) {
   size_t fds = CountFds();
   {
     TestMount mount;
@@ -273,48 +261,27 @@ TEST_F(HelperTest, AMountThatNobodyServesEndsAtTheDeadlineAndIsNotProbedAgainMea
               std::string::npos)
         << result.status();
     EXPECT_LT(steady_clock::now() - begin, std::chrono::seconds(3));
-    EXPECT_TRUE(Eventually([&] { return Settle(), Children().empty(); })) << "killed and reaped";
+    EXPECT_TRUE(ProbeFiles({{.kind = ProbeKind::kAbsent, .path = "x"}}).ok()) << "the loop goes on";
   }
-  EXPECT_TRUE(Eventually([&] { return Settle(), CountFds() == fds; }));
+  EXPECT_TRUE(Eventually([&] { return CountFds() == fds; })) << "the thread ended with the mount";
 }
 
-TEST_F(HelperTest, AHelperThatCannotDieBlocksNothingButItsMount) {
-  TestMount mount;
-  ProbeRequest request{.mounts = {{.id = 12, .root = mount.path()}}};
-  auto stuck = helpers_.Probe(request, 300);
-  char buffer[65536];
-  // Taken and not answered: from now on the kernel lets no signal end the helper.
-  UniqueFd device(fcntl(mount.device(), F_DUPFD_CLOEXEC, 3));  // the helper must not hold what it waits for
-  ASSERT_TRUE(Eventually([&] { return Settle(), read(device.get(), buffer, sizeof(buffer)) > 0; }));
-  EXPECT_EQ(stuck.wait(io_.waitScope).status().code(), absl::StatusCode::kDeadlineExceeded);
-  ASSERT_EQ(Children().size(), 1u) << "it is still there, in state D";
-  auto again = Probe(request, 300);
-  EXPECT_NE(again.status().ToString().find("an earlier probe of mount 12 has not ended yet"),
-            std::string::npos);
-  EXPECT_TRUE(ProbeFiles({{.kind = ProbeKind::kAbsent, .path = "x"}}).ok()) << "other mounts are probed";
-  device.Reset();
-  mount.End();
-  ASSERT_TRUE(Eventually([&] { return Settle(), Children().empty(); }));
-  EXPECT_TRUE(Probe(request).ok()) << "it may be probed again; by now it is a plain folder";
-}
-
-TEST_F(HelperTest, ASelfTestTellsWhetherABuildStarts) {
+TEST_F(VerifierTest, ASelfTestTellsWhetherABuildStarts) {
   SelfTestResult good = SelfTest("good", 5'000);
-  EXPECT_TRUE(good.ok);
+  EXPECT_TRUE(good.passed);
   EXPECT_EQ(good.output, "self-test of fake good");
   SelfTestResult bad = SelfTest("fail-self-test", 5'000);
-  EXPECT_FALSE(bad.ok);
+  EXPECT_FALSE(bad.passed);
   EXPECT_EQ(bad.output, "the self-test ended with exit 1: self-test of fake fail-self-test");
   SelfTestResult hanging = SelfTest("hang-self-test", 300);
-  EXPECT_FALSE(hanging.ok);
+  EXPECT_FALSE(hanging.passed);
   EXPECT_EQ(hanging.output, "the self-test did not end within 300 ms: ");
-  EXPECT_TRUE(Eventually([&] { return Settle(), Children().empty(); }));
-  auto text = std::make_shared<Executable>();
+  EXPECT_TRUE(Children().empty());
   std::ofstream(dir_.path() + "/text") << "no program";
   chmod((dir_.path() + "/text").c_str(), 0755);
-  text->file = Open(dir_.path() + "/text");
-  EXPECT_NE(helpers_.SelfTest(text).wait(io_.waitScope).output.find("Exec format error"), std::string::npos);
+  EXPECT_NE(RunSelfTest(Open(dir_.path() + "/text").get()).output.find("Exec format error"),
+            std::string::npos);
 }
 
 }  // namespace
-}  // namespace holdfast::supervisor
+}  // namespace holdfast::verifier

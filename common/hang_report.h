@@ -8,7 +8,7 @@
 
 #include "common/status.h"
 
-namespace holdfast::supervisor {
+namespace holdfast {
 
 inline constexpr size_t kHangReportsKept = 20;
 
@@ -18,4 +18,4 @@ inline constexpr size_t kHangReportsKept = 20;
 absl::StatusOr<std::string> SaveStacks(const std::string& state_dir, pid_t pid, uint64_t generation,
                                        const std::string& verdict, int64_t wall_nanos);
 
-}  // namespace holdfast::supervisor
+}  // namespace holdfast

@@ -1,4 +1,4 @@
-#include "supervisor/fuse_mount.h"
+#include "common/fuse_mount.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -7,14 +7,16 @@
 #include <poll.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <utility>
 #include <vector>
 
-namespace holdfast::supervisor {
+namespace holdfast {
 namespace {
 
 constexpr uint32_t kInitExt = 1u << 30;   // FUSE_INIT_EXT: flags2 is valid
@@ -79,6 +81,12 @@ absl::Status SetUp(int device, const InitOptions& options, const std::string& pa
 
 absl::StatusOr<UniqueFd> OpenFuseDevice() { return OpenFile("/dev/fuse", O_RDWR); }
 
+bool IsFuseDevice(int fd) {
+  constexpr unsigned kMisc = 10, kFuseMinor = 229;
+  struct stat info;
+  return fstat(fd, &info) == 0 && S_ISCHR(info.st_mode) && info.st_rdev == makedev(kMisc, kFuseMinor);
+}
+
 absl::StatusOr<FuseInit> MountFuse(int device, int state_fd, const std::string& state_dir,
                                    const std::string& path, const InitOptions& options) {
   HF_ASSIGN_OR_RETURN(UniqueFd point, OpenMountPoint(state_fd, state_dir, path));
@@ -138,11 +146,16 @@ absl::StatusOr<std::string> BuildInitReply(std::string_view request, const InitO
   return reply;
 }
 
-absl::StatusOr<bool> UnmountFuse(const std::string& path, int device) {
-  // MNT_DETACH: what uses it keeps it alive, out of the tree. EINVAL, ENOENT: unmounted already.
-  if (umount2(path.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW) != 0 && errno != EINVAL && errno != ENOENT) {
-    return ErrnoStatus(errno, "umount of " + path);
+absl::Status RemoveMount(const std::string& path) {
+  // EINVAL, ENOENT: unmounted already.
+  if (umount2(path.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW) == 0 || errno == EINVAL || errno == ENOENT) {
+    return absl::OkStatus();
   }
+  return ErrnoStatus(errno, "umount of " + path);
+}
+
+absl::StatusOr<bool> UnmountFuse(const std::string& path, int device) {
+  HF_RETURN_IF_ERROR(RemoveMount(path));
   pollfd state{.fd = device, .events = 0, .revents = 0};
   return poll(&state, 1, 0) == 1 && (state.revents & POLLERR) != 0;
 }
@@ -163,4 +176,4 @@ absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir, const std
   return removed;
 }
 
-}  // namespace holdfast::supervisor
+}  // namespace holdfast

@@ -1,4 +1,4 @@
-#include "supervisor/hang_report.h"
+#include "common/hang_report.h"
 
 #include <signal.h>
 #include <sys/wait.h>
@@ -10,7 +10,7 @@
 #include "common/io.h"
 #include "gtest/gtest.h"
 
-namespace holdfast::supervisor {
+namespace holdfast {
 namespace {
 
 std::set<std::string> Reports(const std::string& state_dir) {
@@ -33,7 +33,7 @@ TEST(HangReportTest, NamesVerdictAndThreadsAndEndsTheWorkerThatDoesNotHandleSigq
   EXPECT_EQ(text.find("worker generation 7, pid " + std::to_string(pid) + ": ping unanswered for 3.5 s\n"),
             0u)
       << text;
-  EXPECT_NE(text.find("thread " + std::to_string(pid) + " supervisor_unit"), std::string::npos) << text;
+  EXPECT_NE(text.find("thread " + std::to_string(pid) + " common_test"), std::string::npos) << text;
   int status = 0;
   ASSERT_EQ(waitpid(pid, &status, 0), pid);
   EXPECT_EQ(WTERMSIG(status), SIGQUIT);
@@ -51,4 +51,4 @@ TEST(HangReportTest, OnlyTheNewestTwentyReportsStay) {
 }
 
 }  // namespace
-}  // namespace holdfast::supervisor
+}  // namespace holdfast

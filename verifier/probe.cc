@@ -1,4 +1,4 @@
-#include "supervisor/probe.h"
+#include "verifier/probe.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -12,23 +12,19 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <iostream>
 #include <memory>
 #include <utility>
 
 #include "absl/strings/escaping.h"
-#include "absl/strings/numbers.h"
 #include "common/io.h"
 #include "common/sha256.h"
 #include "schema/probe.h"
 
-namespace holdfast::supervisor {
+namespace holdfast::verifier {
 namespace {
 
 constexpr uint64_t kAlign = 4'096;        // O_DIRECT: of offsets, sizes and memory
 constexpr uint64_t kReadBytes = 1 << 20;  // at once
-constexpr size_t kDigestBytes = 32;
-constexpr unsigned kLifeSeconds = 300;  // of a helper whose supervisor died
 
 struct Counts {
   uint64_t checked = 0, skipped = 0;
@@ -140,83 +136,7 @@ absl::Status CheckMount(const ProbeMount& mount, bool direct, Counts* counts) {
   return absl::OkStatus();
 }
 
-// Fields that end with a 0 byte.
-class FieldReader {
- public:
-  explicit FieldReader(std::string_view text) : text_(text) {}
-  std::string Next() {
-    size_t end = text_.find('\0');
-    ok_ &= end != std::string_view::npos;
-    if (!ok_) return "";
-    std::string field(text_.substr(0, end));
-    text_.remove_prefix(end + 1);
-    return field;
-  }
-  uint64_t Number(uint64_t limit = UINT64_MAX) {
-    uint64_t number = 0;
-    ok_ &= absl::SimpleAtoi(ToAbsl(Next()), &number) && number <= limit;
-    return ok_ ? number : 0;
-  }
-  bool ok() const { return ok_; }
-
- private:
-  std::string_view text_;
-  bool ok_ = true;
-};
-
 }  // namespace
-
-absl::StatusOr<std::string> EncodeProbe(const ProbeRequest& request) {
-  std::string out;
-  bool ok = true;
-  auto text = [&](const std::string& field) {
-    ok &= field.find('\0') == std::string::npos;
-    out.append(field).push_back('\0');
-  };
-  auto number = [&](uint64_t value) { text(std::to_string(value)); };
-  number(request.direct ? 1 : 0);
-  number(request.mounts.size());
-  for (const ProbeMount& mount : request.mounts) {
-    number(mount.id);
-    text(mount.root);
-    number(mount.generation);
-    number(mount.may_be_unsupported ? 1 : 0);
-    number(mount.files.size());
-    for (const ProbeFile& file : mount.files) {
-      ok &= file.kind == ProbeKind::kAbsent || file.digest.size() == kDigestBytes;
-      number(static_cast<uint64_t>(file.kind));
-      text(file.path);
-      number(file.offset);
-      number(file.length);
-      text(absl::BytesToHexString(ToAbsl(file.digest)));
-    }
-  }
-  if (!ok) return InvalidArgument("a sample's path holds a 0 byte, or its digest has not 32 bytes");
-  return out;
-}
-
-absl::StatusOr<ProbeRequest> DecodeProbe(std::string_view text) {
-  FieldReader in(text);
-  ProbeRequest request;
-  request.direct = in.Number(1) == 1;
-  for (uint64_t mounts = in.Number(); in.ok() && mounts > 0; --mounts) {
-    ProbeMount& mount = request.mounts.emplace_back();
-    mount.id = in.Number();
-    mount.root = in.Next();
-    mount.generation = in.Number();
-    mount.may_be_unsupported = in.Number(1) == 1;
-    for (uint64_t files = in.Number(); in.ok() && files > 0; --files) {
-      ProbeFile& file = mount.files.emplace_back();
-      file.kind = static_cast<ProbeKind>(in.Number(static_cast<uint64_t>(ProbeKind::kAbsent)));
-      file.path = in.Next();
-      file.offset = in.Number();
-      file.length = in.Number();
-      file.digest = absl::HexStringToBytes(ToAbsl(in.Next()));
-    }
-  }
-  if (!in.ok()) return InvalidArgument("the probe request cannot be read");
-  return request;
-}
 
 absl::StatusOr<std::string> CheckMounts(const ProbeRequest& request,
                                         const std::function<void(uint64_t mount)>& at) {
@@ -229,19 +149,4 @@ absl::StatusOr<std::string> CheckMounts(const ProbeRequest& request,
   return "checked=" + std::to_string(counts.checked) + " skipped=" + std::to_string(counts.skipped);
 }
 
-int ProbeMain() {
-  alarm(kLifeSeconds);
-  absl::StatusOr<std::string> result = [&]() -> absl::StatusOr<std::string> {
-    HF_ASSIGN_OR_RETURN(std::string text, ReadFile("/proc/self/fd/0"));
-    HF_ASSIGN_OR_RETURN(ProbeRequest request, DecodeProbe(text));
-    return CheckMounts(request, [](uint64_t mount) { std::cout << "at " << mount << std::endl; });
-  }();
-  if (result.ok()) {
-    std::cout << "ok " << *result << std::endl;
-  } else {
-    std::cout << "failed: " << FromAbsl(result.status().message()) << std::endl;
-  }
-  return result.ok() ? 0 : 1;
-}
-
-}  // namespace holdfast::supervisor
+}  // namespace holdfast::verifier

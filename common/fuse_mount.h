@@ -11,7 +11,7 @@
 #include "common/mountinfo.h"
 #include "common/status.h"
 
-namespace holdfast::supervisor {
+namespace holdfast {
 
 inline constexpr char kFuseType[] = "fuse.holdfast";
 
@@ -28,6 +28,7 @@ struct FuseInit {
 };
 
 absl::StatusOr<UniqueFd> OpenFuseDevice();
+bool IsFuseDevice(int fd);
 
 // Mounts `device`, a fresh one, which then is O_NONBLOCK, on the folder `path`, which lies under `state_dir`
 // (open as `state_fd`) without crossing a symbolic link or a mount point, and answers FUSE_INIT. On an error
@@ -38,7 +39,10 @@ absl::StatusOr<FuseInit> MountFuse(int device, int state_fd, const std::string& 
 // The answer to `request`, with the wanted flags the kernel offered. InvalidArgument when it is no FUSE_INIT.
 absl::StatusOr<std::string> BuildInitReply(std::string_view request, const InitOptions& options);
 
-// Takes the mount out of the file tree. True: it is gone; false: something (an overlay) still uses it.
+// Takes the mount out of the file tree; what uses it (an overlay) keeps it alive.
+absl::Status RemoveMount(const std::string& path);
+
+// RemoveMount. True: it is gone; false: something (an overlay) still uses it.
 absl::StatusOr<bool> UnmountFuse(const std::string& path, int device);
 
 // Lazily unmounts what a dead predecessor left under `state_dir`, but not the mounts on `keep`. Returns how
@@ -46,4 +50,4 @@ absl::StatusOr<bool> UnmountFuse(const std::string& path, int device);
 absl::StatusOr<size_t> RemoveStaleMounts(const std::string& state_dir,
                                          const std::set<std::string>& keep = {});
 
-}  // namespace holdfast::supervisor
+}  // namespace holdfast

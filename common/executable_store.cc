@@ -1,0 +1,98 @@
+#include "common/executable_store.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/sendfile.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <utility>
+
+#include "common/sha256.h"
+
+namespace holdfast {
+namespace {
+
+constexpr mode_t kMode = 0555;
+
+absl::Status CheckProgram(int fd) {
+  struct stat info;
+  if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) return InvalidArgument("not a file");
+  if ((info.st_mode & 0111) == 0) return PermissionDenied("not executable (chmod +x)");
+  return absl::OkStatus();
+}
+
+// True if that very program lies there already: then a full disk does not keep it from being started.
+bool IsCopy(const std::string& path, const std::string& sha256) {
+  auto file = OpenFile(path, O_RDONLY | O_NOFOLLOW);
+  if (!file.ok()) return false;
+  auto digest = Sha256OfFile(file->get());
+  return digest.ok() && *digest == sha256;
+}
+
+// Written under another name, so that a crash leaves no half copy under the right one. Returns its digest.
+absl::StatusOr<std::string> WriteCopy(int source, const std::string& path) {
+  unlink(path.c_str());
+  HF_ASSIGN_OR_RETURN(UniqueFd copy, OpenFile(path, O_RDWR | O_CREAT | O_EXCL, kMode));
+  for (;;) {
+    ssize_t sent = sendfile(copy.get(), source, nullptr, 1 << 20);
+    if (sent < 0 && errno != EINTR) return ErrnoStatus(errno, "copying to " + path);
+    if (sent == 0) break;
+  }
+  if (fchmod(copy.get(), kMode) != 0 || fsync(copy.get()) != 0) return ErrnoStatus(errno, "syncing " + path);
+  return Sha256OfFile(copy.get());
+}
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<const Executable>> ExecutableStore::Add(const std::string& path) const {
+  HF_ASSIGN_OR_RETURN(UniqueFd source, OpenFile(path, O_RDONLY));
+  HF_RETURN_IF_ERROR(CheckProgram(source.get()));
+  auto executable = std::make_shared<Executable>();
+  HF_ASSIGN_OR_RETURN(executable->sha256, Sha256OfFile(source.get()));
+  if (!IsCopy(PathOf(executable->sha256), executable->sha256)) {
+    HF_ASSIGN_OR_RETURN(executable->sha256, Install(source.get()));
+  }
+  HF_ASSIGN_OR_RETURN(executable->file, OpenFile(PathOf(executable->sha256), O_RDONLY | O_NOFOLLOW));
+  return std::shared_ptr<const Executable>(std::move(executable));
+}
+
+// Returns the digest, by which the copy is named.
+absl::StatusOr<std::string> ExecutableStore::Install(int source) const {
+  HF_RETURN_IF_ERROR(MakeDirs(folder_, 0755));
+  std::string temporary = folder_ + "/.new";
+  absl::StatusOr<std::string> sha256 = WriteCopy(source, temporary);
+  if (!sha256.ok()) {
+    unlink(temporary.c_str());
+    return sha256.status();
+  }
+  HF_RETURN_IF_ERROR(MakeDirs(folder_ + "/" + *sha256, 0755));
+  if (rename(temporary.c_str(), PathOf(*sha256).c_str()) != 0) return ErrnoStatus(errno, temporary);
+  HF_RETURN_IF_ERROR(SyncDir(folder_ + "/" + *sha256));
+  HF_RETURN_IF_ERROR(SyncDir(folder_));
+  return sha256;
+}
+
+std::shared_ptr<const Executable> ExecutableStore::Open(const std::string& sha256) const {
+  if (!IsCopy(PathOf(sha256), sha256)) return nullptr;
+  auto file = OpenFile(PathOf(sha256), O_RDONLY | O_NOFOLLOW);
+  if (!file.ok()) return nullptr;
+  auto executable = std::make_shared<Executable>();
+  executable->sha256 = sha256;
+  executable->file = *std::move(file);
+  return executable;
+}
+
+void ExecutableStore::Keep(const std::vector<std::string>& keep) const {
+  std::error_code ignored;
+  std::vector<std::string> others;
+  for (const auto& entry : std::filesystem::directory_iterator(folder_, ignored)) {
+    std::string name = entry.path().filename();
+    if (std::find(keep.begin(), keep.end(), name) == keep.end()) others.push_back(entry.path());
+  }
+  for (const std::string& path : others) RemoveTree(path).IgnoreError();
+}
+
+}  // namespace holdfast

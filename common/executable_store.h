@@ -1,0 +1,40 @@
+// Private copies of programs, kept by their digest: what is started from one stays what it was when the
+// original is upgraded or removed. Layout: <folder>/<sha256>/<name>. Blocks. Thread-safe but for two writers
+// of one folder.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/io.h"
+#include "common/status.h"
+
+namespace holdfast {
+
+struct Executable {
+  std::string sha256;
+  UniqueFd file;
+};
+
+class ExecutableStore {
+ public:
+  // `folder` is made when the first copy is.
+  ExecutableStore(std::string folder, std::string name)
+      : folder_(std::move(folder)), name_(std::move(name)) {}
+
+  // Copies the program at `path`, synced, mode 0555. The error says what is wrong with it.
+  absl::StatusOr<std::shared_ptr<const Executable>> Add(const std::string& path) const;
+  // The copy that was kept under this digest; null when there is none, or it is damaged.
+  std::shared_ptr<const Executable> Open(const std::string& sha256) const;
+  // Removes the copies not named in `keep`. Errors are left for the next time.
+  void Keep(const std::vector<std::string>& keep) const;
+
+ private:
+  std::string PathOf(const std::string& sha256) const { return folder_ + "/" + sha256 + "/" + name_; }
+  absl::StatusOr<std::string> Install(int source) const;
+
+  const std::string folder_, name_;
+};
+
+}  // namespace holdfast

@@ -22,8 +22,8 @@
 #include <thread>
 #include <utility>
 
-#include "gtest/gtest.h"
 #include "common/fuse_mount.h"
+#include "gtest/gtest.h"
 
 #pragma GCC diagnostic ignored "-Wnon-virtual-dtor"  // generated server bases
 

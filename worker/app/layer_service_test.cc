@@ -518,6 +518,38 @@ TEST_F(LayerServiceTest, SamplesShowOnlyWhatLiesOnThisDiskAndAskNobody) {
   EXPECT_EQ(asked, registry_.blob_requests());
 }
 
+// After a rollback nothing that lies on this disk is believed unseen, and the next candidate is to be checked
+// with it all the same.
+TEST_F(LayerServiceTest, SamplesAreVerifiedFirstWhereTheStoreIsNotTrusted) {
+  const std::string content(5000, 'c');
+  EstargzLayer layer = Push({Dir("d"), File("d/good", content), File("d/bad", content + "2")});
+  ASSERT_TRUE(Mount(Request(layer), 1).ok());
+  EXPECT_EQ(Read(1, "d/good"), content);
+  EXPECT_EQ(Read(1, "d/bad"), content + "2");
+  auto opened = server_.mounts.at(1).open_layer();
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  const layer::LayerIndex& index = (*opened)->index();
+  const std::shared_ptr<cache::LayerContent> stored = (*opened)->content();
+  auto state = [&](const std::string& path) {
+    return stored->StateOf(*stored->files(), index.node(index.LookupPath(path))->first);
+  };
+  ASSERT_TRUE(store_->SetVaultId(std::string(32, '1')).ok());
+  ASSERT_EQ(state("d/good"), cache::ChunkState::kUnverified);
+  const uint64_t at = index.chunks()[index.node(index.LookupPath("d/bad"))->first].store_offset;
+  ASSERT_TRUE(PwriteFull(stored->files()->data.get(), "x", 1, at).ok());
+  registry_.Stop();
+
+  EXPECT_TRUE(service_->Samples(50, 1).empty()) << "the time is over";
+  EXPECT_EQ(state("d/good"), cache::ChunkState::kUnverified) << "nothing was read when the time was over";
+  auto files =
+      OfKind(service_->Samples(50, Clock::Real()->BootNanos() + kLater), handover::SampleKind::kFile);
+  ASSERT_EQ(files.size(), 1u);
+  EXPECT_EQ(files[0].path, "d/good");
+  EXPECT_EQ(files[0].digest, RawSha256(content));
+  EXPECT_EQ(state("d/good"), cache::ChunkState::kPresent);
+  EXPECT_EQ(state("d/bad"), cache::ChunkState::kAbsent) << "what is damaged is dropped, as by a read";
+}
+
 TEST_F(LayerServiceTest, AWhiteoutIsListedUnderTheNameOfItsDevice) {
   EstargzLayer layer =
       Push({Dir("d"), File("d/.wh.gone", ""), File("d/.wh..wh..opq", ""), File("d/f", "content")});

@@ -23,14 +23,16 @@ using layer::NodeRecord;
 constexpr uint64_t kNodesLookedAt = 20'000;  // of one layer, before it is said to have nothing to show
 constexpr uint64_t kNamesListed = 5'000;     // a larger folder is not listed
 constexpr int kDeepest = 200;
+constexpr uint64_t kVerifiedHere = 4 * 1024 * 1024;  // no larger chunk is hashed: a few milliseconds
 
 std::string Raw(const toc::Digest& digest) { return std::string(digest.begin(), digest.end()); }
 
 // Chooses from one layer.
 class LayerSampler {
  public:
-  LayerSampler(const SampledMount& mount, std::mt19937_64* random)
+  LayerSampler(const SampledMount& mount, const std::function<bool()>& full, std::mt19937_64* random)
       : mount_(mount),
+        full_(full),
         index_(mount.layer->index()),
         content_(mount.layer->content()),
         files_(content_->files()),
@@ -39,7 +41,7 @@ class LayerSampler {
 
   // The next file of which a piece is on this disk, behind the one before it.
   std::optional<SampleFile> File() {
-    for (; looked_at_ < std::min(index_.node_count(), kNodesLookedAt); ++looked_at_) {
+    for (; looked_at_ < std::min(index_.node_count(), kNodesLookedAt) && !full_(); ++looked_at_) {
       const uint64_t nodeid = 1 + next_node_++ % index_.node_count();
       const NodeRecord* node = index_.node(nodeid);
       if (node == nullptr || !S_ISREG(node->mode) || node->size == 0 || node->count == 0) continue;
@@ -89,8 +91,13 @@ class LayerSampler {
   std::optional<SampleFile> Piece(uint64_t nodeid, const NodeRecord& node) {
     const uint64_t id = node.first + random_() % node.count;
     if (id >= index_.chunk_count()) return std::nullopt;
-    if (content_->StateOf(*files_, id) != cache::ChunkState::kPresent) return std::nullopt;
     const layer::ChunkRecord& chunk = index_.chunks()[id];
+    const cache::ChunkState state = content_->StateOf(*files_, id);
+    if (state == cache::ChunkState::kAbsent) return std::nullopt;
+    if (state == cache::ChunkState::kUnverified &&
+        (chunk.size > kVerifiedHere || !mount_.layer->VerifyOnDisk(files_, id))) {
+      return std::nullopt;
+    }
     SampleFile sample = Start(SampleKind::kFile);
     sample.offset = chunk.file_offset;
     sample.length = std::min(chunk.size, kSampleBytes);
@@ -125,6 +132,7 @@ class LayerSampler {
   }
 
   const SampledMount mount_;
+  const std::function<bool()> full_;  // there are samples enough, or the time is over
   const LayerIndex& index_;
   const std::shared_ptr<cache::LayerContent> content_;
   const std::shared_ptr<const cache::LayerContent::Files> files_;
@@ -153,7 +161,7 @@ std::vector<SampleFile> SampleMounts(size_t mounts, const std::function<SampledM
     if (full()) return samples;
     SampledMount mount = open(i);
     if (mount.layer == nullptr) continue;
-    layers.push_back(std::make_unique<LayerSampler>(mount, &random));
+    layers.push_back(std::make_unique<LayerSampler>(mount, full, &random));
     add(layers.back()->File());
     add(layers.back()->Folder(layers.back()->FolderOfLast()));
     add(layers.back()->Absent());

@@ -2,8 +2,10 @@
 // in handover.capnp): pieces of files, listings of folders, names that do not exist. Taken from the layers'
 // indexes as the FUSE mount shows them: a whiteout is a device file of that name, an opaque mark no name.
 //
-// Only what lies verified on this disk is chosen, and nothing is fetched. A piece that is a chunk has the
-// digest that its image's table of contents states; a larger chunk's first bytes are read and hashed here.
+// Only what lies on this disk and matches its digest is chosen, and nothing is fetched. What is not known to
+// match (all of it after a distrust or a boot) is read and hashed here, if that does not take long. A piece
+// that is a chunk has the digest that its image's table of contents states; a larger chunk's first bytes are
+// read and hashed here.
 // Each call chooses anew, at random. Thread safety: one call at a time for one layer is not needed.
 #pragma once
 

@@ -62,6 +62,13 @@ class Layer {
   virtual void ReadAsync(uint64_t nodeid, uint64_t offset, uint64_t size, uint64_t deadline_boot_nanos,
                          std::function<void(absl::StatusOr<ReadResult>)> done) = 0;
 
+  // What lies in `files` of a chunk that is marked unverified matches its digest; it is read and hashed here,
+  // on the caller's thread, and then marked. What does not match is dropped.
+  virtual bool VerifyOnDisk(const std::shared_ptr<const cache::LayerContent::Files>& /*files*/,
+                            uint64_t /*chunk*/) {
+    return false;
+  }
+
   // A reply by splice came out short, so the content file was cut off behind our back: forgets what is stored
   // of these bytes. ReadAsync then fetches them again.
   virtual void Distrust(uint64_t /*nodeid*/, uint64_t /*offset*/, uint64_t /*size*/) {}

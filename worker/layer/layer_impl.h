@@ -48,6 +48,7 @@ class LayerImpl final : public Layer, public std::enable_shared_from_this<LayerI
   std::optional<ReadResult> ReadNow(uint64_t nodeid, uint64_t offset, uint64_t size) override;
   void ReadAsync(uint64_t nodeid, uint64_t offset, uint64_t size, uint64_t deadline_boot_nanos,
                  std::function<void(absl::StatusOr<ReadResult>)> done) override;
+  bool VerifyOnDisk(const std::shared_ptr<const cache::LayerContent::Files>& files, uint64_t chunk) override;
   void Distrust(uint64_t nodeid, uint64_t offset, uint64_t size) override;
   void StartPrefetch() override;
   LayerStats stats() const override;
@@ -69,7 +70,6 @@ class LayerImpl final : public Layer, public std::enable_shared_from_this<LayerI
   // --- reads (layer_impl.cc)
   absl::StatusOr<std::vector<ChunkPart>> PartsOf(uint64_t nodeid, uint64_t offset, uint64_t size) const;
   void Touched(const std::vector<ChunkPart>& parts);
-  bool VerifyOnDisk(const std::shared_ptr<const Files>& files, uint64_t chunk);
   bool IsWanted(const Files& files, uint64_t chunk) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Plans the fetches for chunks that have flights and gives their company flights.
   std::vector<PlannedFetch> PlanLocked(std::vector<uint64_t> demanded, uint64_t neighbourhood)

@@ -39,6 +39,7 @@ from holdfast_harness.holdfast import Holdfast  # noqa: E402
 from holdfast_harness.instance import Instance  # noqa: E402
 from holdfast_harness.load import Event, EventLog, LoadResult, MixedLoad, Operation, Target, memory_kib  # noqa: E402
 from holdfast_harness.process import wait_for  # noqa: E402
+from holdfast_harness.refetched import refetched_bytes  # noqa: E402
 from holdfast_harness.registry import Registry, SlowProxy  # noqa: E402
 
 CASES = ("planned", "crash", "crash_spare", "hang")
@@ -47,7 +48,6 @@ TAIL_NS = 20_000_000
 SETTLE_NS = 300_000_000  # after a window, before time counts as undisturbed
 QUIET_SECONDS = 1.3  # between rounds: a worker that lives less than a second counts as crash-looping and is held back
 COLD_THREADS = 4
-STORED_AFTER_NS = 1_000_000_000  # what was asked for so long ago, without a fault since, is on the disk
 # Of DESIGN 1, in ms: p99, max, worst; None where it sets no figure.
 GOALS: dict[str, tuple[float | None, float, float]] = {
     "planned": (2, 10, 50),
@@ -63,7 +63,7 @@ def say(text: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    fault: int  # ns, CLOCK_MONOTONIC, as all times here
+    gone: int  # ns, CLOCK_MONOTONIC, as all times here: the worker was signalled; of an upgrade: it was parked
     begin: int  # of the window
     end: int
     reads_stopped: int
@@ -113,7 +113,8 @@ class Driver:
         pause = int(taken.fields["pause_ns"])
         end = max(taken.at, done.at) + TAIL_NS
         carried = int(taken.fields["requests_carried_over"])
-        return Round(asked, asked, end, taken.at - pause, taken.at, pause / 1e6, 0, carried)
+        stopped = taken.at - pause
+        return Round(stopped, asked, end, stopped, taken.at, pause / 1e6, 0, carried)
 
     def _death(self, pid: int, case: str) -> Round:
         fault = time.monotonic_ns()
@@ -154,25 +155,6 @@ def end_of_longest_silence(operations: list[Operation], window: Round) -> int:
         raise HarnessError("no operation was answered after reads had stopped")
     gaps = [(after - before, after) for before, after in zip(ends, ends[1:]) if before <= window.taken_over]
     return max(gaps)[1]
-
-
-def refetched_bytes(ranges: Path, faults: list[int]) -> int:
-    """Of the bytes asked for, those that were on the disk: asked for before, and no fault within the second after that."""
-    total = 0
-    faults = sorted(faults)
-    waiting: list[tuple[int, str, int, int]] = []
-    stored: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for line in ranges.read_text().splitlines():
-        words = line.split()
-        at, blob, first, last = int(words[0]), words[1], int(words[2]), int(words[3]) + 1
-        while waiting and waiting[0][0] + STORED_AFTER_NS <= at:
-            then, *what = waiting.pop(0)
-            i = bisect.bisect_left(faults, then)
-            if i == len(faults) or faults[i] > then + STORED_AFTER_NS:
-                stored[what[0]].append((what[1], what[2]))
-        total += sum(max(0, min(last, b) - max(first, a)) for a, b in stored[blob])
-        waiting.append((at, blob, first, last))
-    return total
 
 
 def summary(case: str, mounts: int, busy: int, rounds: list[Round], result: LoadResult) -> dict[str, Any]:
@@ -260,16 +242,16 @@ def start_node(box: Instance, stack: contextlib.ExitStack, fleet: fleets.Fleet, 
 
 
 def run_rounds(
-    node: Node, case: str, mounts: int, rounds: int, down: bool, ops: float, rng: random.Random, faults: list[int]
+    node: Node, case: str, mounts: int, rounds: int, down: bool, ops: float, rng: random.Random, gone: list[tuple[int, int]]
 ) -> dict[str, Any]:
-    """`faults` gets the times of what was done to the worker."""
+    """`gone` gets the times in which no worker could store anything."""
     load = MixedLoad(node.box, node.targets, ops_per_second=ops, seed=rng.randrange(1 << 30))
     driver = Driver(node.holdfast, load, node.proxy, case == "crash_spare", rng)
     time.sleep(QUIET_SECONDS)
     done = []
     for number in range(rounds):
         done.append(driver.round(case, number, cold=not down))
-        faults.append(done[-1].fault)
+        gone.append((done[-1].gone, done[-1].taken_over))
         say(
             f"{case}{' (registry down)' if down else ''} {number + 1}/{rounds}: pause {done[-1].pause_ms:.1f} ms, detected after"
             f" {done[-1].detect_ms:.1f} ms, {done[-1].carried_over} requests carried over"
@@ -286,15 +268,15 @@ def measure(case: str, fleet: fleets.Fleet, rounds: int, down_rounds: int, ops: 
     rng = random.Random(f"{seed}/{case}/{fleet.layers}")
     with Instance("handover") as box, contextlib.ExitStack() as stack:
         node = start_node(box, stack, fleet, spare=case == "crash_spare")
-        faults: list[int] = []
-        found = [run_rounds(node, case, fleet.layers, rounds, False, ops, rng, faults)]
+        gone: list[tuple[int, int]] = []
+        found = [run_rounds(node, case, fleet.layers, rounds, False, ops, rng, gone)]
         if down_rounds:
             node.registry.stop()
             asked = node.proxy.counters()["requests"]
-            found.append(run_rounds(node, case, fleet.layers, down_rounds, True, ops, rng, faults))
+            found.append(run_rounds(node, case, fleet.layers, down_rounds, True, ops, rng, gone))
             found[-1]["requests_to_registry"] = node.proxy.counters()["requests"] - asked
         time.sleep(3)
-        refetched = refetched_bytes(node.proxy.ranges, faults)
+        refetched = refetched_bytes(node.proxy.ranges.read_text().splitlines(), gone)
         pids = {worker["role"]: int(worker["pid"]) for worker in node.holdfast.status()["workers"]}
         for one in found:
             one["bytes_refetched"] = refetched

@@ -14,6 +14,7 @@ from pathlib import Path
 from e2e_support import expect, run_steps
 from holdfast_harness import Instance, demo_image, images, mounts, oci_layout, process, tree
 from holdfast_harness.process import wait_for
+from holdfast_harness.refetched import refetched_bytes
 
 _KILLED = """
 import sys, time
@@ -83,6 +84,42 @@ def the_proxy_counts_delays_and_holds() -> None:
         expect(waiting.wait(10) == 0, "a released request was not answered")
 
 
+def the_proxy_notes_when_a_range_was_asked_for_and_when_answered() -> None:
+    image = images.ensure("demo")
+    blob = image.gzip.layers[0]
+    with Instance("ranges") as box:
+        registry = box.registry(store=image.store, read_only=True)
+        proxy = box.slow_proxy(registry.address, delay_ms=200)
+        name = image.reference("", "gzip").strip("/").rpartition(":")[0]
+        request = urllib.request.Request(f"http://{proxy.address}/v2/{name}/blobs/{blob}", headers={"Range": "bytes=10-5009"})
+        begin = time.monotonic_ns()
+        expect(len(urllib.request.urlopen(request, timeout=10).read()) == 5000, "another length")
+        end = time.monotonic_ns()
+        wait_for("both lines", lambda: len(proxy.ranges.read_text().splitlines()) == 2, 10)
+        asked, answered = (line.split(" ", 2) for line in proxy.ranges.read_text().splitlines())
+        expect((asked[1], answered[1]) == ("asked", "answered"), f"{asked} {answered}")
+        expect(asked[2] == answered[2] == f"{blob} 10 5009", f"{asked} {answered}")
+        expect(begin < int(asked[0]) < int(answered[0]) - 200_000_000 < end, f"{asked} {answered}")
+
+
+def what_was_stored_is_told_from_what_was_under_way() -> None:
+    def fetched_again(answered: float, again: float, *gone: tuple[float, float]) -> int:
+        def ns(seconds: float) -> int:
+            return round(seconds * 1e9)
+
+        lines = ["0 asked b 0 99"] + ([f"{ns(answered)} answered b 0 99"] if answered else [])
+        lines += [f"{ns(again)} asked other 0 99", f"{ns(again)} asked b 90 199"]
+        return refetched_bytes(lines, [(ns(begin), ns(end)) for begin, end in gone])
+
+    expect(fetched_again(1, 9) == 10, "stored, and asked for again")
+    expect(fetched_again(1, 9, (1.6, 6)) == 10, "stored before the worker stopped")
+    expect(fetched_again(1, 9, (0.1, 0.9)) == 10, "answered to the next worker")
+    expect(fetched_again(1, 1.4) == 0, "perhaps not stored yet")
+    expect(fetched_again(0, 9) == 0, "never answered")
+    expect(fetched_again(1, 9, (1.4, 6)) == 0, "perhaps not stored when the worker stopped")
+    expect(fetched_again(3, 9, (2, 6)) == 0, "passed to a worker that stood still")
+
+
 def a_registry_with_users_asks_for_the_password() -> None:
     with Instance("auth") as box:
         registry = box.registry(users={"alice": "secret"})
@@ -149,6 +186,8 @@ if __name__ == "__main__":
             an_instance_is_gone_even_when_its_owner_is_killed,
             a_failing_block_leaves_nothing,
             the_proxy_counts_delays_and_holds,
+            the_proxy_notes_when_a_range_was_asked_for_and_when_answered,
+            what_was_stored_is_told_from_what_was_under_way,
             a_registry_with_users_asks_for_the_password,
             the_oracle_sees_every_kind_of_difference,
             apt_sources_are_read_in_both_forms,

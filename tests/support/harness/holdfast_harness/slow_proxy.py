@@ -1,6 +1,7 @@
 """A TCP proxy that adds a delay to every HTTP request, counts, and can hold requests. Steered over a unix socket with a
 line of JSON a connection: {"delay_ms": 20}, {"hold": true}; every answer is the counters. Each request for a range of a blob
-becomes a line of RANGES_FILE: monotonic ns, digest, first byte, last byte.
+becomes a line of RANGES_FILE: monotonic ns, "asked", digest, first byte, last byte; and another with "answered" when as many bytes
+as that have been passed back.
 
     slow_proxy.py PORT UPSTREAM_HOST:PORT CONTROL_SOCKET RANGES_FILE
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import re
 import socket
@@ -18,6 +20,14 @@ from collections.abc import Iterator
 
 _BLOB = re.compile(rb"GET /v2/\S+/blobs/(sha256:[0-9a-f]{64})")
 _RANGE = re.compile(rb"\r\nrange: *bytes=(\d+)-(\d+)", re.IGNORECASE)
+
+
+@dataclasses.dataclass
+class Asked:
+    """What a connection's last request asked for: on HTTP/1.1 the next comes when it is answered."""
+
+    what: str = ""
+    left: int = 0  # bytes, headers not counted: a few hundred too many
 
 
 class Proxy:
@@ -50,13 +60,19 @@ class Proxy:
         await writer.drain()
         writer.close()
 
-    async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _note(self, event: str, what: str) -> None:
+        self._ranges.write(f"{time.monotonic_ns()} {event} {what}\n")
+
+    async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: Asked) -> None:
         while data := await reader.read(1 << 16):
             if data.startswith((b"GET ", b"HEAD ")):
                 self._counters["requests"] += 1
                 blob, span = _BLOB.match(data), _RANGE.search(data)
+                asked.left = 0
                 if blob and span:
-                    self._ranges.write(f"{time.monotonic_ns()} {blob[1].decode()} {int(span[1])} {int(span[2])}\n")
+                    asked.what = f"{blob[1].decode()} {int(span[1])} {int(span[2])}"
+                    asked.left = int(span[2]) + 1 - int(span[1])
+                    self._note("asked", asked.what)
                 with self._counted("delayed"):
                     await asyncio.sleep(self._delay)
                 with self._counted("held"):
@@ -64,11 +80,15 @@ class Proxy:
             writer.write(data)
             await writer.drain()
 
-    async def _answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: Asked) -> None:
         while data := await reader.read(1 << 18):
             self._counters["bytes"] += len(data)
             writer.write(data)
             await writer.drain()
+            if asked.left > 0:
+                asked.left -= len(data)
+                if asked.left <= 0:
+                    self._note("answered", asked.what)
 
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upward = None
@@ -76,7 +96,11 @@ class Proxy:
             back, upward = await asyncio.open_connection(self._host, self._port)
             for end in (writer, upward):
                 end.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            ways = [asyncio.create_task(self._requests(reader, upward)), asyncio.create_task(self._answers(back, writer))]
+            asked = Asked()
+            ways = [
+                asyncio.create_task(self._requests(reader, upward, asked)),
+                asyncio.create_task(self._answers(back, writer, asked)),
+            ]
             # Either end closing ends both ways: nobody on the way uses half-closed connections.
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             for way in ways:

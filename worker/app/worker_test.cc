@@ -8,6 +8,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -438,6 +439,25 @@ TEST_F(WorkerTest, AWorkerThatWaitsToServeLooksNeitherOldNorHeldBack) {
   handover::Health health = worker_->Ping();
   EXPECT_LT(health.loop_age_nanos, 5'000'000'000u);
   EXPECT_TRUE(health.held_back.empty());
+}
+
+// In a child, whose table of descriptors is as small as that of a program that has just been started.
+TEST_F(WorkerTest, TheTableOfDescriptorsHasItsSizeBeforeThereAreThreads) {
+  auto size = [] {
+    const std::string status = ReadFile("/proc/self/status").value_or("");
+    const size_t at = status.find("FDSize:");
+    return at == std::string::npos ? 0 : std::stoi(status.substr(at + 7));
+  };
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(30);
+    const int before = size();
+    auto worker = Worker::Create(options_);
+    _exit(!worker.ok() ? 1 : before == 0 || before >= 4096 ? 2 : size() >= 4096 ? 0 : 3);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
 }
 
 TEST_F(WorkerTest, NoThreadHidesFromTheSignalThatShowsItsStack) {

@@ -23,11 +23,16 @@ absl::StatusOr<IdFile> IdFile::Open(const std::string& path, uint64_t block) {
 
 absl::StatusOr<uint64_t> IdFile::Next(uint64_t above) {
   next_ = std::max(next_, above + 1);
-  if (next_ >= end_) {
-    HF_RETURN_IF_ERROR(WriteFileAtomic(path_, std::to_string(next_ + block_) + "\n"));
-    end_ = next_ + block_;
-  }
+  if (next_ >= end_) HF_RETURN_IF_ERROR(WriteBlock());
   return next_++;
+}
+
+absl::Status IdFile::Reserve() { return end_ < next_ + block_ / 2 ? WriteBlock() : absl::OkStatus(); }
+
+absl::Status IdFile::WriteBlock() {
+  HF_RETURN_IF_ERROR(WriteFileAtomic(path_, std::to_string(next_ + block_) + "\n"));
+  end_ = next_ + block_;
+  return absl::OkStatus();
 }
 
 }  // namespace holdfast

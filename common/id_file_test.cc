@@ -41,6 +41,22 @@ TEST(IdFileTest, NumbersUsedWhileTheFileCouldNotBeWrittenAreNotGivenOutLater) {
   EXPECT_GT(IdFile::Open(folder + "/ids", 2)->Next().value(), 8u);
 }
 
+TEST(IdFileTest, WhatIsReservedNeedsNoDisk) {
+  TempDir dir;
+  std::string folder = dir.path() + "/full";
+  ASSERT_TRUE(MakeDirs(folder).ok());
+  auto ids = IdFile::Open(folder + "/ids", 4);
+  ASSERT_TRUE(ids.ok());
+  ASSERT_TRUE(ids->Reserve().ok());
+  EXPECT_EQ(ids->Next().value(), 1u);
+  EXPECT_EQ(ids->Next().value(), 2u);
+  EXPECT_EQ(ids->Next().value(), 3u);
+  ASSERT_TRUE(ids->Reserve().ok()) << "one is left, so the next four are reserved";
+  ASSERT_EQ(rename(folder.c_str(), (folder + "-away").c_str()), 0);
+  for (uint64_t id = 4; id < 8; ++id) EXPECT_EQ(ids->Next().value(), id);
+  EXPECT_FALSE(ids->Next().ok());
+}
+
 TEST(IdFileTest, ADamagedFileIsAnErrorNotAFreshStart) {
   TempDir dir;
   ASSERT_TRUE(WriteFileAtomic(dir.path() + "/ids", "12x\n").ok());

@@ -545,8 +545,12 @@ void Supervisor::SaveWorker(const WorkerProcess& worker) {
                        .retired = worker.retired});
 }
 
+// On a thread: a disk takes milliseconds, in which a new worker waits for us.
 void Supervisor::SaveLivingWorkers() {
-  if (takeover_ != nullptr) return;
+  living_changed_ = true;
+  if (takeover_ != nullptr || living_saving_) return;
+  living_saving_ = true;
+  living_changed_ = false;
   std::vector<LivingWorker> living;
   for (const auto& [generation, worker] : workers_) {
     bool comes_back = (worker->capabilities & schema::CAP_REATTACH) != 0;
@@ -554,8 +558,14 @@ void Supervisor::SaveLivingWorkers() {
       living.push_back({generation, worker->start_ticks, worker->pid});
     }
   }
-  absl::Status status = WriteLivingWorkers(WorkersPath(options_.state_dir), living);
-  if (!status.ok()) LOG(ERROR) << "event=workers_file error=" << LogValue(status.ToString());
+  auto saved = Offload<absl::Status>([path = WorkersPath(options_.state_dir), living = std::move(living)] {
+    return WriteLivingWorkers(path, living);
+  });
+  tasks_.add(saved.then([this](kj::Own<absl::Status>&& status) {
+    LOG_IF(ERROR, !status->ok()) << "event=workers_file error=" << LogValue(status->ToString());
+    living_saving_ = false;
+    if (living_changed_) SaveLivingWorkers();
+  }));
 }
 
 }  // namespace holdfast::supervisor

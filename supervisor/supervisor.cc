@@ -144,6 +144,8 @@ void Supervisor::Apply(const Event& event) {
   if (before != state_.phase) {
     PassFault(faults_, "supervisor.phase." + std::string(PhaseName(state_.phase))).IgnoreError();
   }
+  // Now, and not when the next worker is waited for.
+  if (before != state_.phase && state_.phase == Phase::kRunning) generations_.Reserve().IgnoreError();
   if (upgrade_busy_ && before != state_.phase) NotePhase(before, state_.phase);
   for (const Action& action : result.actions) Do(action);
   SaveMachine();  // what the actions counted
@@ -540,7 +542,7 @@ void Supervisor::OnExit(Generation generation) {
   // Not in this callback: it belongs to what is destroyed.
   tasks_.add(kj::evalLater([this, generation] { workers_.erase(generation); }));
   Dispatch({.type = EventType::kExited, .generation = generation, .reason = reason});
-  SaveLivingWorkers();  // a file, milliseconds; a dead worker that is still listed does no harm
+  SaveLivingWorkers();
 }
 
 WorkerProcess* Supervisor::Find(Generation generation) {
@@ -599,7 +601,7 @@ void Supervisor::Register(Generation generation, schema::Hello::Reader hello,
   bool verifiable = (common & kVerifiable) == kVerifiable;
   tasks_.add(kj::evalLast([this, generation, verifiable] {
     Dispatch({.type = EventType::kRegistered, .generation = generation, .verifiable = verifiable});
-    SaveLivingWorkers();  // a file: not before reads are taken over
+    SaveLivingWorkers();
   }));
 }
 

@@ -294,6 +294,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   uint64_t hangs_ = 0, pings_ = 0;
   uint64_t crashes_ = 0, swaps_ = 0, carried_over_total_ = 0;
   bool upgrade_busy_ = false, stopping_ = false;
+  bool living_changed_ = false, living_saving_ = false;  // the workers' file
   kj::Maybe<kj::Own<kj::PromiseFulfiller<void>>> upgrade_waiter_;
   kj::Own<kj::PromiseFulfiller<void>> stopped_;
   kj::TaskSet tasks_;  // last: cancelled first

@@ -1,6 +1,6 @@
 """Verifying readers on overlays of lazy layers while the worker is killed and replaced again and again.
 
-    handover_load.py [--long] [--seed S] [STEP...]      (HOLDFAST_LOAD=long does the same as --long)
+    handover_load.py [--long] [--seed S] [--soak-seconds N] [STEP...]      (HOLDFAST_LOAD=long does the same as --long)
 
 Every reader holds files and folders open through a writable overlay: O_DIRECT reads, cached re-reads, kept mappings, folders in
 the middle of their listing, absent names, files opened anew, open files that were removed, programs of the layers; and content
@@ -363,10 +363,11 @@ def readers_notice_nothing_of_random_faults() -> None:
         names = [name for name in dir(faults) if not name.startswith("_")]
         load = here.load()
         done: dict[str, int] = {}
-        end = time.monotonic() + times(25, 1800)
+        end = time.monotonic() + times(25, given.soak_seconds)
         while time.monotonic() < end or len(done) < len(names):
             here.proxy.delay(here.chance.choice((0, 5, 50, 200)))
-            load.cold(here.chance.randrange(4), gap_ms=times(60, 3000))
+            # What nobody has read lasts for the whole of it.
+            load.cold(here.chance.randrange(4), gap_ms=times(60, round(given.soak_seconds / 0.6)))
             time.sleep(here.chance.random() * 2)
             # In the short form each comes before one comes again.
             left = [name for name in names if name not in done] if time.monotonic() > end - 15 else names
@@ -395,6 +396,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--long", action="store_true", default=os.environ.get("HOLDFAST_LOAD") == "long")
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--soak-seconds", type=int, default=1800, help="of the random faults of the long form")
     parser.add_argument("step", nargs="*", choices=[[], *(step.__name__ for step in STEPS)])
     parser.parse_args(namespace=given)
     print(f"seed {given.seed}")

@@ -4,7 +4,9 @@
 #include <capnp/capability.h>
 #include <kj/exception.h>
 
+#include <memory>
 #include <string>
+#include <utility>
 
 #include "common/io.h"
 #include "common/status.h"
@@ -23,5 +25,8 @@ std::string Describe(const kj::Exception& exception);
 
 // A capability that carries `fd` and keeps it open.
 schema::Descriptor::Client MakeDescriptor(SharedFd fd);
+inline schema::Descriptor::Client MakeDescriptor(UniqueFd fd) {
+  return MakeDescriptor(std::make_shared<UniqueFd>(std::move(fd)));
+}
 
 }  // namespace holdfast

@@ -36,6 +36,7 @@
 #include "schema/handover.capnp.h"
 #include "schema/ledger.h"
 #include "schema/probe.h"
+#include "schema/rpc.h"
 #include "schema/touched.h"
 #include "supervisor/testing/fake_worker.capnp.h"
 
@@ -307,17 +308,7 @@ std::string Text(capnp::Data::Reader data) {
   return std::string(reinterpret_cast<const char*>(data.begin()), data.size());
 }
 
-// Carries one descriptor.
-class FdServer final : public schema::Descriptor::Server {
- public:
-  explicit FdServer(UniqueFd fd) : fd_(std::move(fd)) {}
-  kj::Maybe<int> getFd() override { return fd_.get(); }
-
- private:
-  UniqueFd fd_;
-};
-
-schema::Descriptor::Client MakeFd(int fd) { return kj::heap<FdServer>(Dup(fd)); }
+schema::Descriptor::Client MakeFd(int fd) { return MakeDescriptor(Dup(fd)); }
 
 struct Connection {
   Connection(kj::Own<kj::AsyncCapabilityStream> s) : stream(kj::mv(s)), client(*stream, 253) {}

@@ -11,6 +11,7 @@
 
 #include "gtest/gtest.h"
 #include "schema/handover.capnp.h"
+#include "schema/rpc.h"
 #include "schema/testing/future.capnp.h"
 #include "worker/handover/supervisor_link.h"
 
@@ -25,16 +26,7 @@ void FillMore(future::More::Builder more) {
   more.initNumbers(100);
 }
 
-class FdServer final : public schema::Descriptor::Server {
- public:
-  explicit FdServer(int fd) : fd_(fd) {}
-  kj::Maybe<int> getFd() override { return fd_; }
-
- private:
-  const int fd_;
-};
-
-capnp::Capability::Client Fd(int fd) { return schema::Descriptor::Client(kj::heap<FdServer>(fd)); }
+capnp::Capability::Client Fd(int fd) { return MakeDescriptor(DupFd(fd).value_or(UniqueFd())); }
 
 struct Seen {
   std::string token, build;

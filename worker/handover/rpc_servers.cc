@@ -24,15 +24,6 @@ kj::Promise<T> RunOn(SerialExecutor* executor, Function function) {
   return kj::mv(pair.promise);
 }
 
-class DescriptorServer final : public schema::Descriptor::Server {
- public:
-  explicit DescriptorServer(UniqueFd fd) : fd_(std::move(fd)) {}
-  kj::Maybe<int> getFd() override { return fd_.get(); }
-
- private:
-  const UniqueFd fd_;
-};
-
 template <typename T>
 T ValueOrThrow(absl::StatusOr<T> value) {
   if (!value.ok()) kj::throwFatalException(ToException(value.status()));
@@ -106,17 +97,17 @@ class WorkerServer final : public schema::Worker::Server {
           auto requests = context.getResults().initRequests(static_cast<uint32_t>(set.requests.size()));
           for (uint32_t i = 0; i < requests.size(); ++i) {
             requests[i].setMountId(set.requests[i].mount_id);
-            requests[i].setRequest(DataOf(set.requests[i].request));
-            requests[i].setReplyDigest(DataOf(set.requests[i].reply_digest));
+            requests[i].setRequest(Bytes(set.requests[i].request));
+            requests[i].setReplyDigest(Bytes(set.requests[i].reply_digest));
           }
           auto files = context.getResults().initFiles(static_cast<uint32_t>(set.files.size()));
           for (uint32_t i = 0; i < files.size(); ++i) {
             files[i].setMountId(set.files[i].mount_id);
             files[i].setKind(static_cast<schema::SampleKind>(set.files[i].kind));
-            files[i].setPath(DataOf(set.files[i].path));
+            files[i].setPath(Bytes(set.files[i].path));
             files[i].setOffset(set.files[i].offset);
             files[i].setLength(set.files[i].length);
-            files[i].setDigest(DataOf(set.files[i].digest));
+            files[i].setDigest(Bytes(set.files[i].digest));
           }
         });
   }
@@ -125,7 +116,7 @@ class WorkerServer final : public schema::Worker::Server {
     std::vector<SampleRequest> requests;
     for (auto request : context.getParams().getRequests()) {
       requests.push_back(
-          {request.getMountId(), BytesOf(request.getRequest()), BytesOf(request.getReplyDigest())});
+          {request.getMountId(), String(request.getRequest()), String(request.getReplyDigest())});
     }
     return RunOn<absl::StatusOr<ReplayResult>>(executor_,
                                                [callbacks = callbacks_, requests = std::move(requests)] {
@@ -329,11 +320,7 @@ schema::WorkerAdmin::Client MakeAdminServer(SerialExecutor* executor, const Call
   return kj::heap<AdminServer>(executor, callbacks);
 }
 
-std::string BytesOf(capnp::Data::Reader data) { return std::string(data.begin(), data.end()); }
 std::string TextOf(capnp::Text::Reader text) { return std::string(text.cStr(), text.size()); }
-capnp::Data::Reader DataOf(const std::string& bytes) {
-  return capnp::Data::Reader(reinterpret_cast<const kj::byte*>(bytes.data()), bytes.size());
-}
 
 std::string HexOf(capnp::Data::Reader data) {
   static constexpr char kDigits[] = "0123456789abcdef";
@@ -356,15 +343,13 @@ kj::Promise<void> TakeFd(schema::Descriptor::Client descriptor, UniqueFd* out) {
   });
 }
 
-schema::Descriptor::Client MakeDescriptor(UniqueFd fd) { return kj::heap<DescriptorServer>(std::move(fd)); }
-
 void FillInfo(schema::MountEntry::Reader from, MountEntry* to) {
   to->mount_id = from.getMountId();
   to->state = static_cast<MountState>(from.getState());
   to->path = TextOf(from.getPath());
-  to->init_request = BytesOf(from.getInitRequest());
-  to->init_reply = BytesOf(from.getInitReply());
-  to->blob = BytesOf(from.getBlob());
+  to->init_request = String(from.getInitRequest());
+  to->init_reply = String(from.getInitReply());
+  to->blob = String(from.getBlob());
 }
 
 kj::Exception ToException(const absl::Status& status) {

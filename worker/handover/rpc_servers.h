@@ -6,6 +6,7 @@
 
 #include "schema/admin.capnp.h"
 #include "schema/handover.capnp.h"
+#include "schema/rpc.h"
 #include "worker/handover/serial_executor.h"
 #include "worker/handover/supervisor_link.h"
 
@@ -22,15 +23,11 @@ schema::Worker::Client MakeWorkerServer(SerialExecutor* executor, SerialExecutor
                                         const Callbacks* callbacks);
 schema::WorkerAdmin::Client MakeAdminServer(SerialExecutor* executor, const Callbacks* callbacks);
 
-std::string BytesOf(capnp::Data::Reader data);
 std::string TextOf(capnp::Text::Reader text);
-capnp::Data::Reader DataOf(const std::string& bytes);
 // A vault id: 16 bytes on the wire, 32 hex digits for the rest of the worker.
 std::string HexOf(capnp::Data::Reader data);
 // Dups the descriptor that a capability carries into *out; invalid when it carries none.
 kj::Promise<void> TakeFd(schema::Descriptor::Client descriptor, UniqueFd* out);
-// A descriptor on its way to the other side, which dups it out.
-schema::Descriptor::Client MakeDescriptor(UniqueFd fd);
 // The entry without its descriptor.
 void FillInfo(schema::MountEntry::Reader from, MountEntry* to);
 

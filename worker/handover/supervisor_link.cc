@@ -245,7 +245,7 @@ void LinkImpl::OnDisconnect() {
 void LinkImpl::FillHello(schema::Hello::Builder hello) const {
   hello.setCapabilities(identity_.capabilities);
   hello.setBuild(identity_.build.c_str());
-  hello.setToken(DataOf(identity_.token));
+  hello.setToken(Bytes(identity_.token));
   hello.setPid(static_cast<uint32_t>(getpid()));
 }
 
@@ -358,7 +358,7 @@ absl::StatusOr<MountEntry> LinkImpl::Mount(const std::string& path, const InitOp
   return OnLoop([&] {
     auto request = loop_->supervisor.mountRequest();
     request.setPath(path.c_str());
-    request.setBlob(DataOf(blob));
+    request.setBlob(Bytes(blob));
     auto out = request.initOptions();
     out.setFlags(options.flags);
     out.setMaxBackground(options.max_background);

@@ -17,18 +17,13 @@
 #include "schema/admin.capnp.h"
 #include "schema/control.capnp.h"
 #include "schema/handover.capnp.h"
+#include "schema/rpc.h"
 
 namespace holdfast::handover {
 namespace {
 
-class FdServer final : public schema::Descriptor::Server {
- public:
-  explicit FdServer(int fd) : fd_(fd) {}
-  kj::Maybe<int> getFd() override { return fd_; }
-
- private:
-  const int fd_;
-};
+// A copy of it.
+schema::Descriptor::Client Fd(int fd) { return MakeDescriptor(DupFd(fd).value_or(UniqueFd())); }
 
 // What the fake supervisor saw, and what it is to answer.
 struct Script {
@@ -58,16 +53,16 @@ class FakeSupervisor final : public schema::Supervisor::Server {
     auto welcome = context.getResults().initWelcome();
     welcome.setCapabilities(script_.capabilities & hello.getCapabilities());
     welcome.setControlSocket(script_.control_socket.c_str());
-    if (!script_.control_socket.empty()) welcome.setState(kj::heap<FdServer>(script_.device));
+    if (!script_.control_socket.empty()) welcome.setState(Fd(script_.device));
     welcome.setGeneration(7);
     const kj::byte id[] = {0xab, 0x01};
     welcome.setVaultId(kj::arrayPtr(id, 2));
     welcome.setStateDir("/state");
-    welcome.setLedger(kj::heap<FdServer>(script_.device));
+    welcome.setLedger(Fd(script_.device));
     auto pipes = welcome.initRequestPipes(2);
     for (auto pair : pipes) {
-      pair.setReadEnd(kj::heap<FdServer>(script_.device));
-      pair.setWriteEnd(kj::heap<FdServer>(script_.device));
+      pair.setReadEnd(Fd(script_.device));
+      pair.setWriteEnd(Fd(script_.device));
     }
     script_.registered.set_value();
     return kj::READY_NOW;
@@ -81,7 +76,7 @@ class FakeSupervisor final : public schema::Supervisor::Server {
     for (unsigned i = 0; i < count; ++i) {
       entries[i].setMountId(after + i + 1);
       entries[i].setState(schema::MountState::LIVE);
-      entries[i].setDevice(kj::heap<FdServer>(script_.device));
+      entries[i].setDevice(Fd(script_.device));
     }
     context.getResults().setMore(after + count < script_.mounts);
     return kj::READY_NOW;
@@ -94,7 +89,7 @@ class FakeSupervisor final : public schema::Supervisor::Server {
     entry.setState(schema::MountState::LIVE);
     entry.setPath(context.getParams().getPath());
     entry.setBlob(context.getParams().getBlob());
-    entry.setDevice(kj::heap<FdServer>(script_.device));
+    entry.setDevice(Fd(script_.device));
     return kj::READY_NOW;
   }
 
@@ -451,7 +446,7 @@ TEST_F(SupervisorLinkTest, ATrialBringsItsLogAndEndsWhenTold) {
   end_->Call([&] {
     auto request = KJ_ASSERT_NONNULL(script_.worker).serveRequest();
     request.setTrial(true);
-    request.setTouched(kj::heap<FdServer>(script_.device));
+    request.setTouched(Fd(script_.device));
     return request.send().ignoreResult();
   });
   EXPECT_EQ(worker_.touched_inode, InodeOf(device_.get()));
@@ -501,7 +496,7 @@ TEST_F(SupervisorLinkTest, PrepareSamplesReplayAndPrivateMountsTravelWhole) {
     auto list = request.initEntries(2);
     for (unsigned i = 0; i < 2; ++i) {
       list[i].setMountId(100 + i);
-      list[i].setDevice(kj::heap<FdServer>(script_.device));
+      list[i].setDevice(Fd(script_.device));
       list[i].setBlob(kj::StringPtr("blob").asBytes());
     }
     return request.send().ignoreResult();

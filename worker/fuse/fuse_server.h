@@ -68,13 +68,14 @@ struct ServerOptions {
 };
 
 struct ServerStats {
-  uint64_t requests = 0;     // received since start
-  uint64_t pending = 0;      // records waiting now
-  uint64_t adopted = 0;      // requests of earlier generations answered by this one
-  uint64_t interrupted = 0;  // answered EINTR
-  uint64_t errors = 0;       // answered EIO
-  uint64_t dropped = 0;      // of older ledgers: bad CRC, unknown mount
-  uint64_t poisoned = 0;     // of older ledgers: answered EIO because they had ended two workers
+  uint64_t requests = 0;             // received since start
+  uint64_t pending = 0;              // records waiting now
+  uint64_t adopted = 0;              // requests of earlier generations answered by this one
+  uint64_t interrupted = 0;          // answered EINTR
+  uint64_t errors = 0;               // answered EIO
+  uint64_t dropped = 0;              // of older ledgers: bad CRC, unknown mount
+  uint64_t reading_since_nanos = 0;  // CLOCK_BOOTTIME: from then on all mounts are read; 0 = never so far
+  uint64_t poisoned = 0;             // of older ledgers: answered EIO because they had ended two workers
 };
 
 // A request and the digest of its answer (SampleRequest in handover.capnp).

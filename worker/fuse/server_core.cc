@@ -135,6 +135,7 @@ void ServerCore::Start() {
   started_ = true;
   StartPool();
   for (const auto& mount : AllMounts()) UpdateArmed(*mount);
+  reading_since_nanos_ = options_.clock->BootNanos();
   TakeUpClaimed();  // while the pool serves
 }
 
@@ -311,6 +312,7 @@ ServerStats ServerCore::stats() const {
   s.errors = errors_;
   s.dropped = dropped_;
   s.poisoned = poisoned_;
+  s.reading_since_nanos = reading_since_nanos_;
   return s;
 }
 

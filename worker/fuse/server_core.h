@@ -280,6 +280,7 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
 
   std::atomic<uint64_t> requests_{0}, pending_{0}, adopted_{0}, interrupted_{0}, errors_{0}, dropped_{0},
       poisoned_{0};
+  std::atomic<uint64_t> reading_since_nanos_{0};
   std::atomic<uint64_t> attempts_{0};  // ReadAsync calls
 };
 

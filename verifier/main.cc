@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <kj/async-io.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include <iostream>
@@ -65,6 +66,7 @@ int Main(char** argv) {
     std::cerr << "holdfast-verifier: not started by holdfast-supervisor\n";
     return 2;
   }
+  prctl(PR_SET_NAME, "holdfast-verifier");  // started by descriptor, it has a number for a name
   signal(SIGPIPE, SIG_IGN);
   auto io = kj::setupAsyncIo();
   using Provider = kj::LowLevelAsyncIoProvider;

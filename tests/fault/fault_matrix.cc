@@ -58,6 +58,7 @@ enum class Fault {
   kDiskFull,
   kOldDequeues,
   kNewDequeues,
+  kVerifierDies,
 };
 struct FaultInfo {
   Fault fault;
@@ -87,6 +88,7 @@ constexpr FaultInfo kFaults[] = {
     {Fault::kDiskFull, "disk full"},
     {Fault::kOldDequeues, "thread of the dying old worker dequeues"},
     {Fault::kNewDequeues, "thread of the dying new worker dequeues"},
+    {Fault::kVerifierDies, "verifier dies"},
 };
 const char* FaultName(Fault fault) { return kFaults[static_cast<int>(fault)].name; }
 
@@ -132,6 +134,8 @@ const char* Impossible(Step step, Fault fault) {
     case Fault::kNewDequeues:
       if (step < Step::kServe) return "the new worker reads no device yet";
       return nullptr;
+    case Fault::kVerifierDies:
+      return step == Step::kRehearse || step == Step::kProbe ? nullptr : "it is asked nothing in this step";
     default:
       return nullptr;
   }
@@ -211,6 +215,7 @@ class Trial {
   void MetadataLocked();
   void DiskFull();
   void Dequeues(bool old);
+  void VerifierDies();
   void CheckAfter(const ctl::SupervisorStatus& before);
   void ExpectDead(pid_t pid, const std::string& who);
   void ExpectCrash(uint64_t crashes) { crashes_ += crashes; }
@@ -528,6 +533,21 @@ void Trial::Dequeues(bool old) {
   row_.happened += ", " + thread->what() + " answered";
 }
 
+void Trial::VerifierDies() {
+  if (!Hold()) return;
+  int killed = 0;
+  for (const Child& child : ChildrenOf(rig_.node()->supervisor())) {
+    if (child.name == "holdfast-verifi" && kill(child.pid, SIGKILL) == 0) ++killed;
+  }
+  Expect(killed == 1, std::to_string(killed) + " verifiers ran");
+  // In the probe it waits for the new worker's answer, and the kernel does not let it die before.
+  if (step_ == Step::kProbe) rig_.LetGo();
+  End(Ends::kRollsBack, "the verifier died");
+  rig_.LetGo();
+  owner_ = held_.old_pid;
+  ExpectDead(held_.new_pid, "new worker");
+}
+
 void Trial::Act() {
   switch (fault_) {
     case Fault::kOldDies:
@@ -584,6 +604,8 @@ void Trial::Act() {
       return Dequeues(true);
     case Fault::kNewDequeues:
       return Dequeues(false);
+    case Fault::kVerifierDies:
+      return VerifierDies();
   }
 }
 

@@ -144,7 +144,13 @@ absl::Status Worker::Run(std::unique_ptr<handover::SupervisorLink> link) {
     listener_ = std::move(copy);
   }
   link_->Start(this, this);
-  // Reads do not wait for gRPC to start; TakeMetadata does.
+  // Reads do not wait for gRPC to start, nor for the processor that it keeps busy meanwhile; TakeMetadata
+  // does.
+  {
+    const auto limit = std::chrono::steady_clock::now() + std::chrono::nanoseconds(options_.api_wait_nanos);
+    MutexLock lock(&mutex_);
+    while (!ready_ && std::chrono::steady_clock::now() < limit) changed_.WaitUntil(&mutex_, limit);
+  }
   auto service = api::SnapshotService::Create(std::move(listener));
   MutexLock lock(&mutex_);
   service_status_ = service.status();
@@ -308,6 +314,7 @@ absl::Status Worker::Prepare() {
   if (!served.empty()) last_mount_seen_ = std::max(last_mount_seen_.load(), served.back());
   prepared_ = true;
   layers_->OpenAhead(kOpenAheadNanos);
+  Ready();
   LOG(INFO) << "worker.prepared generation=" << generation_ << " mounts=" << served.size();
   return absl::OkStatus();
 }
@@ -339,11 +346,19 @@ absl::Status Worker::Serve(bool trial, UniqueFd touched) {
   if (absl::StatusOr<UniqueFd> score = OpenFile(options_.oom_score_file, O_WRONLY); score.ok()) {
     static_cast<void>(PwriteFull(score->get(), "0", 1, 0));
   }
+  Ready();
   MutexLock lock(&mutex_);
   // A mount that was being made while Prepare asked may have got an id below one that was there already.
   sync_due_ = prepared_;
   changed_.SignalAll();
   return absl::OkStatus();
+}
+
+// What the supervisor waits for first is done.
+void Worker::Ready() {
+  MutexLock lock(&mutex_);
+  ready_ = true;
+  changed_.SignalAll();
 }
 
 absl::Status Worker::AddMounts(std::vector<handover::MountEntry> entries) {

@@ -55,6 +55,8 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
     uint64_t orphan_limit_nanos = 10'000'000'000;
     // How often a worker that waits to serve looks for new mounts, and every worker for evicted content.
     uint64_t refresh_nanos = 2'000'000'000;
+    // How long the snapshots API waits with its start for Prepare or Serve, which usually follow at once.
+    int64_t api_wait_nanos = 100'000'000;
     std::string oom_score_file = "/proc/self/oom_score_adj";  // set to 0 when told to serve
     // Ends the process: the worker has retired (0) or has nothing left to do. Called once, on any thread.
     std::function<void(int exit_code)> exit;
@@ -126,6 +128,7 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   void Housekeeping();
   void EndIfUnneeded();
   void Refresh();
+  void Ready();
   void ReportDrained();
 
   const Options options_;
@@ -173,6 +176,7 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   std::map<uint64_t, OldLedgerState> old_ledgers_ ABSL_GUARDED_BY(mutex_);  // by generation
   bool service_started_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status service_status_ ABSL_GUARDED_BY(mutex_);
+  bool ready_ ABSL_GUARDED_BY(mutex_) = false;  // prepared or serving
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   bool sync_due_ ABSL_GUARDED_BY(mutex_) = false;
   std::string vault_id_ ABSL_GUARDED_BY(mutex_);

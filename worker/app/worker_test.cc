@@ -96,6 +96,7 @@ struct Vault {
   std::vector<uint64_t> mounts ABSL_GUARDED_BY(mutex);
   std::vector<uint64_t> asked_after ABSL_GUARDED_BY(mutex);
   std::vector<uint64_t> old_ledgers ABSL_GUARDED_BY(mutex);
+  std::atomic<bool> open{false};  // the worker takes calls
   std::atomic<bool> lost{false};
   UniqueFd device;
 
@@ -129,7 +130,7 @@ class FakeLink final : public handover::SupervisorLink {
  public:
   FakeLink(Vault* vault, handover::Welcome welcome) : vault_(*vault), welcome_(std::move(welcome)) {}
   handover::Welcome* welcome() override { return &welcome_; }
-  void Start(handover::WorkerActions*, handover::AdminActions*) override {}
+  void Start(handover::WorkerActions*, handover::AdminActions*) override { vault_.open = true; }
   absl::StatusOr<std::vector<handover::MountEntry>> ListMounts(uint64_t after) override {
     if (vault_.lost) return Unavailable("the supervisor is gone");
     std::vector<uint64_t> ids;
@@ -173,6 +174,7 @@ class WorkerTest : public ::testing::Test {
     keep_open_ = UniqueFd(fds[1]);
     options_.oom_score_file = dir_.path() + "/oom_score_adj";
     EXPECT_TRUE(WriteFileAtomic(options_.oom_score_file, "-900").ok());
+    options_.api_wait_nanos = 0;
     options_.refresh_nanos = 3'600'000'000'000;  // not in these tests, but for one
     options_.exit = [this](int code) {
       exit_code_ = code;
@@ -182,6 +184,11 @@ class WorkerTest : public ::testing::Test {
   ~WorkerTest() override { worker_.reset(); }
 
   void Start(uint64_t capabilities = kAll) {
+    ASSERT_NO_FATAL_FAILURE(Connect(capabilities));
+    absl::Status running = worker_->Run(std::move(link_));
+    ASSERT_TRUE(running.ok()) << running;
+  }
+  void Connect(uint64_t capabilities = kAll) {
     auto worker = Worker::Create(options_);
     ASSERT_TRUE(worker.ok()) << worker.status();
     worker_ = std::move(*worker);
@@ -199,8 +206,7 @@ class WorkerTest : public ::testing::Test {
       welcome.state = Memory(4096);
       welcome.control_socket = dir_.path() + "/control.sock";
     }
-    absl::Status running = worker_->Run(std::make_unique<FakeLink>(&vault_, std::move(welcome)));
-    ASSERT_TRUE(running.ok()) << running;
+    link_ = std::make_unique<FakeLink>(&vault_, std::move(welcome));
   }
   UniqueFd Listen() {
     UniqueFd listener(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
@@ -234,6 +240,7 @@ class WorkerTest : public ::testing::Test {
   Vault vault_;
   Worker::Options options_;
   std::atomic<int> exit_code_{-1}, ends_{0};
+  std::unique_ptr<handover::SupervisorLink> link_;  // until it is given to the worker
   std::unique_ptr<Worker> worker_;
 };
 
@@ -291,6 +298,22 @@ TEST_F(WorkerTest, AWorkerThatWaitsToServeTakesNewMountsAsTheyCome) {
   vault_.Put(5, 6);
   EXPECT_TRUE(WaitUntil([&] { return Held() == std::vector<uint64_t>({1, 2, 5, 6}); }));
   EXPECT_TRUE(WaitUntil([&] { return vault_.Asked().back() == 6; })) << "only for what is new";
+}
+
+TEST_F(WorkerTest, TheSnapshotsApiStartsOnceReadsAreServed) {
+  options_.api_wait_nanos = 3'600'000'000'000;
+  vault_.Put(1, 3);
+  Connect();
+  std::atomic<bool> running{false};
+  std::thread run([&] {
+    EXPECT_TRUE(worker_->Run(std::move(link_)).ok());
+    running = true;
+  });
+  EXPECT_TRUE(WaitUntil([&] { return vault_.open.load(); }));
+  EXPECT_FALSE(running);
+  EXPECT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  run.join();
+  EXPECT_TRUE(worker_->TakeMetadata().ok());
 }
 
 TEST_F(WorkerTest, UnderASupervisorOfTheFirstProtocolItServesAndEndsAsBefore) {

@@ -18,6 +18,7 @@
 #include <cerrno>
 #include <cstring>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "common/crc32c.h"
@@ -312,6 +313,8 @@ void ServerCore::TakeUpClaimed() {
   BorrowedPipe pipe(this);
   while (!claimed_requests_.empty() || !claimed_reads_.empty()) {
     (void)PassFault(options_.faults, "fuse.before_take_up");
+    // The pool's threads first: while a takeover runs in real time, nothing else would make us give way.
+    std::this_thread::yield();
     Gate gate(this);    // one each: who parks does not wait for all of them
     if (!gate) return;  // what is left stays here for Resume, and in the ledgers for a successor
     if (!claimed_requests_.empty()) {

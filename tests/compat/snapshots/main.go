@@ -40,6 +40,14 @@ type report struct {
 	P99Millis map[string]float64 `json:"p99_ms"`
 	Failed    int                `json:"failed"`
 	Errors    []string           `json:"errors"`
+	Slow      []slowCall         `json:"slow"`
+}
+
+// Of 10 ms and more.
+type slowCall struct {
+	Name   string  `json:"name"`
+	Begin  int64   `json:"begin"` // Unix ns
+	Millis float64 `json:"ms"`
 }
 
 type notes struct {
@@ -47,6 +55,7 @@ type notes struct {
 	times  map[string][]time.Duration
 	failed int
 	errors []string
+	slow   []slowCall
 }
 
 func (n *notes) call(name string, function func() error) {
@@ -56,6 +65,9 @@ func (n *notes) call(name string, function func() error) {
 	n.mutex.Lock()
 	defer n.mutex.Unlock()
 	n.times[name] = append(n.times[name], took)
+	if took >= 10*time.Millisecond {
+		n.slow = append(n.slow, slowCall{name, begin.UnixNano(), float64(took.Microseconds()) / 1000})
+	}
 	if err != nil {
 		n.failed++
 		if len(n.errors) < 20 {
@@ -67,7 +79,7 @@ func (n *notes) call(name string, function func() error) {
 func (n *notes) report() report {
 	n.mutex.Lock()
 	defer n.mutex.Unlock()
-	out := report{map[string]int{}, map[string]float64{}, map[string]float64{}, n.failed, n.errors}
+	out := report{map[string]int{}, map[string]float64{}, map[string]float64{}, n.failed, n.errors, n.slow}
 	for name, times := range n.times {
 		sort.Slice(times, func(a, b int) bool { return times[a] < times[b] })
 		millis := func(i int) float64 { return float64(times[i].Microseconds()) / 1000 }
@@ -75,7 +87,7 @@ func (n *notes) report() report {
 		out.MaxMillis[name] = millis(len(times) - 1)
 		out.P99Millis[name] = millis(len(times) * 99 / 100)
 	}
-	n.times, n.failed, n.errors = map[string][]time.Duration{}, 0, nil
+	n.times, n.failed, n.errors, n.slow = map[string][]time.Duration{}, 0, nil, nil
 	return out
 }
 

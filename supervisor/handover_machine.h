@@ -79,6 +79,7 @@ struct Limits {
   uint64_t yield_ms = 10'000;
   uint64_t take_ms = 120'000;
   uint64_t resume_ms = 10'000;
+  uint64_t retired_ms = 600'000;  // for a retired worker's old calls; the supervisor's affair
   uint64_t metadata_retry_ms = 5'000;
   uint64_t stable_ms = 1'000;      // a worker that ran this long did not die quickly
   uint64_t probation_ms = 60'000;  // of a new build, after it took over; each restart begins it anew

@@ -204,6 +204,7 @@ void Supervisor::AdoptWorkers() {
     worker->started_wall_nanos = saved.started_wall_nanos;
     worker->killed = saved.killed;
     worker->retired = saved.retired;
+    if (worker->retired) LimitRetirement(generation);
     WatchExit(worker.get());
     workers_[generation] = std::move(worker);
   }

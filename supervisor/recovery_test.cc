@@ -87,6 +87,18 @@ class RecoveryTest : public ::testing::TestWithParam<bool> {
   Harness harness_;
 };
 
+TEST_P(RecoveryTest, ARetiredWorkerIsKilledAtItsLimitByTheNextSupervisorToo) {
+  harness_.Start({"--limits", "retired=1500"}, "hang-retire");
+  harness_.WaitPhase("running");
+  MountView mount = harness_.Mount("a");
+  bool changed = false;
+  ASSERT_EQ(harness_.Upgrade(harness_.MakeWorker("good"), false, &changed), "");
+  ASSERT_EQ(harness_.Status().workers.size(), 2u);
+  EXPECT_EQ(harness_.Stop(SIGKILL), -SIGKILL);
+  harness_.StartAgain();
+  ExpectHealthy({mount});
+}
+
 TEST_P(RecoveryTest, TheNextSupervisorGoesOnWithTheWorkerThatServed) {
   harness_.Start();
   MountView mount = harness_.Mount("a", 0, "blob");

@@ -338,9 +338,7 @@ void Supervisor::CallWorker(const Action& action, uint64_t waited_ms) {
   if (call == Call::kServe) swap_.carried_over = ledgers_.CountUnanswered(generation);
   worker->retired |= call == Call::kRetire;
   if (call == Call::kRetire) SaveWorker(*worker);
-  auto too_long = [this, generation] { KillWorker(generation); };  // nothing if it exited
-  if (worker->retired)
-    tasks_.add(timer_.afterDelay(kRetireLimitSeconds * kj::SECONDS).then(kj::mv(too_long)));
+  if (worker->retired) LimitRetirement(generation);
   if (worker->client == nullptr) return;
   auto failed = [this, generation, call](kj::Exception&& exception) {
     // A broken connection is a death, and told as one.
@@ -357,6 +355,11 @@ void Supervisor::CallWorker(const Action& action, uint64_t waited_ms) {
   tasks_.add(SendCall(worker, action)
                  .attach(kj::mv(over))
                  .then([this, generation, call] { OnCallDone(generation, call); }, kj::mv(failed)));
+}
+
+void Supervisor::LimitRetirement(Generation generation) {
+  auto too_long = [this, generation] { KillWorker(generation); };  // nothing if it exited
+  tasks_.add(timer_.afterDelay(options_.limits.retired_ms * kj::MILLISECONDS).then(kj::mv(too_long)));
 }
 
 kj::Promise<void> Supervisor::SendCall(WorkerProcess* worker, const Action& action) {

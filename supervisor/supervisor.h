@@ -39,9 +39,8 @@ namespace holdfast::supervisor {
 inline constexpr char kBuild[] = "holdfast-supervisor 0.1.0";
 inline constexpr char kLastGoodFile[] = "supervisor/last-good";  // in the state folder: that build's digest
 inline constexpr uint64_t kNanosPerSecond = 1'000'000'000;
-inline constexpr uint64_t kRetireLimitSeconds = 600;  // a retired worker's old calls are cut off then
-inline constexpr uint64_t kStopUnmountSeconds = 10;   // what is not unmounted by then is left to the kernel
-inline constexpr uint64_t kUnkillableSeconds = 5;     // a killed worker that still exists then is reported
+inline constexpr uint64_t kStopUnmountSeconds = 10;  // what is not unmounted by then is left to the kernel
+inline constexpr uint64_t kUnkillableSeconds = 5;    // a killed worker that still exists then is reported
 
 // What is known of the health of a worker that reads, from one look to the next.
 struct WorkerWatch {
@@ -208,6 +207,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void Report(const SwapStep& step, bool done);
   void Connect(WorkerProcess* worker, UniqueFd socket);
   void CallWorker(const Action& action, uint64_t waited_ms = 0);
+  void LimitRetirement(Generation generation);
   kj::Promise<void> SendCall(WorkerProcess* worker, const Action& action);
   kj::Promise<void> ServeOnTrial(WorkerProcess* worker);
   kj::Promise<std::string> Rehearse(schema::Worker::Client candidate);

@@ -87,6 +87,16 @@ std::vector<pid_t> ChildrenNamed(pid_t parent, const std::string& name) {
   return found;
 }
 
+TEST(SwapTest, ARetiredWorkerThatDoesNotEndIsKilledAtItsLimit) {
+  Harness harness;
+  harness.Start({"--limits", "retired=300"}, "hang-retire");
+  harness.WaitPhase("running");
+  bool changed = false;
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
+  EXPECT_TRUE(Eventually([&] { return harness.Status().workers.size() == 1; }));
+  EXPECT_EQ(harness.Status().crashes, 0u);
+}
+
 TEST(SwapTest, AVerifierThatDiesFailsTheUpgradeAtOnceAndNothingElse) {
   Harness harness;
   harness.Start({}, "hang-samples");  // so that the verifier waits for it

@@ -478,6 +478,7 @@ class WorkerServer final : public schema::Worker::Server {
     return kj::READY_NOW;
   }
   kj::Promise<void> retire(RetireContext) override {
+    if (c_.mode == "hang-retire") return kj::READY_NOW;
     std::thread([] {
       usleep(20'000);
       _exit(0);

@@ -102,7 +102,7 @@ const char* Impossible(Step step, Fault fault) {
       if (step == Step::kServe || step == Step::kProbe || step == Step::kCommit)
         return "the old worker is parked and asked nothing in this step";
       if (step == Step::kProbation)
-        return "a retired worker has 10 minutes for its calls (supervisor_test: killed then)";
+        return "a retired worker has 10 minutes for its calls (SwapTest: killed then)";
       return nullptr;
     case Fault::kNewSilent:
       if (step == Step::kPark || step == Step::kYield) return "the new worker is asked nothing in this step";

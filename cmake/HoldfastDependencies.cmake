@@ -52,13 +52,15 @@ holdfast_static_dependency(compression PACKAGE "zlib1g-dev, libdeflate-dev, libz
 holdfast_static_dependency(re2 PACKAGE libre2-dev ARCHIVES re2)
 holdfast_static_dependency(gtest PACKAGE "libgtest-dev, libgmock-dev" ARCHIVES gtest gmock)
 
-# Shared on purpose: security updates of OpenSSL and libcurl must reach the worker without a rebuild.
+# Shared on purpose: security updates of OpenSSL and libcurl must reach the worker without a rebuild. libcurl is not even linked,
+# but loaded when it is first needed (worker/fetch/libcurl.h): only its header is wanted here.
 find_package(OpenSSL REQUIRED)
 add_library(dep_crypto INTERFACE)
 target_link_libraries(dep_crypto INTERFACE OpenSSL::Crypto)
 find_package(CURL REQUIRED)
 add_library(dep_curl INTERFACE)
-target_link_libraries(dep_curl INTERFACE CURL::libcurl)
+target_include_directories(dep_curl SYSTEM INTERFACE ${CURL_INCLUDE_DIRS})
+target_link_libraries(dep_curl INTERFACE ${CMAKE_DL_LIBS})
 pkg_check_modules(SYSTEMD REQUIRED IMPORTED_TARGET libsystemd)
 add_library(dep_systemd INTERFACE)
 target_link_libraries(dep_systemd INTERFACE PkgConfig::SYSTEMD)

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <spawn.h>
 #include <string.h>
@@ -12,9 +13,11 @@
 
 #include <algorithm>
 #include <iterator>
+#include <optional>
 #include <sstream>
 
 #include "absl/strings/numbers.h"
+#include "common/urgency.h"
 
 extern char** environ;
 
@@ -33,7 +36,7 @@ std::vector<char*> Pointers(std::vector<std::string>& strings) {
 
 class SpawnSettings {
  public:
-  SpawnSettings() {
+  explicit SpawnSettings(bool leave_urgency) {
     posix_spawn_file_actions_init(&actions);
     posix_spawnattr_init(&attributes);
     sigset_t none, all;
@@ -41,8 +44,14 @@ class SpawnSettings {
     sigfillset(&all);
     posix_spawnattr_setsigmask(&attributes, &none);
     posix_spawnattr_setsigdefault(&attributes, &all);
-    posix_spawnattr_setflags(&attributes,
-                             POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSID);
+    int flags = POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSID;
+    if (leave_urgency) {
+      const sched_param ordinary{};
+      posix_spawnattr_setschedpolicy(&attributes, SCHED_OTHER);
+      posix_spawnattr_setschedparam(&attributes, &ordinary);
+      flags |= POSIX_SPAWN_SETSCHEDULER;
+    }
+    posix_spawnattr_setflags(&attributes, static_cast<short>(flags));
   }
   ~SpawnSettings() {
     posix_spawn_file_actions_destroy(&actions);
@@ -65,7 +74,7 @@ absl::StatusOr<Process> StartProcess(const ProcessSpec& spec) {
     copies.emplace_back(fcntl(fd, F_DUPFD_CLOEXEC, above));
     return copies.back().get();
   };
-  SpawnSettings settings;
+  SpawnSettings settings(!spec.urgent && IsUrgent());
   int program = copy(spec.program);
   for (const auto& [ours, theirs] : spec.descriptors) {
     posix_spawn_file_actions_adddup2(&settings.actions, copy(ours), theirs);
@@ -76,8 +85,14 @@ absl::StatusOr<Process> StartProcess(const ProcessSpec& spec) {
   std::vector<std::string> argv = spec.argv, environment = spec.environment;
   std::string path = "/proc/self/fd/" + std::to_string(program);
   Process process;
-  int error = posix_spawn(&process.pid, path.c_str(), &settings.actions, &settings.attributes,
-                          Pointers(argv).data(), Pointers(environment).data());
+  int error = 0;
+  {
+    // Inherited: a child that made itself urgent would first have to get its turn.
+    std::optional<UrgentChildren> urgency;
+    if (spec.urgent) urgency.emplace();
+    error = posix_spawn(&process.pid, path.c_str(), &settings.actions, &settings.attributes,
+                        Pointers(argv).data(), Pointers(environment).data());
+  }
   if (error != 0) return ErrnoStatus(error, "starting " + (argv.empty() ? path : argv[0]));
   // Our own child, not reaped before its pidfd fires: the pid cannot have been reused.
   absl::StatusOr<UniqueFd> pidfd = OpenPidfd(process.pid);

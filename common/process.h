@@ -25,6 +25,7 @@ struct ProcessSpec {
   std::vector<std::string> environment;  // "NAME=value"
   // {ours, the child's number}. It keeps 0, 1 and 2; all others must be close-on-exec.
   std::vector<std::pair<int, int>> descriptors;
+  bool urgent = false;  // from its first instruction on, where that is permitted (urgency.h)
 };
 
 // In a session of its own, with no signal blocked or ignored.

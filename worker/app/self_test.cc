@@ -45,8 +45,7 @@ absl::Status SelfTest() {
   if (layer::Sha256Hex("") != "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855") {
     return Internal("OpenSSL computes a wrong SHA-256");
   }
-  if (fetch::RegistryClient::Create(fetch::ClientOptions()) == nullptr)
-    return Internal("libcurl does not start");
+  HF_RETURN_IF_ERROR(fetch::RegistryClient::Check());
   return Annotate(CheckIndex(), "index");
 }
 

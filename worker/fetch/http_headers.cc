@@ -1,11 +1,12 @@
 #include "worker/fetch/http_headers.h"
 
-#include <curl/curl.h>
 #include <strings.h>
 
 #include <algorithm>
 #include <cctype>
 #include <charconv>
+
+#include "worker/fetch/libcurl.h"
 
 namespace holdfast::fetch {
 namespace {
@@ -67,7 +68,9 @@ std::optional<uint64_t> ParseRetryAfter(std::string_view text, int64_t wall_nano
   if (std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isdigit(c); })) {
     return std::min(ParseDecimal(text).value_or(kLongest), kLongest) * kSecond;
   }
-  const time_t date = curl_getdate(std::string(text).c_str(), nullptr);
+  const absl::StatusOr<const Libcurl*> curl = LoadLibcurl();  // an answer came, so it is there
+  if (!curl.ok()) return std::nullopt;
+  const time_t date = (*curl)->curl_getdate(std::string(text).c_str(), nullptr);
   if (date < 0) return std::nullopt;
   const int64_t away = static_cast<int64_t>(date) - wall_nanos / static_cast<int64_t>(kSecond);
   return std::min(static_cast<uint64_t>(std::max<int64_t>(away, 0)), kLongest) * kSecond;

@@ -1,12 +1,11 @@
 #include "worker/fetch/http_transport.h"
 
-#include <curl/curl.h>
-
 #include <algorithm>
 #include <map>
-#include <mutex>
 #include <utility>
 #include <vector>
+
+#include "worker/fetch/libcurl.h"
 
 namespace holdfast::fetch {
 namespace {
@@ -15,28 +14,16 @@ constexpr uint64_t kDrainBytes = 64 * 1024;  // reading so much is cheaper than 
 constexpr size_t kReserveBytes = 8 << 20;    // an answer's promise is believed so far
 constexpr char kUserAgent[] = "holdfast/0.1.0";
 
-struct EasyFreer {
-  void operator()(CURL* easy) const { curl_easy_cleanup(easy); }
-};
-struct ListFreer {
-  void operator()(curl_slist* list) const { curl_slist_free_all(list); }
-};
-struct MultiFreer {
-  void operator()(CURLM* multi) const { curl_multi_cleanup(multi); }
-};
-struct ShareFreer {
-  void operator()(CURLSH* share) const { curl_share_cleanup(share); }
-};
-
 struct Exchange {
+  const Libcurl* curl = nullptr;
   uint64_t id = 0;
   const Clock* clock = nullptr;
   const HttpTransport::OnBytes* on_bytes = nullptr;
   HttpTransport::OnHeaders on_headers;
   HttpTransport::OnDone done;
   std::string form;
-  std::unique_ptr<curl_slist, ListFreer> header_list;
-  std::unique_ptr<CURL, EasyFreer> easy;
+  CurlHandle<curl_slist, &Libcurl::curl_slist_free_all> header_list;
+  CurlHandle<CURL, &Libcurl::curl_easy_cleanup> easy;
   uint64_t last_progress = 0;
   bool connected = false;        // from here on silence is a stall; before, the connect timeout rules
   bool stopped_by_plan = false;  // we ended it: all we wanted is there
@@ -60,7 +47,7 @@ size_t OnHeaderLine(char* data, size_t, size_t size, void* context) {
   if (line.rfind("HTTP/", 0) == 0) {
     result.headers = {};
     long status = 0;
-    curl_easy_getinfo(exchange->easy.get(), CURLINFO_RESPONSE_CODE, &status);
+    exchange->curl->curl_easy_getinfo(exchange->easy.get(), CURLINFO_RESPONSE_CODE, &status);
     result.headers.status = static_cast<int>(status);
     return size;
   }
@@ -106,11 +93,11 @@ size_t OnBody(char* data, size_t, size_t size, void* context) {
 }
 
 // Sorts libcurl's errors into what the retry policy knows.
-void Judge(CURLcode code, bool connected, CURL* easy, HttpResult* result) {
-  result->why = curl_easy_strerror(code);
+void Judge(const Libcurl& curl, CURLcode code, bool connected, CURL* easy, HttpResult* result) {
+  result->why = curl.curl_easy_strerror(code);
   // libcurl reports a certificate whose signature is wrong like any broken handshake.
   long verdict = 0;
-  curl_easy_getinfo(easy, CURLINFO_SSL_VERIFYRESULT, &verdict);
+  curl.curl_easy_getinfo(easy, CURLINFO_SSL_VERIFYRESULT, &verdict);
   if (code == CURLE_SSL_CONNECT_ERROR && verdict != 0) code = CURLE_PEER_FAILED_VERIFICATION;
   switch (code) {
     case CURLE_COULDNT_RESOLVE_HOST:
@@ -156,36 +143,40 @@ void Judge(CURLcode code, bool connected, CURL* easy, HttpResult* result) {
 
 class CurlTransport final : public HttpTransport {
  public:
-  CurlTransport(const HttpLimits& limits, const Clock* clock, OnBytes on_bytes, LoopWatch::Loop* loop)
+  CurlTransport(const Libcurl& curl, const HttpLimits& limits, const Clock* clock, OnBytes on_bytes,
+                LoopWatch::Loop* loop)
       : limits_(limits),
         clock_(clock),
         on_bytes_(std::move(on_bytes)),
         loop_(loop),
-        share_(curl_share_init()),
-        multi_(curl_multi_init()) {}
+        curl_(curl),
+        share_(curl_.curl_share_init(), {&curl_}),
+        multi_(curl_.curl_multi_init(), {&curl_}) {}
 
   ~CurlTransport() override {
-    for (auto& [id, exchange] : exchanges_) curl_multi_remove_handle(multi_.get(), exchange->easy.get());
+    for (auto& [id, exchange] : exchanges_)
+      curl_.curl_multi_remove_handle(multi_.get(), exchange->easy.get());
   }
 
   bool Init() {
     if (share_ == nullptr || multi_ == nullptr) return false;
-    curl_share_setopt(share_.get(), CURLSHOPT_SHARE, CURL_LOCK_DATA_DNS);
-    curl_share_setopt(share_.get(), CURLSHOPT_SHARE, CURL_LOCK_DATA_SSL_SESSION);
-    curl_multi_setopt(multi_.get(), CURLMOPT_MAXCONNECTS, static_cast<long>(limits_.kept_connections));
+    curl_.curl_share_setopt(share_.get(), CURLSHOPT_SHARE, CURL_LOCK_DATA_DNS);
+    curl_.curl_share_setopt(share_.get(), CURLSHOPT_SHARE, CURL_LOCK_DATA_SSL_SESSION);
+    curl_.curl_multi_setopt(multi_.get(), CURLMOPT_MAXCONNECTS, static_cast<long>(limits_.kept_connections));
     return true;
   }
 
   uint64_t Start(const HttpRequest& request, OnHeaders on_headers, OnDone done) override {
     auto exchange = std::make_unique<Exchange>();
     exchange->id = ++next_id_;
+    exchange->curl = &curl_;
     exchange->clock = clock_;
     exchange->on_bytes = &on_bytes_;
     exchange->on_headers = std::move(on_headers);
     exchange->done = std::move(done);
     exchange->form = request.form;
     exchange->last_progress = clock_->BootNanos();
-    exchange->easy.reset(curl_easy_init());
+    exchange->easy = {curl_.curl_easy_init(), {&curl_}};
     SetRequest(request, exchange.get());
     SetBehaviour(exchange.get());
     const uint64_t id = exchange->id;
@@ -199,67 +190,69 @@ class CurlTransport final : public HttpTransport {
   void Poll(uint64_t wait_nanos) override {
     for (const uint64_t id : std::exchange(starting_, {})) {
       const auto it = exchanges_.find(id);
-      if (it != exchanges_.end()) curl_multi_add_handle(multi_.get(), it->second->easy.get());
+      if (it != exchanges_.end()) curl_.curl_multi_add_handle(multi_.get(), it->second->easy.get());
     }
     int running = 0;
-    curl_multi_perform(multi_.get(), &running);
+    curl_.curl_multi_perform(multi_.get(), &running);
     if (FinishEnded() + FinishStalled() > 0 || !starting_.empty()) return;
     const uint64_t millis = std::min<uint64_t>((wait_nanos + 999'999) / 1'000'000, NextStallMillis());
     {
       LoopWatch::Pause waiting(loop_);
-      curl_multi_poll(multi_.get(), nullptr, 0, static_cast<int>(millis), nullptr);
+      curl_.curl_multi_poll(multi_.get(), nullptr, 0, static_cast<int>(millis), nullptr);
     }
-    curl_multi_perform(multi_.get(), &running);
+    curl_.curl_multi_perform(multi_.get(), &running);
     FinishEnded();
     FinishStalled();
   }
 
-  void Wake() override { curl_multi_wakeup(multi_.get()); }
+  void Wake() override { curl_.curl_multi_wakeup(multi_.get()); }
 
  private:
   void SetRequest(const HttpRequest& request, Exchange* exchange) {
     CURL* const easy = exchange->easy.get();
     curl_slist* list = nullptr;
-    if (!request.range.empty()) list = curl_slist_append(list, ("Range: " + request.range).c_str());
+    if (!request.range.empty()) list = curl_.curl_slist_append(list, ("Range: " + request.range).c_str());
     if (!request.authorization.empty()) {
-      list = curl_slist_append(list, ("Authorization: " + request.authorization).c_str());
+      list = curl_.curl_slist_append(list, ("Authorization: " + request.authorization).c_str());
     }
-    exchange->header_list.reset(list);
-    curl_easy_setopt(easy, CURLOPT_URL, request.url.c_str());
-    curl_easy_setopt(easy, CURLOPT_HTTPHEADER, list);
+    exchange->header_list = {list, {&curl_}};
+    curl_.curl_easy_setopt(easy, CURLOPT_URL, request.url.c_str());
+    curl_.curl_easy_setopt(easy, CURLOPT_HTTPHEADER, list);
     if (!exchange->form.empty()) {
-      curl_easy_setopt(easy, CURLOPT_POSTFIELDSIZE_LARGE, static_cast<curl_off_t>(exchange->form.size()));
-      curl_easy_setopt(easy, CURLOPT_POSTFIELDS, exchange->form.c_str());
+      curl_.curl_easy_setopt(easy, CURLOPT_POSTFIELDSIZE_LARGE,
+                             static_cast<curl_off_t>(exchange->form.size()));
+      curl_.curl_easy_setopt(easy, CURLOPT_POSTFIELDS, exchange->form.c_str());
     }
     if (!request.ca_file.empty()) {
-      curl_easy_setopt(easy, CURLOPT_CAINFO, request.ca_file.c_str());
-      curl_easy_setopt(easy, CURLOPT_CAPATH, nullptr);
+      curl_.curl_easy_setopt(easy, CURLOPT_CAINFO, request.ca_file.c_str());
+      curl_.curl_easy_setopt(easy, CURLOPT_CAPATH, nullptr);
     }
   }
 
   void SetBehaviour(Exchange* exchange) {
     CURL* const easy = exchange->easy.get();
-    curl_easy_setopt(easy, CURLOPT_PRIVATE, exchange);
-    curl_easy_setopt(easy, CURLOPT_SHARE, share_.get());
-    curl_easy_setopt(easy, CURLOPT_NOSIGNAL, 1L);
+    curl_.curl_easy_setopt(easy, CURLOPT_PRIVATE, exchange);
+    curl_.curl_easy_setopt(easy, CURLOPT_SHARE, share_.get());
+    curl_.curl_easy_setopt(easy, CURLOPT_NOSIGNAL, 1L);
     // A resolver thread that hangs in getaddrinfo must not be waited for when its exchange is given up.
-    curl_easy_setopt(easy, CURLOPT_QUICK_EXIT, 1L);
-    curl_easy_setopt(easy, CURLOPT_PROTOCOLS_STR, "http,https");
-    curl_easy_setopt(easy, CURLOPT_FOLLOWLOCATION, 0L);
-    curl_easy_setopt(easy, CURLOPT_HTTP_VERSION, static_cast<long>(CURL_HTTP_VERSION_2TLS));
-    curl_easy_setopt(easy, CURLOPT_SSLVERSION, static_cast<long>(CURL_SSLVERSION_TLSv1_2));
-    curl_easy_setopt(easy, CURLOPT_USERAGENT, kUserAgent);
-    curl_easy_setopt(easy, CURLOPT_SUPPRESS_CONNECT_HEADERS, 1L);
-    curl_easy_setopt(easy, CURLOPT_TCP_KEEPALIVE, 1L);
-    curl_easy_setopt(easy, CURLOPT_BUFFERSIZE, 256 * 1024L);
-    curl_easy_setopt(easy, CURLOPT_CONNECTTIMEOUT_MS,
-                     static_cast<long>(std::max<uint64_t>(limits_.connect_timeout_nanos / 1'000'000, 1)));
-    curl_easy_setopt(easy, CURLOPT_PREREQFUNCTION, OnPrerequest);
-    curl_easy_setopt(easy, CURLOPT_PREREQDATA, exchange);
-    curl_easy_setopt(easy, CURLOPT_HEADERFUNCTION, OnHeaderLine);
-    curl_easy_setopt(easy, CURLOPT_HEADERDATA, exchange);
-    curl_easy_setopt(easy, CURLOPT_WRITEFUNCTION, OnBody);
-    curl_easy_setopt(easy, CURLOPT_WRITEDATA, exchange);
+    curl_.curl_easy_setopt(easy, CURLOPT_QUICK_EXIT, 1L);
+    curl_.curl_easy_setopt(easy, CURLOPT_PROTOCOLS_STR, "http,https");
+    curl_.curl_easy_setopt(easy, CURLOPT_FOLLOWLOCATION, 0L);
+    curl_.curl_easy_setopt(easy, CURLOPT_HTTP_VERSION, static_cast<long>(CURL_HTTP_VERSION_2TLS));
+    curl_.curl_easy_setopt(easy, CURLOPT_SSLVERSION, static_cast<long>(CURL_SSLVERSION_TLSv1_2));
+    curl_.curl_easy_setopt(easy, CURLOPT_USERAGENT, kUserAgent);
+    curl_.curl_easy_setopt(easy, CURLOPT_SUPPRESS_CONNECT_HEADERS, 1L);
+    curl_.curl_easy_setopt(easy, CURLOPT_TCP_KEEPALIVE, 1L);
+    curl_.curl_easy_setopt(easy, CURLOPT_BUFFERSIZE, 256 * 1024L);
+    curl_.curl_easy_setopt(
+        easy, CURLOPT_CONNECTTIMEOUT_MS,
+        static_cast<long>(std::max<uint64_t>(limits_.connect_timeout_nanos / 1'000'000, 1)));
+    curl_.curl_easy_setopt(easy, CURLOPT_PREREQFUNCTION, OnPrerequest);
+    curl_.curl_easy_setopt(easy, CURLOPT_PREREQDATA, exchange);
+    curl_.curl_easy_setopt(easy, CURLOPT_HEADERFUNCTION, OnHeaderLine);
+    curl_.curl_easy_setopt(easy, CURLOPT_HEADERDATA, exchange);
+    curl_.curl_easy_setopt(easy, CURLOPT_WRITEFUNCTION, OnBody);
+    curl_.curl_easy_setopt(easy, CURLOPT_WRITEDATA, exchange);
   }
 
   std::unique_ptr<Exchange> Take(uint64_t id) {
@@ -267,7 +260,7 @@ class CurlTransport final : public HttpTransport {
     if (it == exchanges_.end()) return nullptr;
     std::unique_ptr<Exchange> exchange = std::move(it->second);
     exchanges_.erase(it);
-    curl_multi_remove_handle(multi_.get(), exchange->easy.get());
+    curl_.curl_multi_remove_handle(multi_.get(), exchange->easy.get());
     return exchange;
   }
 
@@ -282,10 +275,10 @@ class CurlTransport final : public HttpTransport {
     // Collected first: handlers start and cancel exchanges, which changes libcurl's list.
     std::vector<std::pair<uint64_t, CURLcode>> ended;
     int left = 0;
-    while (const CURLMsg* message = curl_multi_info_read(multi_.get(), &left)) {
+    while (const CURLMsg* message = curl_.curl_multi_info_read(multi_.get(), &left)) {
       if (message->msg != CURLMSG_DONE) continue;
       void* context = nullptr;
-      curl_easy_getinfo(message->easy_handle, CURLINFO_PRIVATE, &context);
+      curl_.curl_easy_getinfo(message->easy_handle, CURLINFO_PRIVATE, &context);
       ended.emplace_back(static_cast<Exchange*>(context)->id, message->data.result);
     }
     for (const auto& [id, code] : ended) {
@@ -295,7 +288,7 @@ class CurlTransport final : public HttpTransport {
       result.complete =
           result.answered && (code == CURLE_OK || exchange->stopped_by_plan || exchange->plan.discard);
       if (!result.complete) {
-        Judge(code == CURLE_OK ? CURLE_GOT_NOTHING : code, exchange->connected, exchange->easy.get(),
+        Judge(curl_, code == CURLE_OK ? CURLE_GOT_NOTHING : code, exchange->connected, exchange->easy.get(),
               &result);
       }
       if (result.complete && !exchange->plan.discard && result.body.size() < exchange->plan.take) {
@@ -345,9 +338,10 @@ class CurlTransport final : public HttpTransport {
   const Clock* const clock_;
   const OnBytes on_bytes_;
   LoopWatch::Loop* const loop_;
+  const Libcurl& curl_;
   // Destroyed in reverse order: easy handles, then the multi, then what they share.
-  const std::unique_ptr<CURLSH, ShareFreer> share_;
-  const std::unique_ptr<CURLM, MultiFreer> multi_;
+  const CurlHandle<CURLSH, &Libcurl::curl_share_cleanup> share_;
+  const CurlHandle<CURLM, &Libcurl::curl_multi_cleanup> multi_;
   std::map<uint64_t, std::unique_ptr<Exchange>> exchanges_;
   // Begun, not yet with libcurl: Start may be called from OnHeaders, where libcurl forbids adding.
   std::vector<uint64_t> starting_;
@@ -359,9 +353,8 @@ class CurlTransport final : public HttpTransport {
 absl::StatusOr<std::unique_ptr<HttpTransport>> HttpTransport::Create(const HttpLimits& limits,
                                                                      const Clock* clock, OnBytes on_bytes,
                                                                      LoopWatch::Loop* loop) {
-  static std::once_flag once;
-  std::call_once(once, [] { curl_global_init(CURL_GLOBAL_DEFAULT); });
-  auto transport = std::make_unique<CurlTransport>(limits, clock, std::move(on_bytes), loop);
+  HF_ASSIGN_OR_RETURN(const Libcurl* curl, LoadLibcurl());
+  auto transport = std::make_unique<CurlTransport>(*curl, limits, clock, std::move(on_bytes), loop);
   if (!transport->Init()) return Internal("libcurl cannot be set up");
   return std::unique_ptr<HttpTransport>(std::move(transport));
 }

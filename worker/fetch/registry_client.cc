@@ -3,11 +3,14 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <thread>
 #include <utility>
 
+#include "common/log.h"
 #include "common/mutex.h"
+#include "common/urgency.h"
 #include "glog/logging.h"
 #include "worker/fetch/fetch_engine.h"
 #include "worker/fetch/http_transport.h"
@@ -26,18 +29,17 @@ std::string DockerConfigPath(const ClientOptions& options) {
 // What the client and the sources it gave out share. Outlives the client's thread if a source is kept longer.
 class Core {
  public:
-  Core(const ClientOptions& options, std::unique_ptr<LoopWatch::Loop> loop,
-       std::unique_ptr<HttpTransport> transport, std::unique_ptr<FetchCounters> counters)
-      : options_(options),
-        counters_(std::move(counters)),
-        loop_(std::move(loop)),
-        transport_(std::move(transport)) {}
+  explicit Core(const ClientOptions& options)
+      : options_(options), loop_(LoopWatch::Add(options.watch, "fetch")) {}
 
   void Start() {
-    engine_ = std::make_unique<FetchEngine>(
-        options_, DockerConfigPath(options_), transport_.get(),
-        [this](std::function<void()> run) { Post(std::move(run)); }, counters_.get());
     thread_ = std::thread([this] { Run(); });
+  }
+
+  void Prepare() {
+    MutexLock lock(&mutex_);
+    wanted_ = true;
+    changed_.Signal();
   }
 
   void Stop() {
@@ -45,7 +47,7 @@ class Core {
       MutexLock lock(&mutex_);
       stopping_ = true;
     }
-    transport_->Wake();
+    Wake();
     thread_.join();
     loop_.reset();  // the watch need not live as long as the sources
   }
@@ -57,17 +59,16 @@ class Core {
       MutexLock lock(&mutex_);
       refused = stopping_;
       if (!refused) {
-        counters_->in_flight++;
+        counters_.in_flight++;
         jobs_.push_back(std::move(job));
       }
     }
     if (refused) return FailJob(job, Cancelled("the registry client is going away"));
-    transport_->Wake();
+    Wake();
   }
 
   FetchStats stats() const {
-    return {counters_->requests, counters_->bytes, counters_->failures, counters_->retries,
-            counters_->in_flight};
+    return {counters_.requests, counters_.bytes, counters_.failures, counters_.retries, counters_.in_flight};
   }
 
  private:
@@ -76,15 +77,23 @@ class Core {
       MutexLock lock(&mutex_);
       posted_.push_back(std::move(run));
     }
-    transport_->Wake();
+    Wake();
+  }
+
+  // Call it after what it is to see was put into an inbox.
+  void Wake() {
+    changed_.Signal();
+    if (HttpTransport* transport = running_.load()) transport->Wake();
   }
 
   void Run() {
+    LeaveUrgency();  // what is on the disk comes first, when a worker takes over
     // OpenSSL writes to sockets without MSG_NOSIGNAL, and CURLOPT_NOSIGNAL leaves SIGPIPE to us.
     sigset_t pipe;
     sigemptyset(&pipe);
     sigaddset(&pipe, SIGPIPE);
     pthread_sigmask(SIG_BLOCK, &pipe, nullptr);
+    if (!WaitForWork()) return;
     bool stop = false;
     LoopWatch::Turn turns(loop_.get());
     while (!stop) {
@@ -107,14 +116,64 @@ class Core {
     engine_.reset();
   }
 
+  // Until there is something to do and the means for it. False: told to stop.
+  bool WaitForWork() {
+    while (true) {
+      bool stop = false;
+      {
+        MutexLock lock(&mutex_);
+        while (!stopping_ && !wanted_ && jobs_.empty()) changed_.Wait(&mutex_);
+        wanted_ = false;
+        stop = stopping_;
+      }
+      const absl::Status opened = stop ? Cancelled("the registry client is going away") : Open();
+      if (opened.ok()) return true;
+      std::vector<FetchJob> jobs;
+      {
+        MutexLock lock(&mutex_);
+        jobs.swap(jobs_);
+      }
+      for (const FetchJob& job : jobs) {
+        counters_.failures++;
+        counters_.in_flight--;
+        FailJob(job, opened);
+      }
+      if (stop) return false;
+    }
+  }
+
+  // Loads libcurl; the next job tries again if that fails.
+  absl::Status Open() {
+    LoopWatch::Turn turn(loop_.get());
+    HttpLimits limits;
+    limits.connect_timeout_nanos = options_.connect_timeout_nanos;
+    limits.stall_timeout_nanos = options_.stall_timeout_nanos;
+    limits.kept_connections = options_.max_requests + options_.max_connections_per_host;
+    auto transport = HttpTransport::Create(
+        limits, options_.clock, [bytes = &counters_.bytes](uint64_t count) { *bytes += count; }, loop_.get());
+    if (!transport.ok()) {
+      LOG(ERROR) << "fetch.not_ready error=" << LogValue(FromAbsl(transport.status().message()));
+      return transport.status();
+    }
+    transport_ = *std::move(transport);
+    engine_ = std::make_unique<FetchEngine>(
+        options_, DockerConfigPath(options_), transport_.get(),
+        [this](std::function<void()> run) { Post(std::move(run)); }, &counters_);
+    running_ = transport_.get();
+    return absl::OkStatus();
+  }
+
   const ClientOptions options_;
-  const std::unique_ptr<FetchCounters> counters_;
+  FetchCounters counters_;
   std::unique_ptr<LoopWatch::Loop> loop_;
-  const std::unique_ptr<HttpTransport> transport_;
-  std::unique_ptr<FetchEngine> engine_;  // the thread's, once it runs
+  std::unique_ptr<HttpTransport> transport_;  // the thread's, but for Wake
+  std::atomic<HttpTransport*> running_{nullptr};
+  std::unique_ptr<FetchEngine> engine_;  // the thread's
   std::thread thread_;
   Mutex mutex_;
+  CondVar changed_;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  bool wanted_ ABSL_GUARDED_BY(mutex_) = false;
   std::vector<FetchJob> jobs_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::function<void()>> posted_ ABSL_GUARDED_BY(mutex_);
 };
@@ -138,6 +197,8 @@ class Client final : public RegistryClient {
  public:
   explicit Client(std::shared_ptr<Core> core) : core_(std::move(core)) {}
   ~Client() override { core_->Stop(); }
+
+  void Prepare() override { core_->Prepare(); }
 
   void FetchRange(const BlobRef& blob, uint64_t offset, uint64_t length, cache::Priority priority,
                   uint64_t deadline_boot_nanos,
@@ -164,17 +225,12 @@ class Client final : public RegistryClient {
 
 }  // namespace
 
+absl::Status RegistryClient::Check() {
+  return HttpTransport::Create({}, Clock::Real(), [](uint64_t) {}).status();
+}
+
 std::unique_ptr<RegistryClient> RegistryClient::Create(const ClientOptions& options) {
-  auto counters = std::make_unique<FetchCounters>();
-  HttpLimits limits;
-  limits.connect_timeout_nanos = options.connect_timeout_nanos;
-  limits.stall_timeout_nanos = options.stall_timeout_nanos;
-  limits.kept_connections = options.max_requests + options.max_connections_per_host;
-  std::unique_ptr<LoopWatch::Loop> loop = LoopWatch::Add(options.watch, "fetch");
-  absl::StatusOr<std::unique_ptr<HttpTransport>> transport = HttpTransport::Create(
-      limits, options.clock, [bytes = &counters->bytes](uint64_t count) { *bytes += count; }, loop.get());
-  CHECK(transport.ok()) << transport.status().ToString();
-  auto core = std::make_shared<Core>(options, std::move(loop), std::move(*transport), std::move(counters));
+  auto core = std::make_shared<Core>(options);
   core->Start();
   return std::make_unique<Client>(std::move(core));
 }

@@ -10,6 +10,9 @@
 // redirect anew once. 404 and 410 are final at once. A 200 to a range request is accepted and cut when the
 // blob is small, else refused.
 //
+// libcurl is loaded by the first request, or by Prepare: a worker that takes over serves what is cached
+// without it. Should that fail, every request fails with the reason.
+//
 // Thread safety: all methods. Callbacks run on the client's thread and must not block.
 #pragma once
 
@@ -72,6 +75,12 @@ class RegistryClient {
  public:
   virtual ~RegistryClient() = default;  // cancels what is in flight: callbacks get Cancelled
   static std::unique_ptr<RegistryClient> Create(const ClientOptions& options);
+  // Whether fetching can work on this machine: libcurl is there and starts.
+  static absl::Status Check();
+
+  // Loads libcurl now, beside everything else. Without it the first request does, and waits some
+  // milliseconds. If that fails, requests do, until it works.
+  virtual void Prepare() = 0;
 
   // As BlobSource::Fetch, for any blob.
   virtual void FetchRange(const BlobRef& blob, uint64_t offset, uint64_t length, cache::Priority priority,

@@ -1,45 +1,41 @@
 #include "worker/fetch/url.h"
 
 #include <arpa/inet.h>
-#include <curl/curl.h>
 
 #include <algorithm>
 #include <cctype>
-#include <memory>
 
 #include "absl/strings/escaping.h"
+#include "worker/fetch/libcurl.h"
 
 namespace holdfast::fetch {
 namespace {
 
-struct UrlFreer {
-  void operator()(CURLU* url) const { curl_url_cleanup(url); }
-};
-using UrlHandle = std::unique_ptr<CURLU, UrlFreer>;
+using UrlHandle = CurlHandle<CURLU, &Libcurl::curl_url_cleanup>;
 
-std::string Part(CURLU* url, CURLUPart part) {
+std::string Part(const Libcurl& curl, CURLU* url, CURLUPart part) {
   char* text = nullptr;
-  if (curl_url_get(url, part, &text, 0) != CURLUE_OK) return "";
+  if (curl.curl_url_get(url, part, &text, 0) != CURLUE_OK) return "";
   std::string value = text;
-  curl_free(text);
+  curl.curl_free(text);
   return value;
 }
 
-absl::StatusOr<Url> Finish(CURLU* handle) {
+absl::StatusOr<Url> Finish(const Libcurl& curl, CURLU* handle) {
   Url url;
-  url.scheme = Part(handle, CURLUPART_SCHEME);
+  url.scheme = Part(curl, handle, CURLUPART_SCHEME);
   if (url.scheme != "http" && url.scheme != "https") return InvalidArgument("URL is neither http nor https");
-  if (!Part(handle, CURLUPART_USER).empty() || !Part(handle, CURLUPART_PASSWORD).empty()) {
+  if (!Part(curl, handle, CURLUPART_USER).empty() || !Part(curl, handle, CURLUPART_PASSWORD).empty()) {
     return InvalidArgument("URL carries a user name or password");
   }
-  url.authority = Part(handle, CURLUPART_HOST);
+  url.authority = Part(curl, handle, CURLUPART_HOST);
   std::transform(url.authority.begin(), url.authority.end(), url.authority.begin(),
                  [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
   if (url.authority.empty()) return InvalidArgument("URL has no host");
-  const std::string port = Part(handle, CURLUPART_PORT);
+  const std::string port = Part(curl, handle, CURLUPART_PORT);
   if (!port.empty() && port != (url.scheme == "http" ? "80" : "443")) url.authority += ":" + port;
-  curl_url_set(handle, CURLUPART_FRAGMENT, nullptr, 0);
-  url.full = Part(handle, CURLUPART_URL);
+  curl.curl_url_set(handle, CURLUPART_FRAGMENT, nullptr, 0);
+  url.full = Part(curl, handle, CURLUPART_URL);
   return url;
 }
 
@@ -50,11 +46,12 @@ bool HasControl(const std::string& text) {
 absl::StatusOr<Url> Parse(const std::string* base, const std::string& text) {
   if (text.size() > 16384 || HasControl(text))
     return InvalidArgument("URL is too long or has control characters");
-  UrlHandle handle(curl_url());
-  if (base != nullptr) curl_url_set(handle.get(), CURLUPART_URL, base->c_str(), 0);
-  if (curl_url_set(handle.get(), CURLUPART_URL, text.c_str(), 0) != CURLUE_OK)
+  HF_ASSIGN_OR_RETURN(const Libcurl* curl, LoadLibcurl());
+  UrlHandle handle(curl->curl_url(), {curl});
+  if (base != nullptr) curl->curl_url_set(handle.get(), CURLUPART_URL, base->c_str(), 0);
+  if (curl->curl_url_set(handle.get(), CURLUPART_URL, text.c_str(), 0) != CURLUE_OK)
     return InvalidArgument("not a URL");
-  return Finish(handle.get());
+  return Finish(*curl, handle.get());
 }
 
 }  // namespace

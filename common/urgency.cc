@@ -1,0 +1,114 @@
+#include "common/urgency.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <stdlib.h>
+
+#include <filesystem>
+#include <functional>
+#include <string>
+#include <system_error>
+
+namespace holdfast {
+namespace {
+
+constexpr int kPriority = 1;
+
+bool IsRoundRobin(pid_t thread) { return (sched_getscheduler(thread) & ~SCHED_RESET_ON_FORK) == SCHED_RR; }
+
+// Of a thread; 0: the calling one.
+bool Set(pid_t thread, int policy, int priority) {
+  sched_param param{};
+  param.sched_priority = priority;
+  return sched_setscheduler(thread, policy, &param) == 0;
+}
+
+absl::Status Refused(int error) { return ErrnoStatus(error, "real-time scheduling (SCHED_RR)"); }
+
+void ForEachThread(const std::function<void(pid_t)>& call) {
+  std::error_code ignored;  // of threads that end meanwhile
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/task", ignored)) {
+    call(static_cast<pid_t>(atoi(entry.path().filename().c_str())));
+  }
+}
+
+absl::Status BecomeUrgentProcess() {
+  if (!Set(0, SCHED_RR, kPriority)) return Refused(errno);
+  ForEachThread([](pid_t thread) { Set(thread, SCHED_RR, kPriority); });
+  return absl::OkStatus();
+}
+
+// Until a pass finds none: an urgent thread may make others while we look.
+void LeaveUrgencyProcess() {
+  LeaveUrgency();
+  bool found = true;
+  while (found) {
+    found = false;
+    ForEachThread([&found](pid_t thread) {
+      if (IsRoundRobin(thread)) found |= Set(thread, SCHED_OTHER, 0);
+    });
+  }
+}
+
+}  // namespace
+
+bool IsUrgent() { return IsRoundRobin(0); }
+
+absl::Status BecomeUrgent() {
+  return Set(0, SCHED_RR | SCHED_RESET_ON_FORK, kPriority) ? absl::OkStatus() : Refused(errno);
+}
+
+void LeaveUrgency() {
+  // Only the privileged may take the flag away; it does no harm.
+  if (IsUrgent()) Set(0, SCHED_OTHER | (sched_getscheduler(0) & SCHED_RESET_ON_FORK), 0);
+}
+
+UrgentChildren::UrgentChildren() : policy_(sched_getscheduler(0)) {
+  sched_param param{};
+  sched_getparam(0, &param);
+  priority_ = param.sched_priority;
+  Set(0, SCHED_RR, kPriority);
+}
+
+UrgentChildren::~UrgentChildren() { Set(0, policy_, priority_); }
+
+UrgentTime::~UrgentTime() {
+  EndIn(std::chrono::milliseconds(0));
+  std::thread ending;
+  {
+    MutexLock lock(&mutex_);
+    ending.swap(thread_);
+  }
+  if (ending.joinable()) ending.join();
+}
+
+absl::Status UrgentTime::Begin(std::chrono::milliseconds limit) {
+  MutexLock lock(&mutex_);
+  end_ = std::chrono::steady_clock::now() + limit;
+  changed_.Signal();
+  if (running_) return absl::OkStatus();
+  if (!IsUrgent()) {
+    absl::Status status = BecomeUrgentProcess();
+    if (!status.ok()) return status;
+  }
+  if (thread_.joinable()) thread_.join();  // it has done its work, and takes no lock any more
+  running_ = true;
+  thread_ = std::thread([this] { Run(); });
+  return absl::OkStatus();
+}
+
+void UrgentTime::EndIn(std::chrono::milliseconds time) {
+  MutexLock lock(&mutex_);
+  end_ = std::chrono::steady_clock::now() + time;
+  changed_.Signal();
+}
+
+void UrgentTime::Run() {
+  MutexLock lock(&mutex_);
+  while (std::chrono::steady_clock::now() < end_)
+    changed_.WaitUntil(&mutex_, std::chrono::steady_clock::time_point(end_));
+  LeaveUrgencyProcess();
+  running_ = false;
+}
+
+}  // namespace holdfast

@@ -1,0 +1,72 @@
+// Real-time scheduling for the few milliseconds of a takeover. When a worker has died, everything that reads
+// from its mounts waits; on a busy machine the supervisor that has to notice it and the successor that has to
+// start would queue behind all other work, several times in a row (docs/adr/0005 has the figures). So both
+// run in SCHED_RR at the lowest priority, 1: before ordinary threads, behind every other real-time thread,
+// and among themselves in turns, so that none starves the other.
+//
+// Who is urgent: the supervisor's main thread, always; it does little. A worker from its exec (when nobody
+// serves) or from being told to serve, until soon after it serves: UrgentTime ends it in any case.
+//
+// How it fails: the kernel refuses it without CAP_SYS_NICE (or RLIMIT_RTPRIO), and in control groups that
+// have no real-time budget (CONFIG_RT_GROUP_SCHED). Then everything goes on in ordinary threads, on a busy
+// machine later. To give up urgency is never refused. A thread that spins in spite of all gets 95 % of a
+// processor (kernel.sched_rt_runtime_us), until the turn of UrgentTime's thread comes.
+#pragma once
+
+#include <chrono>
+#include <thread>
+
+#include "common/mutex.h"
+#include "common/status.h"
+
+namespace holdfast {
+
+// Whether the calling thread is.
+bool IsUrgent();
+
+// Makes the calling thread urgent; the threads and processes that it makes are ordinary.
+absl::Status BecomeUrgent();
+
+// Makes the calling thread ordinary, and what it makes from now on.
+void LeaveUrgency();
+
+// While it lives the calling thread is urgent, and so are processes and threads that it makes. Refused, it
+// changes nothing.
+class UrgentChildren {
+ public:
+  UrgentChildren();
+  ~UrgentChildren();
+  UrgentChildren(const UrgentChildren&) = delete;
+  UrgentChildren& operator=(const UrgentChildren&) = delete;
+
+ private:
+  const int policy_;  // as it was
+  int priority_ = 0;
+};
+
+// Urgency of this whole process, for a limited time: of its threads and what they make. It ends from a thread
+// of its own that waits for nobody's lock or loop, so no fault elsewhere keeps it. Thread-safe.
+class UrgentTime {
+ public:
+  UrgentTime() = default;
+  ~UrgentTime();  // ends it
+  UrgentTime(const UrgentTime&) = delete;
+  UrgentTime& operator=(const UrgentTime&) = delete;
+
+  // Ends it after `limit`. A process that was started urgent is not made so again: threads that have left
+  // urgency stay ordinary.
+  absl::Status Begin(std::chrono::milliseconds limit);
+  // Ends it after `time`, which may be later or earlier than said before. Nothing if it has ended.
+  void EndIn(std::chrono::milliseconds time);
+
+ private:
+  void Run();
+
+  Mutex mutex_;
+  CondVar changed_;
+  bool running_ ABSL_GUARDED_BY(mutex_) = false;
+  std::chrono::steady_clock::time_point end_ ABSL_GUARDED_BY(mutex_);
+  std::thread thread_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace holdfast

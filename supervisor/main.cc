@@ -15,6 +15,7 @@
 
 #include "common/log.h"
 #include "common/unix_socket.h"
+#include "common/urgency.h"
 #include "glog/logging.h"
 #include "supervisor/options.h"
 #include "supervisor/rpc.h"
@@ -48,6 +49,10 @@ absl::StatusOr<Resources> Prepare(const Options& options, FdStore* store, FaultP
     listener = std::make_shared<UniqueFd>(std::move(fresh));
   }
   std::vector<std::string> warnings = MachineWarnings();
+  if (absl::Status urgent = BecomeUrgent(); !urgent.ok()) {
+    warnings.push_back("on a busy machine a dead worker is replaced late: " +
+                       std::string(FromAbsl(urgent.message())));
+  }
   for (const std::string& text : warnings) LOG(WARNING) << "event=machine_warning text=" << LogValue(text);
   return Resources{std::move(state_dir),
                    std::move(listener),

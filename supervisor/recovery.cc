@@ -275,6 +275,7 @@ void Supervisor::Reattach(Generation generation, schema::Hello::Reader hello,
   }
   worker->client = kj::mv(worker_client);
   worker->admin = kj::mv(admin);
+  WatchThread(worker, static_cast<pid_t>(hello.getThread()));
   if (generation == takeover_->owner) takeover_->holds_metadata = holds_metadata;
   LOG(INFO) << "event=reattached generation=" << generation << " pid=" << worker->pid
             << " holds_metadata=" << holds_metadata;

@@ -8,7 +8,7 @@
 namespace holdfast::supervisor {
 
 absl::StatusOr<WorkerChild> Spawn(const Executable& executable, const std::vector<std::string>& args,
-                                  const std::string& token) {
+                                  const std::string& token, bool urgent) {
   int ends[2];
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) return ErrnoStatus(errno, "socketpair");
   WorkerChild child;
@@ -19,7 +19,8 @@ absl::StatusOr<WorkerChild> Spawn(const Executable& executable, const std::vecto
       .program = executable.file.get(),
       .argv = {"holdfast-worker"},
       .environment = EnvironmentWithout({"HOLDFAST_TOKEN=", "NOTIFY_SOCKET=", "LISTEN_", "WATCHDOG_"}),
-      .descriptors = {{child_end.get(), kWorkerSocket}}};
+      .descriptors = {{child_end.get(), kWorkerSocket}},
+      .urgent = urgent};
   spec.argv.insert(spec.argv.end(), args.begin(), args.end());
   spec.environment.push_back("HOLDFAST_TOKEN=" + token);
   HF_ASSIGN_OR_RETURN(child.process, StartProcess(spec));

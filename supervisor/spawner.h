@@ -24,8 +24,8 @@ struct WorkerChild {
 inline constexpr int kWorkerSocket = 3;
 
 // Starts it with HOLDFAST_TOKEN=<token>, our descriptors 0, 1 and 2, and the socket. The service manager's
-// variables are left out.
+// variables are left out. `urgent`: reads wait for it (common/urgency.h).
 absl::StatusOr<WorkerChild> Spawn(const Executable& executable, const std::vector<std::string>& args,
-                                  const std::string& token);
+                                  const std::string& token, bool urgent);
 
 }  // namespace holdfast::supervisor

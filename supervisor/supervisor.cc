@@ -1,6 +1,7 @@
 #include "supervisor/supervisor.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <sys/syscall.h>
@@ -276,7 +277,9 @@ void Supervisor::SpawnWorker(Generation generation, Binary binary) {
   absl::Status status = [&]() -> absl::Status {
     HF_RETURN_IF_ERROR(ledgers_.Create(generation).status());
     worker->token = absl::BytesToHexString(RandomBytes(32));
-    HF_ASSIGN_OR_RETURN(WorkerChild child, Spawn(*worker->executable, options_.worker_args, worker->token));
+    bool urgent = state_.owner == 0 && generation == state_.successor;
+    HF_ASSIGN_OR_RETURN(WorkerChild child,
+                        Spawn(*worker->executable, options_.worker_args, worker->token, urgent));
     worker->pid = child.process.pid;
     worker->pidfd = std::move(child.process.pidfd);
     worker->start_ticks = ProcessStartTicks(worker->pid).value_or(0);
@@ -316,6 +319,25 @@ void Supervisor::WatchExit(WorkerProcess* worker) {
   tasks_.add(worker->exit_observer->whenBecomesReadable().then([this, generation] { OnExit(generation); }));
 }
 
+// All threads end with the process, but the last one has to give back memory and descriptors, which takes
+// milliseconds; only then does the connection end. Kernels before 6.9 cannot tell of a thread.
+void Supervisor::WatchThread(WorkerProcess* worker, pid_t thread) {
+  if (syscall(SYS_tgkill, worker->pid, thread, 0) != 0) return;
+  worker->thread.Reset(static_cast<int>(syscall(SYS_pidfd_open, thread, O_EXCL)));  // PIDFD_THREAD
+  if (!worker->thread.valid()) return;
+  worker->thread_observer = kj::heap<kj::UnixEventPort::FdObserver>(
+      io_->unixEventPort, worker->thread.get(), kj::UnixEventPort::FdObserver::OBSERVE_READ);
+  Generation generation = worker->generation;
+  tasks_.add(worker->thread_observer->whenBecomesReadable().then(
+      [this, generation] { OnDisconnected(generation, "its threads ended"); }));
+}
+
+// Answers may still come from a worker that is known to be dead.
+bool Supervisor::IsLost(Generation generation) {
+  WorkerProcess* worker = Find(generation);
+  return worker == nullptr || worker->disconnected;
+}
+
 void Supervisor::CallWorker(const Action& action, uint64_t waited_ms) {
   Generation generation = action.generation;
   Call call = action.call;
@@ -342,7 +364,7 @@ void Supervisor::CallWorker(const Action& action, uint64_t waited_ms) {
   if (worker->client == nullptr) return;
   auto failed = [this, generation, call](kj::Exception&& exception) {
     // A broken connection is a death, and told as one.
-    if (exception.getType() == kj::Exception::Type::DISCONNECTED) return;
+    if (exception.getType() == kj::Exception::Type::DISCONNECTED || IsLost(generation)) return;
     std::string why = Describe(exception);
     LOG(WARNING) << "event=call_failed generation=" << generation << " call=" << CallName(call)
                  << " error=" << LogValue(why);
@@ -463,6 +485,7 @@ void Supervisor::EndVerifier() {
 }
 
 void Supervisor::OnCallDone(Generation generation, Call call) {
+  if (IsLost(generation)) return;
   if (call == Call::kServe && reads_stopped_boot_nanos_ != 0) {
     swap_.pause_nanos = clock_->BootNanos() - reads_stopped_boot_nanos_;
     carried_over_total_ += swap_.carried_over;
@@ -523,14 +546,14 @@ void Supervisor::NoteDeath(WorkerProcess* worker, const std::string& reason) {
              << " phase=" << PhaseName(state_.phase);
 }
 
-void Supervisor::OnDisconnected(Generation generation) {
+void Supervisor::OnDisconnected(Generation generation, const char* how) {
   WorkerProcess* worker = Find(generation);
   if (worker == nullptr || worker->disconnected) return;
   worker->disconnected = true;
   if (worker->retired) return;  // it may need its time to exit
-  NoteDeath(worker, "its connection ended");
+  NoteDeath(worker, how);
   KillWorker(generation);
-  Dispatch({.type = EventType::kDied, .generation = generation, .reason = "its connection ended"});
+  Dispatch({.type = EventType::kDied, .generation = generation, .reason = how});
 }
 
 void Supervisor::OnExit(Generation generation) {
@@ -585,6 +608,7 @@ void Supervisor::Register(Generation generation, schema::Hello::Reader hello,
   worker->admin = kj::mv(admin);
   worker->build = hello.getBuild().cStr();
   worker->capabilities = common;
+  WatchThread(worker, static_cast<pid_t>(hello.getThread()));
   SaveWorker(*worker);
   if (SharedFd state = journal_.ReadOnlyState()) welcome.setState(MakeDescriptor(std::move(state)));
   welcome.setControlSocket(options_.control_socket.c_str());

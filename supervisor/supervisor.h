@@ -58,8 +58,8 @@ struct WorkerProcess {
   std::string token;  // hexadecimal
   pid_t pid = 0;
   uint64_t start_ticks = 0;
-  UniqueFd pidfd;
-  kj::Own<kj::UnixEventPort::FdObserver> exit_observer;
+  UniqueFd pidfd, thread;  // `thread`: a pidfd, too; of Hello.thread
+  kj::Own<kj::UnixEventPort::FdObserver> exit_observer, thread_observer;
   kj::Own<kj::AsyncCapabilityStream> stream;
   kj::Own<capnp::TwoPartyClient> connection;
   kj::Maybe<schema::Worker::Client> client;  // once registered
@@ -188,6 +188,8 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void SaveWorker(const WorkerProcess& worker);
   void SaveLivingWorkers();
   void WatchExit(WorkerProcess* worker);
+  void WatchThread(WorkerProcess* worker, pid_t thread);
+  bool IsLost(Generation generation);
 
   // The machine's events and actions.
   void Dispatch(Event event);
@@ -218,7 +220,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void TellExited(Generation generation, Generation exited);
   void KillWorker(Generation generation);
   void ArmTimer(uint64_t milliseconds);
-  void OnDisconnected(Generation generation);
+  void OnDisconnected(Generation generation, const char* how = "its connection ended");
   void OnExit(Generation generation);
   void NoteDeath(WorkerProcess* worker, const std::string& reason);
   void FinishSwap(const std::string& result);

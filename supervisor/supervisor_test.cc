@@ -1,12 +1,14 @@
 // The supervisor as a process, with real mounts and the fake worker.
 #include <fcntl.h>
 #include <linux/fuse.h>
+#include <sched.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -371,11 +373,79 @@ TEST(SupervisorTest, ADeadWorkersBinaryIsStartedFromThePrivateCopyWhenTheOrigina
   EXPECT_EQ(harness.WaitPhase("running").Worker("owner").executable, before.Worker("owner").executable);
 }
 
+// Only the connection tells on kernels that do not know PIDFD_THREAD.
+bool KernelTellsOfThreads() {
+  UniqueFd thread(static_cast<int>(syscall(SYS_pidfd_open, gettid(), O_EXCL)));
+  return thread.valid();
+}
+
+TEST(SupervisorTest, AWorkersDeathIsSeenByItsThreadBeforeItsConnectionEnds) {
+  Harness harness;
+  harness.Start({}, "thread");
+  const WorkerView worker = harness.WaitPhase("running").Worker("owner");
+  // Ends the thread alone: the connection and the process would live on.
+  ASSERT_EQ(kill(worker.pid, SIGUSR1), 0);
+  if (!KernelTellsOfThreads()) {
+    EXPECT_EQ(harness.WaitPhase("running").Worker("owner").pid, worker.pid);
+    return;
+  }
+  ASSERT_TRUE(Eventually([&] { return harness.Status().swap_result == "done"; }));
+  const StatusView after = harness.WaitPhase("running");
+  EXPECT_EQ(after.crashes, 1u);
+  EXPECT_NE(after.Worker("owner").pid, worker.pid);
+  EXPECT_TRUE(Eventually([&] { return kill(worker.pid, 0) != 0; })) << "it is killed, as any that is lost";
+}
+
+int Policy(pid_t pid) { return sched_getscheduler(pid); }
+
+TEST(SupervisorTest, TheSupervisorAndAWorkerThatReadsWaitForAreUrgentAndNobodyElse) {
+  Harness harness;
+  harness.Start({"--spare"}, "urgent");
+  StatusView status = harness.WaitPhase("running");
+  const bool permitted = Policy(harness.pid()) == (SCHED_RR | SCHED_RESET_ON_FORK);
+  const int urgent = permitted ? SCHED_RR : SCHED_OTHER;
+  for (const std::string& text : status.warnings) {
+    EXPECT_TRUE(!permitted || text.find("SCHED_RR") == std::string::npos) << text;
+  }
+  EXPECT_EQ(Policy(status.Worker("owner").pid), urgent) << "nobody served before it";
+  ASSERT_TRUE(Eventually([&] { return harness.Status().spare == "ready"; }));
+  status = harness.Status();
+  EXPECT_EQ(Policy(status.Worker("spare").pid), SCHED_OTHER);
+  bool changed = false;
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("urgent"), true, &changed), "");
+  EXPECT_EQ(Policy(harness.WaitPhase("running").Worker("owner").pid), SCHED_OTHER) << "a candidate";
+}
+
+TEST(SupervisorTest, AfterACrashTheNextWorkerIsUrgentToo) {
+  Harness harness;
+  harness.Start({}, "urgent");
+  const pid_t first = harness.WaitPhase("running").Worker("owner").pid;
+  ASSERT_EQ(kill(first, SIGKILL), 0);
+  ASSERT_TRUE(Eventually([&] { return harness.Status().swap_result == "done"; }));
+  const pid_t next = harness.WaitPhase("running").Worker("owner").pid;
+  EXPECT_EQ(Policy(next), Policy(harness.pid()) & ~SCHED_RESET_ON_FORK);
+}
+
+TEST(SupervisorTest, WhereRealTimeSchedulingIsRefusedStatusSaysSoAndAWorkerIsReplacedAllTheSame) {
+  Harness harness;
+  harness.RefuseUrgency();
+  harness.Start({}, "urgent");
+  const StatusView status = harness.WaitPhase("running");
+  EXPECT_EQ(Policy(harness.pid()), SCHED_OTHER);
+  EXPECT_EQ(Policy(status.Worker("owner").pid), SCHED_OTHER);
+  ASSERT_EQ(status.warnings.size(), 1u);
+  EXPECT_NE(status.warnings[0].find("SCHED_RR"), std::string::npos) << status.warnings[0];
+  ASSERT_EQ(kill(status.Worker("owner").pid, SIGKILL), 0);
+  ASSERT_TRUE(Eventually([&] { return harness.Status().swap_result == "done"; }));
+}
+
 TEST(SupervisorTest, WithoutMetadataReadsGoOnAndItIsTriedAgain) {
   Harness harness;
   harness.Start({}, "fail-take");
   StatusView status = harness.WaitPhase("no-metadata");
-  EXPECT_EQ(status.warnings.size(), 1u);
+  EXPECT_EQ(std::count_if(status.warnings.begin(), status.warnings.end(),
+                          [](const std::string& text) { return text.find("metadata") != std::string::npos; }),
+            1);
   EXPECT_EQ(status.Worker("owner").build, "fake fail-take");
   bool changed = false;
   EXPECT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "") << "an upgrade is the way out";

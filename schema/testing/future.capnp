@@ -25,9 +25,10 @@ struct Hello {
   build @1 :Text;
   token @2 :Data;
   pid @3 :UInt32;
-  futureFlag @4 :Bool;
-  futureNumber @5 :UInt64;
-  futureMore @6 :More;
+  thread @4 :UInt32;
+  futureFlag @5 :Bool;
+  futureNumber @6 :UInt64;
+  futureMore @7 :More;
 }
 
 struct Welcome {

@@ -32,6 +32,7 @@
 
 #include "common/clock.h"
 #include "common/io.h"
+#include "common/urgency.h"
 #include "schema/control.capnp.h"
 #include "schema/handover.capnp.h"
 #include "schema/ledger.h"
@@ -688,6 +689,22 @@ class AdminServer final : public FakeAdmin::Server {
   Context& c_;
 };
 
+// Lives until a SIGUSR1, unlike the process.
+uint32_t StartThread() {
+  sigset_t told;
+  sigemptyset(&told);
+  sigaddset(&told, SIGUSR1);
+  pthread_sigmask(SIG_BLOCK, &told, nullptr);
+  static std::atomic<pid_t> id{0};
+  std::thread([told] {
+    id = gettid();
+    int signal = 0;
+    sigwait(&told, &signal);
+  }).detach();
+  while (id == 0) sched_yield();
+  return static_cast<uint32_t>(id);
+}
+
 void FillHello(const Context& c, const std::string& token, schema::Hello::Builder hello) {
   uint64_t capabilities = schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER;
   if (c.mode != "no-reattach") capabilities |= schema::CAP_REATTACH;
@@ -697,6 +714,7 @@ void FillHello(const Context& c, const std::string& token, schema::Hello::Builde
   hello.setBuild("fake " + c.mode);
   hello.setToken(kj::arrayPtr(reinterpret_cast<const kj::byte*>(token.data()), token.size()));
   hello.setPid(static_cast<uint32_t>(getpid()));
+  if (c.mode == "thread") hello.setThread(StartThread());
 }
 
 // The supervisor is gone: serves on, and tries until the next one takes it. One that does not want it ends
@@ -753,6 +771,7 @@ void NoteInherited() {
 int Run() {
   Context c;
   if (c.mode == "exit") return 3;
+  if (c.mode != "urgent") LeaveUrgency();
   auto io = kj::setupAsyncIo();
   c.timer = &io.provider->getTimer();
   c.io = &io;

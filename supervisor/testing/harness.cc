@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -146,6 +147,7 @@ pid_t Harness::Launch(const std::vector<std::string>& args, int output) {
       dup2(output, 1);
       dup2(output, 2);
     }
+    if (urgency_refused_) prctl(PR_CAPBSET_DROP, CAP_SYS_NICE);  // also from root's next program
     if (!faults_.empty()) setenv("HOLDFAST_SUPERVISOR_FAULTS", faults_.c_str(), 1);
     if (manager_ != nullptr) manager_->PrepareChild();
     execv(argv[0], argv.data());

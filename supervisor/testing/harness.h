@@ -81,6 +81,8 @@ class Harness {
   ServiceManager& UseServiceManager();
   ServiceManager& manager() { return *manager_; }
   bool LogContains(const std::string& text) const;  // of all supervisors of this test
+  // The supervisors started from now on may not use real-time scheduling.
+  void RefuseUrgency() { urgency_refused_ = true; }
   // HOLDFAST_SUPERVISOR_FAULTS of the supervisors started from now on.
   void SetFaults(const std::string& faults) { faults_ = faults; }
   // With the arguments of the last Start(). Does not wait for the worker.
@@ -127,6 +129,7 @@ class Harness {
   int made_ = 0;
   std::vector<std::string> args_;
   std::string faults_;
+  bool urgency_refused_ = false;
   std::unique_ptr<ServiceManager> manager_;
   kj::Own<kj::AsyncCapabilityStream> stream_;
   kj::Own<capnp::TwoPartyClient> client_;

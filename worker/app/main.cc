@@ -1,9 +1,11 @@
 // holdfast-worker: serves container layers lazily. Started by holdfast-supervisor, never by hand.
 #include <fcntl.h>
 #include <pthread.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +13,7 @@
 #include <utility>
 
 #include "common/log.h"
+#include "common/urgency.h"
 #include "glog/logging.h"
 #include "worker/app/build_info.h"
 #include "worker/app/config.h"
@@ -40,6 +43,8 @@ Exit codes: 0 ended in good order, 1 failed (the last line on standard error say
 constexpr uint64_t kCapabilities = handover::kCapServeReads | handover::kCapMetadataHandover |
                                    handover::kCapPrepare | handover::kCapTrial | handover::kCapHealth |
                                    handover::kCapReattach;
+
+constexpr rlim_t kHighDescriptor = 16'383;  // above those of 5,000 mounts; a table of 128 KiB
 
 enum ExitCode { kDone = 0, kFailed = 1, kUsageError = 2 };
 
@@ -77,6 +82,22 @@ void RaiseDescriptorLimit() {
   if (setrlimit(RLIMIT_NOFILE, &limit) != 0) PLOG(WARNING) << "worker.descriptor_limit";
 }
 
+// Moves the socket to a high number. A dying process closes its descriptors in the order of their numbers,
+// but what ends with its last descriptor is ended in the reverse order: the socket at 3, by whose end the
+// supervisor notices the death on kernels before 6.9, would be the last of all (docs/adr/0006). While there
+// is one thread only: see ReserveDescriptors. False: there is no such socket.
+bool MoveUp(UniqueFd* socket) {
+  rlimit limit{};
+  if (fcntl(socket->get(), F_GETFD) < 0 || getrlimit(RLIMIT_NOFILE, &limit) != 0) {
+    socket->Release();
+    return false;
+  }
+  const int high = static_cast<int>(std::min<rlim_t>(limit.rlim_cur, kHighDescriptor + 1)) - 1;
+  UniqueFd moved(fcntl(socket->get(), F_DUPFD_CLOEXEC, high));
+  if (moved.valid()) *socket = std::move(moved);  // else it stays: the supervisor notices later
+  return true;
+}
+
 // SIGTERM and SIGINT are taken by the main thread only; writing to a closed socket is an error, not a death.
 sigset_t PrepareSignals() {
   signal(SIGPIPE, SIG_IGN);
@@ -102,13 +123,19 @@ int Fail(const absl::Status& status) {
 }
 
 int Serve(const Arguments& arguments) {
-  const sigset_t signals = PrepareSignals();
-  InstallStackDump();
+  UniqueFd socket(handover::kSupervisorFd);
   RaiseDescriptorLimit();
+  // Before there are threads: see MoveUp.
+  const bool started = MoveUp(&socket);
+  const sigset_t signals = PrepareSignals();
+  // In RR by the supervisor, when reads wait for us. Nothing here is longer in it than this.
+  UrgentTime urgency;
+  if (IsUrgent()) urgency.Begin(kUrgentAtMost).IgnoreError();
+  InstallStackDump();
   absl::StatusOr<Config> config = LoadConfig(arguments.config);
   if (!config.ok()) return Fail(config.status());
   const char* token = getenv("HOLDFAST_TOKEN");
-  if (token == nullptr || fcntl(handover::kSupervisorFd, F_GETFD) < 0) {
+  if (token == nullptr || !started) {
     return Fail(FailedPrecondition("not started by holdfast-supervisor (see --help)"));
   }
   Worker::Options options;
@@ -120,13 +147,13 @@ int Serve(const Arguments& arguments) {
     options.fault_spec = *std::move(spec);
   }
   options.build = BuildName();
+  options.urgency = &urgency;
   options.exit = [](int code) { ExitNow(code); };
   absl::StatusOr<std::unique_ptr<Worker>> worker = Worker::Create(options);
   if (!worker.ok()) return Fail(worker.status());
 
   if (absl::Status fault = (*worker)->BeforeRegister(); !fault.ok()) return Fail(fault);
-  auto link = handover::SupervisorLink::Connect(UniqueFd(handover::kSupervisorFd),
-                                                {token, BuildName(), kCapabilities});
+  auto link = handover::SupervisorLink::Connect(std::move(socket), {token, BuildName(), kCapabilities});
   if (!link.ok()) return Fail(link.status());
   unsetenv("HOLDFAST_TOKEN");  // credential helpers that we run need not see it
   absl::Status running = (*worker)->Run(std::move(*link));
@@ -144,6 +171,7 @@ int Serve(const Arguments& arguments) {
 }
 
 int Main(int argc, char** argv) {
+  prctl(PR_SET_NAME, "holdfast-worker");  // it was started by descriptor, and its name would be that number
   InitLogging(argv[0]);
   Arguments arguments;
   if (!ParseArguments(argc, argv, &arguments)) return kUsageError;

@@ -24,6 +24,7 @@ namespace {
 using std::chrono::milliseconds;
 
 constexpr milliseconds kHousekeeping{200};
+constexpr milliseconds kUrgentServing{200};
 constexpr uint64_t kFlushEveryNanos = 5'000'000'000;
 constexpr uint64_t kMetadataLockWaitNanos = 5'000'000'000;
 constexpr milliseconds kDrainLimit{570'000};         // short of the supervisor's limit of 10 minutes
@@ -146,6 +147,7 @@ absl::Status Worker::Run(std::unique_ptr<handover::SupervisorLink> link) {
   link_->Start(this, this);
   // Reads do not wait for gRPC to start, nor for the processor that it keeps busy meanwhile; TakeMetadata
   // does.
+  LeaveUrgency();
   {
     const auto limit = std::chrono::steady_clock::now() + std::chrono::nanoseconds(options_.api_wait_nanos);
     MutexLock lock(&mutex_);
@@ -315,11 +317,21 @@ absl::Status Worker::Prepare() {
   prepared_ = true;
   layers_->OpenAhead(kOpenAheadNanos);
   Ready();
+  client_->Prepare();
   LOG(INFO) << "worker.prepared generation=" << generation_ << " mounts=" << served.size();
   return absl::OkStatus();
 }
 
 absl::Status Worker::Serve(bool trial, UniqueFd touched) {
+  // Reads wait for this. Refused, it goes on without; the supervisor has told so.
+  if (options_.urgency != nullptr) options_.urgency->Begin(kUrgentAtMost).IgnoreError();
+  absl::Status status = TakeOverReads(trial, std::move(touched));
+  // What has piled up is answered first.
+  if (options_.urgency != nullptr) options_.urgency->EndIn(kUrgentServing);
+  return status;
+}
+
+absl::Status Worker::TakeOverReads(bool trial, UniqueFd touched) {
   TraceSpan span(&trace_, "worker.serve", "generation=" + std::to_string(generation_));
   HF_RETURN_IF_ERROR(PassFault(faults_, "worker.serve"));
   const uint64_t begin = clock_->BootNanos();
@@ -698,6 +710,7 @@ void Worker::Housekeeping() {
       Refresh();
       next_refresh = clock_->BootNanos() + options_.refresh_nanos;
     }
+    if (served_) client_->Prepare();
     ReportDrained();
     LoopWatch::Turn turn(housekeeping_loop_.get());
     if (!ended.empty()) layers_->ForgetMounts(ended);

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -30,6 +31,7 @@
 #include "common/mutex.h"
 #include "common/status.h"
 #include "common/trace.h"
+#include "common/urgency.h"
 #include "worker/api/snapshot_service.h"
 #include "worker/app/config.h"
 #include "worker/app/layer_files.h"
@@ -45,6 +47,10 @@
 
 namespace holdfast::app {
 
+// The longest that a worker is urgent (common/urgency.h): from its start, and once more from being told to
+// serve.
+inline constexpr std::chrono::milliseconds kUrgentAtMost{5'000};
+
 class Worker final : public handover::WorkerActions, public handover::AdminActions {
  public:
   struct Options {
@@ -58,6 +64,7 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
     // How long the snapshots API waits with its start for Prepare or Serve, which usually follow at once.
     int64_t api_wait_nanos = 100'000'000;
     std::string oom_score_file = "/proc/self/oom_score_adj";  // set to 0 when told to serve
+    UrgentTime* urgency = nullptr;                            // outlives the worker
     // Ends the process: the worker has retired (0) or has nothing left to do. Called once, on any thread.
     std::function<void(int exit_code)> exit;
   };
@@ -123,6 +130,7 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   absl::Status UseVaultId(const std::string& vault_id);
   uint64_t PoolAgeNanos() const;
   absl::Status AdoptLedgers();
+  absl::Status TakeOverReads(bool trial, UniqueFd touched);
   absl::Status OpenMetadata();
   void CloseMetadata();
   void Housekeeping();

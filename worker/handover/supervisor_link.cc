@@ -247,6 +247,7 @@ void LinkImpl::FillHello(schema::Hello::Builder hello) const {
   hello.setBuild(identity_.build.c_str());
   hello.setToken(Bytes(identity_.token));
   hello.setPid(static_cast<uint32_t>(getpid()));
+  hello.setThread(static_cast<uint32_t>(gettid()));  // the event loop's
 }
 
 kj::Promise<void> LinkImpl::SendHello() {

@@ -28,7 +28,9 @@ NAMESPACE = """
     NetworkNamespacePath IPCNamespacePath JoinsNamespaceOf BindPaths BindReadOnlyPaths TemporaryFileSystem MountFlags
     MountAPIVFS MountImages ExtensionImages ExtensionDirectories RootDirectory RootImage RootHash LogNamespace LoadCredential
     LoadCredentialEncrypted SetCredential SetCredentialEncrypted""".split()
-OTHER = "DevicePolicy DeviceAllow RuntimeDirectory User Group MemoryMax MemoryHigh WatchdogSec RuntimeMaxSec".split()
+OTHER = """
+    DevicePolicy DeviceAllow RuntimeDirectory User Group MemoryMax MemoryHigh WatchdogSec RuntimeMaxSec
+    RestrictRealtime CapabilityBoundingSet LimitRTPRIO LimitRTTIME""".split()
 
 
 def parse(text):

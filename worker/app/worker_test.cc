@@ -4,6 +4,7 @@
 
 #include <fcntl.h>
 #include <linux/fuse.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -18,10 +19,12 @@
 #include <cstring>
 #include <filesystem>
 #include <functional>
+#include <future>
 #include <thread>
 
 #include "common/clock.h"
 #include "common/io.h"
+#include "common/urgency.h"
 #include "gtest/gtest.h"
 #include "schema/ledger.h"
 #include "schema/touched.h"
@@ -98,6 +101,7 @@ struct Vault {
   std::vector<uint64_t> old_ledgers ABSL_GUARDED_BY(mutex);
   std::atomic<bool> open{false};  // the worker takes calls
   std::atomic<bool> lost{false};
+  std::atomic<bool> asked_urgently{false};  // the last who asked for mounts
   UniqueFd device;
 
   handover::MountEntry Entry(uint64_t id) {
@@ -133,6 +137,7 @@ class FakeLink final : public handover::SupervisorLink {
   void Start(handover::WorkerActions*, handover::AdminActions*) override { vault_.open = true; }
   absl::StatusOr<std::vector<handover::MountEntry>> ListMounts(uint64_t after) override {
     if (vault_.lost) return Unavailable("the supervisor is gone");
+    vault_.asked_urgently = IsUrgent();
     std::vector<uint64_t> ids;
     {
       MutexLock lock(&vault_.mutex);
@@ -241,6 +246,7 @@ class WorkerTest : public ::testing::Test {
   Worker::Options options_;
   std::atomic<int> exit_code_{-1}, ends_{0};
   std::unique_ptr<handover::SupervisorLink> link_;  // until it is given to the worker
+  UrgentTime urgency_;
   std::unique_ptr<Worker> worker_;
 };
 
@@ -481,6 +487,27 @@ TEST_F(WorkerTest, TheTableOfDescriptorsHasItsSizeBeforeThereAreThreads) {
   int status = -1;
   ASSERT_EQ(waitpid(child, &status, 0), child);
   EXPECT_EQ(status, 0);
+}
+
+int UrgentThreads() {
+  int urgent = 0;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/task")) {
+    const pid_t thread = std::stoi(entry.path().filename());
+    urgent += (sched_getscheduler(thread) & ~SCHED_RESET_ON_FORK) == SCHED_RR;
+  }
+  return urgent;
+}
+
+TEST_F(WorkerTest, WhatReadsWaitForIsUrgentAndSoonAfterItNoThreadIs) {
+  vault_.Put(1, 1);
+  options_.urgency = &urgency_;
+  Start();
+  EXPECT_EQ(UrgentThreads(), 0) << "nobody waits for a worker that is ready";
+  ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  // Where the kernel refuses it, to serve works all the same.
+  const bool permitted = std::async(std::launch::async, [] { return BecomeUrgent().ok(); }).get();
+  EXPECT_EQ(vault_.asked_urgently, permitted);
+  while (UrgentThreads() != 0) usleep(1000);
 }
 
 TEST_F(WorkerTest, NoThreadHidesFromTheSignalThatShowsItsStack) {

@@ -298,7 +298,9 @@ void Trial::NewGone() {
 
 // Its end of the connection to the supervisor says something, or is shut down.
 void Trial::Disturb(pid_t pid, const std::string& bytes) {
-  auto socket = Borrow(pid, 3);
+  // The worker has moved it to the highest number (docs/adr/0006).
+  const std::vector<int> sockets = DescriptorsTo(pid, "socket:");
+  auto socket = Borrow(pid, sockets.empty() ? -1 : *std::max_element(sockets.begin(), sockets.end()));
   Expect(socket.ok(), "its socket could not be borrowed: " + socket.status().ToString());
   if (!socket.ok()) return;
   if (bytes.empty()) {

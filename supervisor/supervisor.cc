@@ -453,15 +453,15 @@ kj::Promise<std::string> Supervisor::Rehearse(schema::Worker::Client candidate) 
 
 // The end of a worker is told as its death; that of the verifier is a failure.
 kj::Promise<std::string> Supervisor::Judged(kj::Promise<std::string> verdict) {
-  return verdict.catch_([this](kj::Exception&& exception) -> kj::Promise<std::string> {
+  return verdict.catch_([this](kj::Exception&& exception) -> std::string {
     auto lives = [this](Generation generation) {
       WorkerProcess* worker = Find(generation);
       return worker != nullptr && worker->dead_since_boot_nanos == 0;
     };
     bool disconnected = exception.getType() == kj::Exception::Type::DISCONNECTED;
     if (disconnected && lives(state_.successor) && (state_.owner == 0 || lives(state_.owner)))
-      return Failed("the verifier died: " + Describe(exception));
-    return kj::mv(exception);
+      kj::throwFatalException(Failed("the verifier died: " + Describe(exception)));
+    kj::throwFatalException(kj::mv(exception));
   });
 }
 

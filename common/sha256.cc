@@ -1,5 +1,9 @@
 #include "common/sha256.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
 #include <unistd.h>
 
 #include <algorithm>
@@ -25,9 +29,9 @@ uint32_t LoadBig(const uint8_t* p) {
   return (uint32_t{p[0]} << 24) | (uint32_t{p[1]} << 16) | (uint32_t{p[2]} << 8) | uint32_t{p[3]};
 }
 
-}  // namespace
+using State = std::array<uint32_t, 8>;
 
-void Sha256::Block(const uint8_t* block) {
+void PortableBlock(State* state, const uint8_t* block) {
   std::array<uint32_t, 64> w;
   for (size_t i = 0; i < 16; i++) w[i] = LoadBig(block + 4 * i);
   for (size_t i = 16; i < 64; i++) {
@@ -35,7 +39,7 @@ void Sha256::Block(const uint8_t* block) {
     uint32_t s1 = std::rotr(w[i - 2], 17) ^ std::rotr(w[i - 2], 19) ^ (w[i - 2] >> 10);
     w[i] = w[i - 16] + s0 + w[i - 7] + s1;
   }
-  auto [a, b, c, d, e, f, g, h] = state_;
+  auto [a, b, c, d, e, f, g, h] = *state;
   for (size_t i = 0; i < 64; i++) {
     uint32_t s1 = std::rotr(e, 6) ^ std::rotr(e, 11) ^ std::rotr(e, 25);
     uint32_t t1 = h + s1 + ((e & f) ^ (~e & g)) + kRound[i] + w[i];
@@ -51,13 +55,77 @@ void Sha256::Block(const uint8_t* block) {
     a = t1 + t2;
   }
   const std::array<uint32_t, 8> add = {a, b, c, d, e, f, g, h};
-  for (size_t i = 0; i < 8; i++) state_[i] += add[i];
+  for (size_t i = 0; i < 8; i++) (*state)[i] += add[i];
 }
+
+#if defined(__x86_64__)
+// Leaf 7 of CPUID: SHA is bit 29 of EBX. What the code below needs besides came into processors before it.
+bool HasShaInstructions() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (ebx & (1u << 29)) != 0;
+}
+
+// Intel SDM, "Intel SHA Extensions": the state lies in two registers as {f, e, b, a} and {h, g, d, c}, lowest
+// word first; each step does four rounds, with four words of the message schedule.
+__attribute__((target("sha,ssse3,sse4.1"))) void ShaBlock(State* state, const uint8_t* block) {
+  auto load = [](const void* at) __attribute__((target("sse4.1"))) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(at));
+  };
+  const __m128i big_endian = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
+  const State& s = *state;
+  auto word = [&](size_t i) { return static_cast<int>(s[i]); };
+  __m128i abef = _mm_set_epi32(word(0), word(1), word(4), word(5));
+  __m128i cdgh = _mm_set_epi32(word(2), word(3), word(6), word(7));
+  const __m128i abef_before = abef, cdgh_before = cdgh;
+  __m128i w[4];
+  for (size_t step = 0; step < 16; step++) {
+    __m128i& now = w[step % 4];  // the words of four steps ago
+    if (step < 4) {
+      now = _mm_shuffle_epi8(load(block + 16 * step), big_endian);
+    } else {
+      const __m128i last = w[(step + 3) % 4];
+      const __m128i seven_ago = _mm_alignr_epi8(last, w[(step + 2) % 4], 4);
+      now = _mm_add_epi32(_mm_sha256msg1_epu32(now, w[(step + 1) % 4]), seven_ago);
+      now = _mm_sha256msg2_epu32(now, last);
+    }
+    const __m128i sum = _mm_add_epi32(now, load(&kRound[4 * step]));
+    cdgh = _mm_sha256rnds2_epu32(cdgh, abef, sum);
+    abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(sum, 0x0e));
+  }
+  abef = _mm_add_epi32(abef, abef_before);
+  cdgh = _mm_add_epi32(cdgh, cdgh_before);
+  alignas(16) std::array<uint32_t, 4> upper, lower;
+  _mm_store_si128(reinterpret_cast<__m128i*>(upper.data()), abef);
+  _mm_store_si128(reinterpret_cast<__m128i*>(lower.data()), cdgh);
+  *state = {upper[3], upper[2], lower[3], lower[2], upper[1], upper[0], lower[1], lower[0]};
+}
+#else
+bool HasShaInstructions() { return false; }
+void ShaBlock(State* state, const uint8_t* block) { PortableBlock(state, block); }
+#endif
+
+}  // namespace
+
+Sha256::Sha256(Code code) : fast_(code == Code::kFastest && HasSha()) {}
+
+bool Sha256::HasSha() {
+  static const bool has = HasShaInstructions();
+  return has;
+}
+
+void Sha256::Block(const uint8_t* block) { fast_ ? ShaBlock(&state_, block) : PortableBlock(&state_, block); }
 
 void Sha256::Update(const void* data, size_t size) {
   const auto* in = static_cast<const uint8_t*>(data);
   while (size > 0) {
     size_t used = total_bytes_ % 64;
+    if (used == 0 && size >= 64) {
+      Block(in);
+      total_bytes_ += 64;
+      in += 64;
+      size -= 64;
+      continue;
+    }
     size_t take = std::min(size, 64 - used);
     std::memcpy(buffer_.data() + used, in, take);
     total_bytes_ += take;

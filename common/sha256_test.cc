@@ -1,12 +1,15 @@
 #include "common/sha256.h"
 
+#include <iostream>
+#include <random>
+
 #include "gtest/gtest.h"
 
 namespace holdfast {
 namespace {
 
-std::string Hash(const std::string& text) {
-  Sha256 hash;
+std::string Hash(const std::string& text, Sha256::Code code = Sha256::Code::kFastest) {
+  Sha256 hash(code);
   hash.Update(text.data(), text.size());
   return hash.FinishHex();
 }
@@ -19,6 +22,16 @@ TEST(Sha256Test, MatchesThePublishedVectors) {
             "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
   EXPECT_EQ(Hash(std::string(1'000'000, 'a')),
             "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
+}
+
+TEST(Sha256Test, ThePortableCodeAndTheProcessorsGiveTheSameDigests) {
+  if (!Sha256::HasSha()) std::cout << "this processor has no SHA instructions: the same code twice\n";
+  std::mt19937_64 random(7);
+  for (size_t length = 0; length < 600; ++length) {
+    std::string text(length, '\0');
+    for (char& byte : text) byte = static_cast<char>(random());
+    ASSERT_EQ(Hash(text), Hash(text, Sha256::Code::kPortable)) << length;
+  }
 }
 
 TEST(Sha256Test, PiecesAndTheWholeGiveTheSameDigest) {

@@ -697,7 +697,9 @@ kj::Promise<RollbackReadiness> Supervisor::CheckRollback() {
   auto tested = kj::evalNow([&] {
     auto task = verifiers_.Begin();
     auto request = task->client().selfTestRequest();
-    request.setExecutable(MakeDescriptor(SharedFd(target, const_cast<UniqueFd*>(&target->file))));
+    auto program = DupFd(target->file.get());
+    if (!program.ok()) Throw(program.status());
+    request.setExecutable(MakeDescriptor(std::move(*program)));
     using Results = capnp::Response<schema::Verifier::SelfTestResults>;
     auto result = request.send().then([target](Results&& results) {
       return RollbackReadiness{results.getPassed(), target->sha256, results.getOutput().cStr()};

@@ -83,6 +83,15 @@ def libraries(programs: list[Path]) -> set[Path]:
     return found
 
 
+def loaded_later() -> list[Path]:
+    """What the worker loads when it first needs it (worker/fetch/libcurl.h)."""
+    known = subprocess.run(["/sbin/ldconfig", "-p"], check=True, capture_output=True, text=True).stdout
+    paths = re.findall(r"libcurl\.so\.4 .*=> (\S+)", known)
+    if not paths:
+        raise SystemExit("libcurl.so.4 is missing: scripts/install-deps")
+    return [Path(paths[0])]
+
+
 def make_initramfs(target: Path, kernel: Path, programs: list[Path], folder: Path) -> None:
     archive = Cpio(target)
     for name in ("proc", "sys", "dev", "tmp", "run", "var"):
@@ -96,7 +105,8 @@ def make_initramfs(target: Path, kernel: Path, programs: list[Path], folder: Pat
         stripped = folder / program.name
         subprocess.run(["strip", "-o", stripped, program], check=True)
         archive.add(f"bin/{program.name}", stripped.read_bytes())
-    for library in sorted(libraries(programs)):
+    late = loaded_later()
+    for library in sorted({*libraries([*programs, *late]), *late}):
         archive.add(str(library).lstrip("/"), library.read_bytes())
     # getaddrinfo and getpwuid ask these; glibc loads no module for `files`.
     archive.add("etc/nsswitch.conf", b"passwd: files\nhosts: files\n", 0o100644)

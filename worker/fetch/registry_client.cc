@@ -18,6 +18,8 @@
 namespace holdfast::fetch {
 namespace {
 
+constexpr double kNotReadySeconds = 10;  // between two lines of the log
+
 constexpr uint64_t kDefaultTimeNanos = 60'000'000'000;
 
 std::string DockerConfigPath(const ClientOptions& options) {
@@ -152,7 +154,9 @@ class Core {
     auto transport = HttpTransport::Create(
         limits, options_.clock, [bytes = &counters_.bytes](uint64_t count) { *bytes += count; }, loop_.get());
     if (!transport.ok()) {
-      LOG(ERROR) << "fetch.not_ready error=" << LogValue(FromAbsl(transport.status().message()));
+      // It is tried again several times a second.
+      LOG_EVERY_T(ERROR, kNotReadySeconds)
+          << "fetch.not_ready error=" << LogValue(FromAbsl(transport.status().message()));
       return transport.status();
     }
     transport_ = *std::move(transport);

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <functional>
@@ -25,29 +26,34 @@ bool Set(pid_t thread, int policy, int priority) {
 
 absl::Status Refused(int error) { return ErrnoStatus(error, "real-time scheduling (SCHED_RR)"); }
 
-void ForEachThread(const std::function<void(pid_t)>& call) {
+void ForEachThread(const std::string& process, const std::function<void(pid_t)>& call) {
   std::error_code ignored;  // of threads that end meanwhile
-  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/task", ignored)) {
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/" + process + "/task", ignored)) {
     call(static_cast<pid_t>(atoi(entry.path().filename().c_str())));
   }
 }
 
 absl::Status BecomeUrgentProcess() {
   if (!Set(0, SCHED_RR, kPriority)) return Refused(errno);
-  ForEachThread([](pid_t thread) { Set(thread, SCHED_RR, kPriority); });
+  ForEachThread("self", [](pid_t thread) { Set(thread, SCHED_RR, kPriority); });
   return absl::OkStatus();
 }
 
 // Until a pass finds none: an urgent thread may make others while we look.
-void LeaveUrgencyProcess() {
-  LeaveUrgency();
+void EndUrgency(const std::string& process, pid_t except) {
   bool found = true;
   while (found) {
     found = false;
-    ForEachThread([&found](pid_t thread) {
-      if (IsRoundRobin(thread)) found |= Set(thread, SCHED_OTHER, 0);
+    ForEachThread(process, [&found, except](pid_t thread) {
+      if (thread != except && IsRoundRobin(thread)) found |= Set(thread, SCHED_OTHER, 0);
     });
   }
+}
+
+// The calling thread last: as an ordinary one it would have to wait for those that it is to stop.
+void LeaveUrgencyProcess() {
+  EndUrgency("self", gettid());
+  LeaveUrgency();
 }
 
 }  // namespace
@@ -62,6 +68,8 @@ void LeaveUrgency() {
   // Only the privileged may take the flag away; it does no harm.
   if (IsUrgent()) Set(0, SCHED_OTHER | (sched_getscheduler(0) & SCHED_RESET_ON_FORK), 0);
 }
+
+void EndUrgencyOf(pid_t process) { EndUrgency(std::to_string(process), 0); }
 
 UrgentChildren::UrgentChildren() : policy_(sched_getscheduler(0)) {
   sched_param param{};

@@ -13,6 +13,8 @@
 // processor (kernel.sched_rt_runtime_us), until the turn of UrgentTime's thread comes.
 #pragma once
 
+#include <sys/types.h>
+
 #include <chrono>
 #include <thread>
 
@@ -29,6 +31,9 @@ absl::Status BecomeUrgent();
 
 // Makes the calling thread ordinary, and what it makes from now on.
 void LeaveUrgency();
+
+// Makes all threads of another process ordinary, as far as that is permitted.
+void EndUrgencyOf(pid_t process);
 
 // While it lives the calling thread is urgent, and so are processes and threads that it makes. Refused, it
 // changes nothing.

@@ -81,7 +81,8 @@ absl::StatusOr<SharedFd> ControlListener(const Options& options, FdStore* store,
 }
 
 // The next supervisor goes on from what is saved already: worker, mounts and sockets stay as they are.
-[[noreturn]] void LeaveToNext(FdStore* store) {
+[[noreturn]] void LeaveToNext(Supervisor* supervisor, FdStore* store) {
+  supervisor->SaveLivingWorkersNow();
   LOG(INFO) << "event=left_to_next";
   sd_notify(0, "STOPPING=1");
   store->Flush(kFlushMillis);
@@ -102,7 +103,7 @@ absl::StatusOr<SharedFd> ControlListener(const Options& options, FdStore* store,
   auto serving = ServeControl(&supervisor, listener.get()).eagerlyEvaluate([](kj::Exception&& exception) {
     LOG(ERROR) << "event=control_ended error=" << LogValue(exception.getDescription().cStr());
   });
-  auto left = io.unixEventPort.onSignal(SIGTERM).then([&](siginfo_t) { LeaveToNext(store); });
+  auto left = io.unixEventPort.onSignal(SIGTERM).then([&](siginfo_t) { LeaveToNext(&supervisor, store); });
   left = left.eagerlyEvaluate(nullptr);
   auto told = io.unixEventPort.onSignal(SIGINT).then([&](siginfo_t info) {
     sd_notify(0, "STOPPING=1");

@@ -553,14 +553,7 @@ void Supervisor::SaveLivingWorkers() {
   if (takeover_ != nullptr || living_saving_) return;
   living_saving_ = true;
   living_changed_ = false;
-  std::vector<LivingWorker> living;
-  for (const auto& [generation, worker] : workers_) {
-    bool comes_back = (worker->capabilities & schema::CAP_REATTACH) != 0;
-    if (comes_back && !worker->exited && !worker->killed && !worker->retired) {
-      living.push_back({generation, worker->start_ticks, worker->pid});
-    }
-  }
-  auto saved = Offload<absl::Status>([path = WorkersPath(options_.state_dir), living = std::move(living)] {
+  auto saved = Offload<absl::Status>([path = WorkersPath(options_.state_dir), living = LivingWorkers()] {
     return WriteLivingWorkers(path, living);
   });
   tasks_.add(saved.then([this](kj::Own<absl::Status>&& status) {
@@ -568,6 +561,22 @@ void Supervisor::SaveLivingWorkers() {
     living_saving_ = false;
     if (living_changed_) SaveLivingWorkers();
   }));
+}
+
+void Supervisor::SaveLivingWorkersNow() {
+  if (takeover_ == nullptr)
+    WriteLivingWorkers(WorkersPath(options_.state_dir), LivingWorkers()).IgnoreError();
+}
+
+std::vector<LivingWorker> Supervisor::LivingWorkers() const {
+  std::vector<LivingWorker> living;
+  for (const auto& [generation, worker] : workers_) {
+    bool comes_back = (worker->capabilities & schema::CAP_REATTACH) != 0;
+    if (comes_back && !worker->exited && !worker->killed && !worker->retired) {
+      living.push_back({generation, worker->start_ticks, worker->pid});
+    }
+  }
+  return living;
 }
 
 }  // namespace holdfast::supervisor

@@ -7,11 +7,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <filesystem>
 #include <utility>
 
 #include "absl/strings/escaping.h"
 #include "common/log.h"
 #include "common/sealed_memory.h"
+#include "common/urgency.h"
 #include "glog/logging.h"
 #include "schema/touched.h"
 #include "supervisor/rpc.h"
@@ -24,6 +26,8 @@ constexpr uint64_t kMountingPollMillis = 5, kMountingMillis = 10'000;
 constexpr uint64_t kGonePollMillis = 1'000;
 constexpr uint64_t kDistrustSeconds = 180;
 constexpr char kCanaryFolder[] = "/supervisor/canary";  // in the state folder
+constexpr uint64_t kUrgentMillis = 6'000;               // above a worker's own limit
+constexpr uint64_t kSelfTestMillis = 5'500;             // above the verifier's own limit
 constexpr int kStoreMillis = 1'000;  // a busy service manager delays a mount this long, not longer
 
 constexpr uint64_t kNeeded = schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER;
@@ -88,7 +92,7 @@ Supervisor::Supervisor(const Options& options, Resources resources, kj::AsyncIoC
       generations_(std::move(resources.generations)),
       running_(std::move(resources.executable)),
       last_good_(std::move(resources.last_good)),
-      verifiers_(io, options_.verifier),
+      verifiers_(io, options_.verifier, [this] { RemoveCanaries(); }),
       tasks_(*this) {
   state_.probation = RunsUnproven();
   takeover_->fds = std::move(resources.fds);
@@ -281,6 +285,7 @@ void Supervisor::SpawnWorker(Generation generation, Binary binary) {
     HF_ASSIGN_OR_RETURN(WorkerChild child,
                         Spawn(*worker->executable, options_.worker_args, worker->token, urgent));
     worker->pid = child.process.pid;
+    if (urgent) LimitUrgency(generation);
     worker->pidfd = std::move(child.process.pidfd);
     worker->start_ticks = ProcessStartTicks(worker->pid).value_or(0);
     // Before it is given anything: it cannot register before we are back on the loop.
@@ -297,6 +302,14 @@ void Supervisor::SpawnWorker(Generation generation, Binary binary) {
   LOG(INFO) << "event=spawned generation=" << generation << " pid=" << worker->pid
             << " executable=" << worker->executable->sha256 << " candidate=" << upgrade;
   workers_[generation] = std::move(worker);
+}
+
+// It ends by itself, but for builds that know nothing of it, and those that come to nothing.
+void Supervisor::LimitUrgency(Generation generation) {
+  tasks_.add(timer_.afterDelay(kUrgentMillis * kj::MILLISECONDS).then([this, generation] {
+    WorkerProcess* worker = Find(generation);
+    if (worker != nullptr && !worker->exited) EndUrgencyOf(worker->pid);
+  }));
 }
 
 void Supervisor::Connect(WorkerProcess* worker, UniqueFd socket) {
@@ -473,12 +486,13 @@ kj::Promise<std::string> Supervisor::ProbeLive(Generation generation) {
       request.send().then([](Results&& results) { return std::string(results.getSummary().cStr()); }));
 }
 
-// What it was killed over may have left canaries mounted.
-void Supervisor::EndVerifier() {
-  if (verifier_ == nullptr) return;
-  verifier_ = nullptr;
+// What a verifier that is gone has left; those of the next swap are made long after this.
+void Supervisor::RemoveCanaries() {
+  if (verifier_ != nullptr) return;
   auto removed = Offload<int>([folder = options_.state_dir + kCanaryFolder] {
     RemoveStaleMounts(folder).status().IgnoreError();
+    std::error_code none;
+    for (const auto& entry : std::filesystem::directory_iterator(folder, none)) rmdir(entry.path().c_str());
     return 0;
   });
   tasks_.add(removed.ignoreResult());
@@ -577,7 +591,7 @@ WorkerProcess* Supervisor::Find(Generation generation) {
 }
 
 void Supervisor::FinishSwap(const std::string& result) {
-  EndVerifier();
+  verifier_ = nullptr;
   if (swap_.kind == "none" || swap_.result != "running") return;
   swap_.result = result;
   swap_.finished_wall_nanos = clock_->WallNanos();
@@ -704,7 +718,7 @@ kj::Promise<RollbackReadiness> Supervisor::CheckRollback() {
     auto result = request.send().then([target](Results&& results) {
       return RollbackReadiness{results.getPassed(), target->sha256, results.getOutput().cStr()};
     });
-    return result.attach(kj::mv(task));
+    return timer_.timeoutAfter(kSelfTestMillis * kj::MILLISECONDS, result.attach(kj::mv(task)));
   });
   return tested.catch_([target](kj::Exception&& exception) {
     return RollbackReadiness{false, target->sha256, Describe(exception)};

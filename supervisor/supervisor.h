@@ -130,6 +130,8 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   kj::Promise<void> Run();
   // Takes all mounts out of the tree (what is in use lives on as long as its server), ends the workers.
   void Stop(const std::string& reason);
+  // Before the process leaves all to the next one.
+  void SaveLivingWorkersNow();
   // Last: kills what is left.
   void KillRemaining();
 
@@ -187,6 +189,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void SaveMachine();
   void SaveWorker(const WorkerProcess& worker);
   void SaveLivingWorkers();
+  std::vector<LivingWorker> LivingWorkers() const;
   void WatchExit(WorkerProcess* worker);
   void WatchThread(WorkerProcess* worker, pid_t thread);
   bool IsLost(Generation generation);
@@ -209,13 +212,14 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void Report(const SwapStep& step, bool done);
   void Connect(WorkerProcess* worker, UniqueFd socket);
   void CallWorker(const Action& action, uint64_t waited_ms = 0);
+  void LimitUrgency(Generation generation);
   void LimitRetirement(Generation generation);
   kj::Promise<void> SendCall(WorkerProcess* worker, const Action& action);
   kj::Promise<void> ServeOnTrial(WorkerProcess* worker);
   kj::Promise<std::string> Rehearse(schema::Worker::Client candidate);
   kj::Promise<std::string> ProbeLive(Generation generation);
   kj::Promise<std::string> Judged(kj::Promise<std::string> verdict);
-  void EndVerifier();
+  void RemoveCanaries();
   void OnCallDone(Generation generation, Call call);
   void TellExited(Generation generation, Generation exited);
   void KillWorker(Generation generation);

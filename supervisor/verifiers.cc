@@ -78,6 +78,7 @@ kj::Own<Verifiers::Task> Verifiers::Begin() {
     child->ended = true;
     child->exit = nullptr;
     children_.erase(child);
+    on_exit_();
   }));
   return kj::heap<Task>(
       child,

@@ -10,6 +10,7 @@
 #include <kj/async-io.h>
 #include <kj/async-unix.h>
 
+#include <functional>
 #include <memory>
 #include <set>
 #include <string>
@@ -46,8 +47,13 @@ class Verifiers final : private kj::TaskSet::ErrorHandler {
   };
 
   // `program`: its path. What is there is started: an upgrade of the package brings newer checks, too.
-  Verifiers(kj::AsyncIoContext* io, std::string program)
-      : io_(*io), timer_(io->provider->getTimer()), program_(std::move(program)), tasks_(*this) {}
+  // `on_exit`: whenever one is gone.
+  Verifiers(kj::AsyncIoContext* io, std::string program, std::function<void()> on_exit)
+      : io_(*io),
+        timer_(io->provider->getTimer()),
+        program_(std::move(program)),
+        on_exit_(std::move(on_exit)),
+        tasks_(*this) {}
   ~Verifiers() noexcept;
 
   // Throws, with a reason for people.
@@ -60,6 +66,7 @@ class Verifiers final : private kj::TaskSet::ErrorHandler {
   kj::AsyncIoContext& io_;
   kj::Timer& timer_;
   const std::string program_;
+  const std::function<void()> on_exit_;
   std::set<std::shared_ptr<Child>> children_;  // not reaped yet
   kj::TaskSet tasks_;                          // last: cancelled first
 };

@@ -91,7 +91,8 @@ class Mounts final : public schema::MountView::Server {
 
 class VerifiersTest : public ::testing::Test {
  protected:
-  VerifiersTest() : io_(kj::setupAsyncIo()), verifiers_(&io_, Bin("holdfast-verifier")) {}
+  VerifiersTest()
+      : io_(kj::setupAsyncIo()), verifiers_(&io_, Bin("holdfast-verifier"), [this] { ++gone_; }) {}
   ~VerifiersTest() noexcept override {
     RemoveStaleMounts(dir_.path()).status().IgnoreError();
     devices_.clear();
@@ -123,6 +124,7 @@ class VerifiersTest : public ::testing::Test {
   TempDir dir_;
   std::list<UniqueFd> devices_;
   uint64_t last_id_ = 100;
+  int gone_ = 0;
   kj::AsyncIoContext io_;
   Verifiers verifiers_;
 };
@@ -137,6 +139,7 @@ TEST_F(VerifiersTest, OneIsStartedForATaskAndIsGoneAfterIt) {
     EXPECT_EQ(Children().size(), 1u);
   }
   EXPECT_TRUE(Eventually([&] { return Children().empty(); }));
+  EXPECT_EQ(gone_, 1);
 }
 
 TEST_F(VerifiersTest, ThoseThatCannotDieBlockNothingUntilTheyAreThreeAndAreReapedWhenTheyCan) {

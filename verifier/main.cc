@@ -9,6 +9,7 @@
 #include <iostream>
 #include <memory>
 
+#include "common/io.h"
 #include "common/log.h"
 #include "common/offload.h"
 #include "schema/rpc.h"
@@ -67,6 +68,10 @@ int Main(char** argv) {
     return 2;
   }
   prctl(PR_SET_NAME, "holdfast-verifier");  // started by descriptor, it has a number for a name
+  // The supervisor's score is not ours.
+  if (auto score = OpenFile("/proc/self/oom_score_adj", O_WRONLY); score.ok()) {
+    PwriteFull(score->get(), "0", 1, 0).IgnoreError();
+  }
   signal(SIGPIPE, SIG_IGN);
   auto io = kj::setupAsyncIo();
   using Provider = kj::LowLevelAsyncIoProvider;

@@ -24,6 +24,7 @@ namespace holdfast::verifier {
 namespace {
 
 constexpr uint64_t kAlign = 4'096;        // O_DIRECT: of offsets, sizes and memory
+constexpr size_t kMostNames = 100'000;    // a listing without an end shall not fill the memory
 constexpr uint64_t kReadBytes = 1 << 20;  // at once
 
 struct Counts {
@@ -72,7 +73,10 @@ absl::StatusOr<std::string> FolderDigest(int root, const std::string& path) {
   fd.Release();
   std::vector<std::string> names;
   errno = 0;
-  while (dirent* entry = readdir(folder.get())) names.emplace_back(entry->d_name);
+  while (dirent* entry = readdir(folder.get())) {
+    names.emplace_back(entry->d_name);
+    if (names.size() > kMostNames) return DataLoss("it has more names than any folder that is sampled");
+  }
   if (errno != 0) return ErrnoStatus(errno, "readdir");
   std::sort(names.begin(), names.end());
   Sha256 hash;

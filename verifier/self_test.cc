@@ -16,7 +16,8 @@ namespace holdfast::verifier {
 namespace {
 
 constexpr off_t kOutputBytes = 1 << 20;  // of a fixed size, so that no build can fill the memory
-constexpr size_t kShownBytes = 2'000;    // the end of it
+constexpr int kKillMillis = 200;
+constexpr size_t kShownBytes = 2'000;  // the end of it
 
 // The end of what was written, without the line ends after it.
 std::string ReadOutput(int fd) {
@@ -46,8 +47,14 @@ SelfTestResult RunSelfTest(int executable, uint64_t deadline_ms) {
   pollfd exit{.fd = process->pidfd.get(), .events = POLLIN, .revents = 0};
   int ended = 0;
   while ((ended = poll(&exit, 1, static_cast<int>(deadline_ms))) < 0 && errno == EINTR) continue;
-  if (ended != 1) syscall(SYS_pidfd_send_signal, process->pidfd.get(), SIGKILL, nullptr, 0);
-  std::string how = ReapReason(process->pidfd.get());
+  std::string how;
+  if (ended == 1) {
+    how = ReapReason(process->pidfd.get());
+  } else {
+    syscall(SYS_pidfd_send_signal, process->pidfd.get(), SIGKILL, nullptr, 0);
+    // Not for ever: the kernel need not let it die.
+    if (poll(&exit, 1, kKillMillis) == 1) ReapReason(process->pidfd.get());
+  }
   std::string text = ReadOutput(output->get());
   if (ended == 1 && how == "exit 0") return {true, text};
   std::string why =

@@ -511,8 +511,14 @@ void Trial::Dequeues(bool old) {
       reader = static_cast<pid_t>(worker.pid);
   }
   Expect(reader != 0, "nobody took over");
+  std::jthread asking;  // ends when it is answered
   if (reader != 0) {
     rig_.Stop(reader);
+    // The readers that run may all wait for the one that is stopped: then there is nothing else to take.
+    asking = std::jthread([name = rig_.root() + "/none-" + std::to_string(generation)] {
+      struct stat st;
+      lstat(name.c_str(), &st);
+    });
     absl::Status taken = thread->TakeOne(10);
     Expect(taken.ok(), "no request was taken: " + taken.ToString());
     rig_.LetGo();

@@ -52,7 +52,12 @@ absl::StatusOr<pid_t> Spawn(const std::string& program, int in, int out) {
   sigemptyset(&none);
   posix_spawnattr_setsigmask(&attributes, &none);
   posix_spawnattr_setpgroup(&attributes, 0);
-  posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETPGROUP);
+  // It may leave a daemon behind, and we may be in real time just now (common/urgency.h).
+  const sched_param ordinary{};
+  posix_spawnattr_setschedpolicy(&attributes, SCHED_OTHER);
+  posix_spawnattr_setschedparam(&attributes, &ordinary);
+  posix_spawnattr_setflags(&attributes,
+                           POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSCHEDULER);
   std::string name = program, verb = "get";
   char* const argv[] = {name.data(), verb.data(), nullptr};
   pid_t pid = -1;

@@ -3,9 +3,11 @@
 #include <sys/stat.h>
 
 #include <cstdlib>
+#include <thread>
 
 #include "common/clock.h"
 #include "common/io.h"
+#include "common/urgency.h"
 #include "gtest/gtest.h"
 #include "worker/fetch/authenticator.h"
 
@@ -108,6 +110,25 @@ TEST(CredentialHelperTest, IsKilledWhenItTakesTooLong) {
   setenv("PATH", old_path.c_str(), 1);
   EXPECT_TRUE(absl::IsDeadlineExceeded(slow.status())) << slow.status();
   EXPECT_TRUE(absl::IsNotFound(missing.status())) << missing.status();
+}
+
+TEST(CredentialHelperTest, IsOrdinaryAlsoWhenTheWorkerIsUrgent) {
+  const TempDir folder;
+  const std::string script = folder.path() + "/docker-credential-policy", seen = folder.path() + "/policy";
+  // The 41st field of its stat: the scheduling policy.
+  ASSERT_TRUE(WriteFileAtomic(
+                  script, "#!/bin/sh\nread -r line < /proc/self/stat\nset -- $line\nshift 40\necho $1 > " +
+                              seen + "\n")
+                  .ok());
+  ASSERT_EQ(chmod(script.c_str(), 0755), 0);
+  const std::string old_path = std::getenv("PATH");
+  setenv("PATH", (folder.path() + ":" + old_path).c_str(), 1);
+  std::thread([] {
+    const UrgentChildren urgent;
+    (void)RunCredentialHelper("policy", "h", 5'000'000'000, nullptr);
+  }).join();
+  setenv("PATH", old_path.c_str(), 1);
+  EXPECT_EQ(ReadFile(seen).value_or("it did not run"), "0\n");
 }
 
 TEST(TokenAnswerTest, ReadsBothNamesAndBoundsTheLifetime) {

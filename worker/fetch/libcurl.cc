@@ -24,14 +24,18 @@ absl::StatusOr<Libcurl> LoadLibcurlFrom(const char* library) {
   void* const handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);
   // glibc's text begins with the file's name.
   if (handle == nullptr) return FailedPrecondition(std::string("libcurl cannot be loaded: ") + dlerror());
-  Libcurl curl;
+  auto usable = [&]() -> absl::StatusOr<Libcurl> {
+    Libcurl curl;
 #define HF_CURL_FIND(name) \
   HF_RETURN_IF_ERROR(Annotate(Find(handle, #name, &curl.name), std::string("libcurl in ") + library));
-  HF_CURL_FUNCTIONS(HF_CURL_FIND)
+    HF_CURL_FUNCTIONS(HF_CURL_FIND)
 #undef HF_CURL_FIND
-  const CURLcode code = curl.curl_global_init(CURL_GLOBAL_DEFAULT);
-  if (code != CURLE_OK) return FailedPrecondition(std::string("libcurl: ") + curl.curl_easy_strerror(code));
-  return curl;
+    const CURLcode code = curl.curl_global_init(CURL_GLOBAL_DEFAULT);
+    if (code != CURLE_OK) return FailedPrecondition(std::string("libcurl: ") + curl.curl_easy_strerror(code));
+    return curl;
+  }();
+  if (!usable.ok()) dlclose(handle);
+  return usable;
 }
 
 absl::StatusOr<const Libcurl*> LoadLibcurl() {

@@ -28,7 +28,7 @@ void RemoveOldReports(const std::string& folder) {
 
 }  // namespace
 
-absl::StatusOr<std::string> SaveStacks(const std::string& state_dir, pid_t pid, uint64_t generation,
+absl::StatusOr<std::string> SaveStacks(const std::string& folder, pid_t pid, uint64_t generation,
                                        const std::string& verdict, int64_t wall_nanos) {
   std::string report = "worker generation " + std::to_string(generation) + ", pid " + std::to_string(pid) +
                        ": " + verdict + "\n\n" + DumpThreads(pid, kMaxReportBytes);
@@ -37,7 +37,6 @@ absl::StatusOr<std::string> SaveStacks(const std::string& state_dir, pid_t pid, 
   tm utc{};
   char name[32];
   strftime(name, sizeof(name), "%Y%m%dT%H%M%SZ", gmtime_r(&seconds, &utc));
-  std::string folder = state_dir + "/supervisor/hangs";
   std::string path = folder + "/" + name + "-g" + std::to_string(generation) + ".txt";
   HF_RETURN_IF_ERROR(MakeDirs(folder));
   // Not synced: a disk that hangs must not keep the worker from being replaced.

@@ -26,7 +26,8 @@ TEST(HangReportTest, NamesVerdictAndThreadsAndEndsTheWorkerThatDoesNotHandleSigq
   if (pid == 0) {
     for (;;) pause();
   }
-  auto path = SaveStacks(state.path(), pid, 7, "ping unanswered for 3.5 s", 1'700'000'000'000'000'000);
+  auto path = SaveStacks(state.path() + "/supervisor/hangs", pid, 7, "ping unanswered for 3.5 s",
+                         1'700'000'000'000'000'000);
   ASSERT_TRUE(path.ok()) << path.status();
   EXPECT_EQ(*path, state.path() + "/supervisor/hangs/20231114T221320Z-g7.txt");
   std::string text = ReadFile(*path).value();
@@ -44,7 +45,7 @@ TEST(HangReportTest, OnlyTheNewestTwentyReportsStay) {
   constexpr int64_t kDay = 86'400'000'000'000;
   constexpr pid_t kNobody = 0x7ffffff0;
   for (int64_t day = 1; day <= 25; ++day)
-    ASSERT_TRUE(SaveStacks(state.path(), kNobody, 1, "x", day * kDay).ok());
+    ASSERT_TRUE(SaveStacks(state.path() + "/supervisor/hangs", kNobody, 1, "x", day * kDay).ok());
   auto reports = Reports(state.path());
   EXPECT_EQ(reports.size(), 20u);
   EXPECT_EQ(*reports.begin(), "19700107T000000Z-g1.txt");

@@ -108,8 +108,8 @@ void Supervisor::OnHang(WorkerProcess* worker, const HangVerdict& verdict) {
   if (reads_stopped_boot_nanos_ == 0) reads_stopped_boot_nanos_ = clock_->BootNanos() - verdict.age_ns;
   using Saved = absl::StatusOr<std::string>;
   auto saved = Offload<Saved>(
-      [state_dir = options_.state_dir, pid = worker->pid, generation, what = verdict.what,
-       now = clock_->WallNanos()] { return SaveStacks(state_dir, pid, generation, what, now); });
+      [folder = options_.state_dir + "/supervisor/hangs", pid = worker->pid, generation, what = verdict.what,
+       now = clock_->WallNanos()] { return SaveStacks(folder, pid, generation, what, now); });
   auto told = saved.then([](kj::Own<Saved>&& path) {
     LOG(INFO) << "event=hang_report result=" << LogValue(path->ok() ? **path : path->status().ToString());
   });

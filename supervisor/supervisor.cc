@@ -371,9 +371,11 @@ void Supervisor::CallWorker(const Action& action, uint64_t waited_ms) {
     reads_stopped_boot_nanos_ = clock_->BootNanos();
   }
   if (call == Call::kServe) swap_.carried_over = ledgers_.CountUnanswered(generation);
-  worker->retired |= call == Call::kRetire;
-  if (call == Call::kRetire) SaveWorker(*worker);
-  if (worker->retired) LimitRetirement(generation);
+  if (call == Call::kRetire) {
+    worker->retired = true;
+    SaveWorker(*worker);
+    LimitRetirement(generation);
+  }
   if (worker->client == nullptr) return;
   auto failed = [this, generation, call](kj::Exception&& exception) {
     // A broken connection is a death, and told as one.

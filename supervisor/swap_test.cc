@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/mountinfo.h"
+#include "common/testing/processes.h"
 #include "gtest/gtest.h"
 #include "supervisor/testing/harness.h"
 
@@ -76,10 +77,8 @@ TEST(SwapTest, ACandidateIsComparedAndProbedBeforeItMayCommit) {
 
 // Children of `parent` that were started as `name`.
 std::vector<pid_t> ChildrenNamed(pid_t parent, const std::string& name) {
-  std::string pid = std::to_string(parent);
-  std::ifstream file("/proc/" + pid + "/task/" + pid + "/children");
   std::vector<pid_t> found;
-  for (pid_t child = 0; file >> child;) {
+  for (pid_t child : Children(parent)) {
     std::string line;
     std::getline(std::ifstream("/proc/" + std::to_string(child) + "/cmdline"), line, '\0');
     if (line == name) found.push_back(child);

@@ -16,6 +16,7 @@
 #include "absl/strings/escaping.h"
 #include "common/fuse_mount.h"
 #include "common/sha256.h"
+#include "common/testing/processes.h"
 #include "gtest/gtest.h"
 #include "schema/rpc.h"
 
@@ -23,18 +24,6 @@
 
 namespace holdfast::supervisor {
 namespace {
-
-std::string Bin(const std::string& name) {
-  const char* bin = getenv("HOLDFAST_BIN");
-  return std::string(bin == nullptr ? "." : bin) + "/" + name;
-}
-
-std::vector<pid_t> Children() {
-  std::ifstream file("/proc/self/task/" + std::to_string(getpid()) + "/children");
-  std::vector<pid_t> pids;
-  for (pid_t pid = 0; file >> pid;) pids.push_back(pid);
-  return pids;
-}
 
 // Names one sample, which lies in mount 1.
 class Owner final : public schema::Worker::Server {

@@ -20,6 +20,7 @@
 #include "absl/strings/escaping.h"
 #include "common/fuse_mount.h"
 #include "common/sha256.h"
+#include "common/testing/processes.h"
 #include "gtest/gtest.h"
 #include "schema/probe.h"
 #include "verifier/self_test.h"
@@ -30,22 +31,10 @@ namespace {
 
 using std::chrono::steady_clock;
 
-std::string Bin(const std::string& name) {
-  const char* bin = getenv("HOLDFAST_BIN");
-  return std::string(bin == nullptr ? "." : bin) + "/" + name;
-}
-
 std::string Digest(const std::string& text) {
   Sha256 hash;
   hash.Update(text.data(), text.size());
   return absl::HexStringToBytes(hash.FinishHex());
-}
-
-std::vector<pid_t> Children() {
-  std::ifstream file("/proc/self/task/" + std::to_string(getpid()) + "/children");
-  std::vector<pid_t> pids;
-  for (pid_t pid = 0; file >> pid;) pids.push_back(pid);
-  return pids;
 }
 
 size_t CountFds() {

@@ -24,24 +24,13 @@
 #include <utility>
 
 #include "common/fuse_mount.h"
+#include "common/testing/processes.h"
 #include "gtest/gtest.h"
 
 #pragma GCC diagnostic ignored "-Wnon-virtual-dtor"  // generated server bases
 
 namespace holdfast::supervisor::testing {
 namespace {
-
-std::string Bin(const std::string& name) {
-  const char* bin = getenv("HOLDFAST_BIN");
-  return std::string(bin == nullptr ? "." : bin) + "/" + name;
-}
-
-std::vector<pid_t> Children() {
-  std::ifstream file("/proc/self/task/" + std::to_string(getpid()) + "/children");
-  std::vector<pid_t> pids;
-  for (pid_t pid = 0; file >> pid;) pids.push_back(pid);
-  return pids;
-}
 
 int Reap(pid_t pid, int seconds) {
   int status = 0;

@@ -209,6 +209,7 @@ absl::Status Worker::BuildFuse(handover::Welcome* welcome) {
   options.threads = PoolThreads(options_.config);
   options.miss_timeout_nanos = options_.config.fetch.miss_timeout_nanos;
   options.trace = &trace_;
+  options.watch = &watch_;
   options.faults = faults_;
   handover::OldLedger own;
   own.generation = generation_;
@@ -349,11 +350,11 @@ absl::Status Worker::TakeOverReads(bool trial, UniqueFd touched) {
   const uint64_t adopted = clock_->BootNanos();
   served_ = true;
   server_->Start();
-  const uint64_t started = server_->stats().reading_since_nanos, taken_up = clock_->BootNanos();
+  const uint64_t started = server_->stats().reading_since_nanos;
   LOG(INFO) << "worker.serving generation=" << generation_ << " mounts=" << layers_->mount_count()
             << " prepared=" << prepared_ << " trial=" << trial << " mounts_us=" << (mounted - begin) / 1000
             << " ledgers_us=" << (adopted - mounted) / 1000 << " start_us=" << (started - adopted) / 1000
-            << " us=" << (started - begin) / 1000 << " take_up_us=" << (taken_up - started) / 1000;
+            << " us=" << (started - begin) / 1000;
   // The supervisor starts workers so that a spare is not the OOM killer's choice.
   if (absl::StatusOr<UniqueFd> score = OpenFile(options_.oom_score_file, O_WRONLY); score.ok()) {
     static_cast<void>(PwriteFull(score->get(), "0", 1, 0));

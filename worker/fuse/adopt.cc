@@ -8,9 +8,11 @@
 //
 // Claimed first, taken up later. Claiming (AdoptLedger) costs microseconds: a record gets the successor's
 // generation and its place in the mount's table, so that an INTERRUPT finds it; a slot's request is copied
-// out. Taking up may open layers that are cold, so Start lets the pool read all mounts first. Who dies in
-// between leaves everything in the ledgers.
+// out. Taking up may open layers that are cold, on a disk that may be slow, so a thread of its own does it,
+// one request after the other, while the pool reads all mounts. Who dies in between leaves everything in the
+// ledgers.
 #include <linux/fuse.h>
+#include <pthread.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -23,6 +25,7 @@
 
 #include "common/crc32c.h"
 #include "glog/logging.h"
+#include "worker/fuse/crash_recorder.h"
 #include "worker/fuse/server_core.h"
 
 namespace holdfast::fuse {
@@ -43,6 +46,7 @@ namespace {
 constexpr uint32_t kPoisonStrikes = 2;
 // What a thread of a hung worker has executed for longer is what it hung in.
 constexpr uint64_t kHungInNanos = 1'000'000'000;
+constexpr uint64_t kRenewNanos = 200'000'000;
 
 enum class Recovery { kNone, kLater, kBad, kRequest };
 
@@ -132,7 +136,7 @@ uint32_t StrikesOf(hf_slot* slot, bool hung_in) {
 absl::StatusOr<uint64_t> ServerCore::AdoptLedger(uint64_t generation, LedgerHandle handle, bool final_walk,
                                                  bool owner_hung) {
   if (generation == options_.generation) return InvalidArgument("a worker does not adopt its own ledger");
-  MutexLock walk(&adopt_mutex_);
+  Walk walk(this);
   uint64_t start = options_.clock->BootNanos(), taken = 0;
   {
     Gate gate(this);
@@ -147,10 +151,7 @@ absl::StatusOr<uint64_t> ServerCore::AdoptLedger(uint64_t generation, LedgerHand
     options_.trace->Record(
         "fuse.adopt", "generation=" + std::to_string(generation) + " taken=" + std::to_string(taken), nanos);
   }
-  if (started_) {
-    TakeUpClaimed();
-    RunSuspects();
-  }
+  if (started_) StartTakeUp();
   return taken;
 }
 
@@ -171,6 +172,8 @@ absl::StatusOr<uint64_t> ServerCore::Claim(uint64_t generation, LedgerHandle han
   }
   uint64_t taken = ClaimRecords(old->view, final_walk);
   taken += ClaimSlots(*old, final_walk, owner_hung);
+  std::stable_sort(claimed_requests_.begin(), claimed_requests_.end(),
+                   [](const auto& a, const auto& b) { return Order(a) < Order(b); });
   MutexLock lock(&old_mutex_);
   if (final_walk) old->walked_finally = true;
   return taken;
@@ -243,7 +246,8 @@ std::optional<ServerCore::ClaimedRead> ServerCore::ClaimRecord(const std::shared
     return std::nullopt;
   }
   if (ours_before && mount->FindPending(copy.unique)) return std::nullopt;
-  read.deadline_nanos = AdoptedDeadline(Shared(record->deadline_ns).load(std::memory_order_relaxed));
+  read.deadline_nanos =
+      std::max(Shared(record->deadline_ns).load(std::memory_order_relaxed), AdoptedDeadline());
   Shared(record->deadline_ns).store(read.deadline_nanos, std::memory_order_relaxed);
   pending_++;
   if (IsDuplicate(mount->AddPending(read))) {
@@ -304,46 +308,74 @@ bool ServerCore::ClaimRequest(OldLedger& old, RecoveredRequest request) {
   return counts;
 }
 
-void ServerCore::TakeUpClaimed() {
-  if (claimed_requests_.empty() && claimed_reads_.empty()) return;
+bool ServerCore::NothingClaimed() const {
+  return claimed_requests_.empty() && claimed_reads_.empty() && suspects_.empty() && suspect_records_.empty();
+}
+
+void ServerCore::StartTakeUp() {
+  if (taking_up_ || NothingClaimed()) return;
+  if (take_up_thread_.joinable()) take_up_thread_.join();  // it has ended, and takes no lock any more
+  taking_up_ = true;
+  take_up_thread_ = std::thread([this] { TakeUpThread(); });
+}
+
+void ServerCore::TakeUpThread() {
+  pthread_setname_np(pthread_self(), "fuse-take-up");
+  AlternateStack stack;
+  ReplyPipe pipe(options_.faults);
   const uint64_t start = options_.clock->BootNanos();
-  const size_t requests = claimed_requests_.size(), reads = claimed_reads_.size();
-  std::stable_sort(claimed_requests_.begin(), claimed_requests_.end(),
-                   [](const auto& a, const auto& b) { return Order(a) < Order(b); });
-  BorrowedPipe pipe(this);
-  while (!claimed_requests_.empty() || !claimed_reads_.empty()) {
+  uint64_t count = 0;
+  for (bool more = true; more;) {
     (void)PassFault(options_.faults, "fuse.before_take_up");
     // The pool's threads first: while a takeover runs in real time, nothing else would make us give way.
     std::this_thread::yield();
-    Gate gate(this);    // one each: who parks does not wait for all of them
-    if (!gate) return;  // what is left stays here for Resume, and in the ledgers for a successor
-    if (!claimed_requests_.empty()) {
-      RecoveredRequest request = std::move(claimed_requests_.front());
-      claimed_requests_.pop_front();
-      // A copy of a suspect is executed as one, or was.
-      if (!known_suspects_.contains({request.mount_id, request.header().unique})) {
-        ExecuteRecovered(request, pipe.get());
-      }
-      FreeSlotOf(request);
-    } else {
-      ClaimedRead read = std::move(claimed_reads_.front());
-      claimed_reads_.pop_front();
-      TakeUp(read.mount, read.unique, pipe.get());
-    }
+    MutexLock walk(&adopt_mutex_);
+    while (walkers_ > 0) walk_ended_.Wait(&adopt_mutex_);
+    more = TakeUpNext(&pipe);
+    if (more) count++;
+    more = more && !NothingClaimed();
+    taking_up_ = more;
   }
-  LOG(INFO) << "fuse.taken_up requests=" << requests << " reads=" << reads
-            << " us=" << (options_.clock->BootNanos() - start) / 1000;
+  LOG(INFO) << "fuse.taken_up count=" << count << " us=" << (options_.clock->BootNanos() - start) / 1000;
 }
 
-// Requests that may have ended a worker: one at a time, and nothing beside them, so that the next death, too,
+// False when parked: what is left stays here for Resume, and in the ledgers for a successor.
+bool ServerCore::TakeUpNext(ReplyPipe* pipe) {
+  Gate gate(this);  // one request each: who parks does not wait for all of them
+  if (!gate) return false;
+  RenewDeadlines();
+  LoopWatch::Turn turn(take_up_loop_.get());
+  if (!claimed_requests_.empty()) {
+    RecoveredRequest request = std::move(claimed_requests_.front());
+    claimed_requests_.pop_front();
+    // A copy of a suspect is executed as one, or was.
+    if (!known_suspects_.contains({request.mount_id, request.header().unique}))
+      ExecuteRecovered(request, pipe);
+    FreeSlotOf(request);
+  } else if (!claimed_reads_.empty()) {
+    ClaimedRead read = std::move(claimed_reads_.front());
+    claimed_reads_.pop_front();
+    TakeUp(read.mount, read.unique, pipe);
+  } else {
+    RunSuspect(pipe);
+  }
+  return true;
+}
+
+// Of READs that wait to be taken up: as long as one after the other is, nothing hangs, and none of them is
+// late. Behind one that hangs they become overdue, which the supervisor sees.
+void ServerCore::RenewDeadlines() {
+  const uint64_t now = options_.clock->BootNanos();
+  if (now < next_renewal_nanos_) return;
+  next_renewal_nanos_ = now + kRenewNanos;
+  for (const ClaimedRead& read : claimed_reads_) read.mount->Renew(read.unique, AdoptedDeadline());
+}
+
+// A request that may have ended a worker: executed with nothing beside it, so that the next death, too,
 // points at one request only.
-void ServerCore::RunSuspects() {
-  if (suspects_.empty() && suspect_records_.empty()) return;
-  Gate gate(this);
-  if (!gate) return;
-  BorrowedPipe pipe(this);
+void ServerCore::RunSuspect(ReplyPipe* pipe) {
   Alone alone(this);
-  while (!suspects_.empty()) {
+  if (!suspects_.empty()) {
     RecoveredRequest request = std::move(suspects_.front());
     suspects_.pop_front();
     Suspect& suspect = known_suspects_[{request.mount_id, request.header().unique}];
@@ -352,21 +384,30 @@ void ServerCore::RunSuspects() {
       LOG(WARNING) << "fuse.suspect generation=" << request.view->generation() << " slot=" << request.slot
                    << " mount=" << request.mount_id << " opcode=" << request.header().opcode
                    << " node=" << request.header().nodeid << " strikes=" << request.strikes;
-      ExecuteRecovered(request, pipe.get());
+      ExecuteRecovered(request, pipe);
     }
-    FreeSlotOf(request);
+    return FreeSlotOf(request);
   }
-  while (!suspect_records_.empty()) {
-    SuspectRecord suspect = std::move(suspect_records_.front());
-    suspect_records_.pop_front();
-    LOG(WARNING) << "fuse.suspect generation=" << suspect.view->generation() << " record=" << suspect.index;
-    std::optional<ClaimedRead> read = ClaimRecord(suspect.view, suspect.index, /*final_walk=*/false);
-    if (!read) continue;
-    if (Poisoned(*read->mount, FUSE_READ, read->nodeid, read->strikes)) {
-      AnswerPending(*read->mount, read->unique, EIO, pipe.get());
-    } else {
-      TakeUp(read->mount, read->unique, pipe.get());
-    }
+  if (suspect_records_.empty()) return;
+  SuspectRecord suspect = std::move(suspect_records_.front());
+  suspect_records_.pop_front();
+  LOG(WARNING) << "fuse.suspect generation=" << suspect.view->generation() << " record=" << suspect.index;
+  std::optional<ClaimedRead> read = ClaimRecord(suspect.view, suspect.index, /*final_walk=*/false);
+  if (!read) return;
+  if (Poisoned(*read->mount, FUSE_READ, read->nodeid, read->strikes)) {
+    AnswerPending(*read->mount, read->unique, EIO, pipe);
+  } else {
+    TakeUp(read->mount, read->unique, pipe);
+  }
+}
+
+void ServerCore::RunSuspects() {
+  if (suspects_.empty() && suspect_records_.empty()) return;
+  BorrowedPipe pipe(this);
+  while (!suspects_.empty() || !suspect_records_.empty()) {
+    Gate gate(this);
+    if (!gate) return;
+    RunSuspect(pipe.get());
   }
 }
 

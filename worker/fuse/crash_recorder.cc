@@ -45,6 +45,15 @@ void OnFatal(int signal, siginfo_t*, void*) {
 
 }  // namespace
 
+AlternateStack::AlternateStack() : memory_(64 * 1024) {
+  stack_t stack{};
+  stack.ss_sp = memory_.data();
+  stack.ss_size = memory_.size();
+  sigaltstack(&stack, &before_);
+}
+
+AlternateStack::~AlternateStack() { sigaltstack(&before_, nullptr); }
+
 void RecordCrashesIn(const LedgerView& ledger) {
   if (crash_header.exchange(ledger.header()) != nullptr) return;
   struct sigaction action;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "common/clock.h"
 #include "common/io.h"
 #include "glog/logging.h"
 
@@ -215,11 +216,13 @@ std::optional<ReadResult> FakeLayer::ReadNow(uint64_t nodeid, uint64_t offset, u
   return std::nullopt;
 }
 
-void FakeLayer::ReadAsync(uint64_t nodeid, uint64_t offset, uint64_t size, uint64_t, Done done) {
+void FakeLayer::ReadAsync(uint64_t nodeid, uint64_t offset, uint64_t size, uint64_t deadline, Done done) {
   MutexLock lock(&mutex_);
   fetches_++;
   Fetch fetch{nodeid, offset, size, std::move(done), absl::OkStatus()};
-  if (hold_) {
+  const bool late = deadline < Clock::Real()->BootNanos();
+  if (late) fetch.status = DeadlineExceeded("it is late already");
+  if (hold_ && !late) {
     waiting_.push_back(std::move(fetch));
   } else {
     ready_.push_back(std::move(fetch));

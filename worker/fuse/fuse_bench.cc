@@ -253,6 +253,7 @@ class ServerMain {
     setup_.options.generation = setup_.generation;
     setup_.options.build = "build-" + std::to_string(setup_.generation);
     setup_.options.faults = &faults_;
+    setup_.options.watch = &watch_;
     absl::StatusOr<std::unique_ptr<FuseServer>> server =
         FuseServer::Create(setup_.options, DupLedger(*bench_.ledgers[setup_.generation]));
     CHECK(server.ok()) << server.status();
@@ -296,8 +297,6 @@ class ServerMain {
       server_->Start();
     } else if (verb == "begin") {
       starting_ = std::thread([this] { server_->Start(); });
-    } else if (verb == "begun") {
-      starting_.join();
     } else if (verb == "park") {
       server_->Park();
     } else if (verb == "resume") {
@@ -337,6 +336,9 @@ class ServerMain {
       std::string answer = "ok";
       for (uint64_t id : server_->HeldBack()) answer += " " + std::to_string(id);
       return answer;
+    } else if (verb == "atwork") {
+      LoopWatch::Age oldest = watch_.Oldest();
+      return oldest.nanos == 0 ? "ok" : "ok " + oldest.name;
     } else if (verb == "ended") {
       MutexLock lock(&mutex_);
       return "ok" + ended_;
@@ -395,6 +397,7 @@ class ServerMain {
   Bench& bench_;
   ServerSetup setup_;
   FaultPoints faults_;
+  LoopWatch watch_{Clock::Real()};
   std::map<uint64_t, std::shared_ptr<FakeLayer>> layers_;
   Mutex mutex_;
   std::string ended_ ABSL_GUARDED_BY(mutex_);

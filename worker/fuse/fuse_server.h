@@ -18,6 +18,7 @@
 #include "common/clock.h"
 #include "common/fault.h"
 #include "common/io.h"
+#include "common/loop_watch.h"
 #include "common/status.h"
 #include "common/trace.h"
 #include "worker/layer/layer.h"
@@ -48,8 +49,8 @@ struct MountSpec {
   // Read from AddMount on, also before Start: a private mount on which a candidate is tried. The others stay
   // unread.
   bool serve_now = false;
-  // Opens the layer on the mount's first request; called once, off no lock, on a pool thread or in
-  // AdoptLedger/Start/Resume. Other requests of the mount wait for it, so it must not wait for the network.
+  // Opens the layer on the mount's first request; called once, off no lock, on a thread of the server or in
+  // Start. Other requests of the mount wait for it, so it must not wait for the network.
   // An error makes the mount answer EIO (logged once) and is tried again after a second.
   std::function<absl::StatusOr<std::shared_ptr<layer::Layer>>()> open_layer;
 };
@@ -64,6 +65,7 @@ struct ServerOptions {
   std::string drop_caches = "/proc/sys/vm/drop_caches";  // for ForgetCached
   const Clock* clock = Clock::Real();
   TraceRing* trace = nullptr;
+  LoopWatch* watch = nullptr;     // sees whether adopted requests are taken up
   FaultPoints* faults = nullptr;  // fuse.*, see docs/FAILURES.md
 };
 
@@ -100,14 +102,15 @@ class FuseServer {
   virtual void OnMountEnded(std::function<void(uint64_t mount_id)> callback) = 0;
 
   // Adopts every unanswered request of another generation's ledger: drains its pipes, takes its slots and
-  // records. They are answered at the end of this call, before Start at the end of Start, when all mounts are
-  // read. Call after AddMount of all mounts, and again when the owner's exit is proven (`final_walk`):
-  // nothing can be left behind by a thread of the dying worker. Returns how many were taken. Requests of
-  // unknown mounts or with a bad CRC are dropped, logged and counted, never guessed at. A request that was
-  // executed when its worker crashed, or for more than a second when its worker was killed because it hung
+  // records. On return they are claimed; a thread of the server takes them up, one after the other, from
+  // Start on, and answers them. Call after AddMount of all mounts, and again when the owner's exit is proven
+  // (`final_walk`): nothing can be left behind by a thread of the dying worker. Returns how many were taken.
+  // Requests of unknown mounts or with a bad CRC are dropped, logged and counted, never guessed at. A request
+  // that was executed when its worker crashed, or for more than a second when its worker was killed because
+  // it hung
   // (`owner_hung`), has a strike. Requests with strikes are executed one at a time and with nothing beside
   // them: in Start before anything is read, by a started server after the others. With two strikes they get
-  // EIO.
+  // EIO. The deadline of a READ that waits to be taken up is put off while others are.
   virtual absl::StatusOr<uint64_t> AdoptLedger(uint64_t generation, LedgerHandle ledger, bool final_walk,
                                                bool owner_hung) = 0;
   // Nothing unanswered is left in that generation's ledger, and nothing can come: it was walked finally, too.
@@ -115,7 +118,7 @@ class FuseServer {
   // drained.
   virtual bool Drained(uint64_t generation) const = 0;
 
-  // Starts the pool, reads all mounts; then answers what was adopted.
+  // Starts the pool, reads all mounts; begins to take up what was adopted.
   virtual void Start() = 0;
   // Stops reading and answering; on return no thread holds a request, and all unanswered ones are in the
   // ledger. Fetches that finish later only fill the cache.

@@ -83,6 +83,19 @@ std::optional<PendingRead> Mount::FindPending(uint64_t unique) {
   return it->second;
 }
 
+std::optional<PendingRead> Mount::Renew(uint64_t unique, uint64_t earliest) {
+  MutexLock lock(&mutex);
+  auto it = pending_.find(unique);
+  if (it == pending_.end()) return std::nullopt;
+  PendingRead& read = it->second;
+  if (read.deadline_nanos < earliest) {
+    read.deadline_nanos = earliest;
+    // Whoever frees the record takes the READ from here first, so it is still this READ's.
+    Shared(read.ledger->record(read.record)->deadline_ns).store(earliest, std::memory_order_relaxed);
+  }
+  return read;
+}
+
 std::optional<PendingRead> Mount::NextAttempt(uint64_t unique, uint64_t attempt) {
   MutexLock lock(&mutex);
   auto it = pending_.find(unique);

@@ -59,6 +59,8 @@ class Mount {
   // Whoever takes it answers it.
   std::optional<PendingRead> TakePending(uint64_t unique);
   std::optional<PendingRead> FindPending(uint64_t unique);
+  // Its deadline, in its record too, is `earliest` or later. nullopt when it was answered meanwhile.
+  std::optional<PendingRead> Renew(uint64_t unique, uint64_t earliest);
   // Notes one more ReadAsync, numbered `attempt`; nullopt when it was answered meanwhile.
   std::optional<PendingRead> NextAttempt(uint64_t unique, uint64_t attempt);
   std::vector<PendingRead> TakeAllPending();

@@ -149,7 +149,8 @@ void ServerCore::SendPending(const std::shared_ptr<Mount>& mount, const PendingR
 }
 
 void ServerCore::TakeUp(const std::shared_ptr<Mount>& mount, uint64_t unique, ReplyPipe* pipe) {
-  std::optional<PendingRead> read = mount->FindPending(unique);
+  // Time that it waited for this does not count either.
+  std::optional<PendingRead> read = mount->Renew(unique, AdoptedDeadline());
   if (!read) return;
   if ((Shared(read->ledger->record(read->record)->marks).load(std::memory_order_acquire) &
        HF_MARK_INTERRUPTED) != 0) {
@@ -205,10 +206,9 @@ void ServerCore::FreeRecord(const PendingRead& read) {
   if (read.ledger == ledger_) records_.Put(read.record);
 }
 
-uint64_t ServerCore::AdoptedDeadline(uint64_t recorded) const {
+uint64_t ServerCore::AdoptedDeadline() const {
   // Time during which nobody served must not count against the reader.
-  uint64_t grace = std::min(options_.miss_timeout_nanos, kAdoptedGraceNanos);
-  return std::max(recorded, options_.clock->BootNanos() + grace);
+  return options_.clock->BootNanos() + std::min(options_.miss_timeout_nanos, kAdoptedGraceNanos);
 }
 
 }  // namespace holdfast::fuse

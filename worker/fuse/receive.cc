@@ -7,12 +7,12 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <csignal>
 #include <cstring>
 #include <string>
 
 #include "common/crc32c.h"
 #include "glog/logging.h"
+#include "worker/fuse/crash_recorder.h"
 #include "worker/fuse/server_core.h"
 
 namespace holdfast::fuse {
@@ -22,22 +22,6 @@ constexpr uint64_t kTickNanos = 200'000'000;
 constexpr int kIdleMillis = 1000;  // heartbeat of an idle pool
 constexpr int kThrottledMillis = 200;
 constexpr int kInterruptsATick = 256;
-
-// The crash recorder must run even when the thread's own stack is used up.
-class AlternateStack {
- public:
-  AlternateStack() : memory_(64 * 1024) {
-    stack_t stack{};
-    stack.ss_sp = memory_.data();
-    stack.ss_size = memory_.size();
-    sigaltstack(&stack, &before_);
-  }
-  ~AlternateStack() { sigaltstack(&before_, nullptr); }
-
- private:
-  std::vector<char> memory_;
-  stack_t before_{};
-};
 
 uint32_t& LengthWord(hf_slot* slot) { return *reinterpret_cast<uint32_t*>(slot->request); }
 

@@ -411,7 +411,7 @@ TEST(GoldenLedgerTest, ALedgerOfVersion1IsReadAndItsRequestsAnswered) {
   EXPECT_EQ(build.server->stats().dropped, 0u);
   EXPECT_FALSE(build.server->Drained(kGoldenGeneration));
   build.server->Start();
-  EXPECT_TRUE(build.server->Drained(kGoldenGeneration));
+  EXPECT_TRUE(Eventually([&] { return build.server->Drained(kGoldenGeneration); }));
   std::string replies;
   char bytes[16384];
   for (ssize_t n; (n = read(build.kernel.get(), bytes, sizeof bytes)) > 0;) {

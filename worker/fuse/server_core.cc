@@ -41,6 +41,7 @@ absl::Status ServerCore::Initialize() {
   event.data.u64 = kWakeToken;
   if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, wake_.get(), &event) != 0)
     return ErrnoStatus(errno, "epoll_ctl");
+  take_up_loop_ = LoopWatch::Add(options_.watch, "fuse-take-up");
   Beat();
   return absl::OkStatus();
 }
@@ -56,6 +57,12 @@ void ServerCore::Shutdown() {
     pool.swap(pool_);
   }
   for (std::thread& thread : pool) thread.join();
+  std::thread take_up;
+  {
+    Walk walk(this);
+    take_up.swap(take_up_thread_);
+  }
+  if (take_up.joinable()) take_up.join();
 }
 
 bool ServerCore::Enter() {
@@ -76,6 +83,17 @@ void ServerCore::Leave() {
   if (!parked_.load() && !alone_.load()) return;
   MutexLock lock(&park_mutex_);
   park_changed_.SignalAll();
+}
+
+ServerCore::Walk::Walk(ServerCore* core) : core_(core) {
+  core->walkers_++;
+  core->adopt_mutex_.Lock();
+}
+
+ServerCore::Walk::~Walk() {
+  core_->walkers_--;
+  core_->walk_ended_.Signal();
+  core_->adopt_mutex_.Unlock();
 }
 
 ServerCore::Alone::Alone(ServerCore* core) : core_(core) {
@@ -117,7 +135,7 @@ void ServerCore::Resume() {
   records_.Rebuild();
   parked_ = false;
   {
-    MutexLock walk(&adopt_mutex_);
+    Walk walk(this);
     Gate gate(this);
     if (!gate) return;
     claimed_reads_.clear();
@@ -129,14 +147,14 @@ void ServerCore::Resume() {
 }
 
 void ServerCore::Start() {
-  MutexLock walk(&adopt_mutex_);
+  Walk walk(this);
   Beat();  // the last one of a worker that waited to serve may be hours old
   RunSuspects();
   started_ = true;
   StartPool();
   for (const auto& mount : AllMounts()) UpdateArmed(*mount);
   reading_since_nanos_ = options_.clock->BootNanos();
-  TakeUpClaimed();  // while the pool serves
+  StartTakeUp();
 }
 
 void ServerCore::StartPool() {

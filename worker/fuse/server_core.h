@@ -104,6 +104,17 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
     ServerCore* const core_;
     const bool open_;
   };
+  // Holds adopt_mutex_. The thread that takes up lets it go before each of its requests.
+  class ABSL_SCOPED_LOCKABLE Walk {
+   public:
+    explicit Walk(ServerCore* core) ABSL_EXCLUSIVE_LOCK_FUNCTION(core->adopt_mutex_);
+    ~Walk() ABSL_UNLOCK_FUNCTION();
+    Walk(const Walk&) = delete;
+    Walk& operator=(const Walk&) = delete;
+
+   private:
+    ServerCore* const core_;
+  };
   // While one lives, no other thread is inside a Gate. The caller is inside one, and holds adopt_mutex_.
   class Alone {
    public:
@@ -186,7 +197,7 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
                const absl::StatusOr<layer::ReadResult>& result);
   void SendPending(const std::shared_ptr<Mount>& mount, const PendingRead& read,
                    const layer::ReadResult& content, ReplyPipe* pipe);
-  uint64_t AdoptedDeadline(uint64_t recorded) const;
+  uint64_t AdoptedDeadline() const;  // the earliest of a READ that is adopted or taken up now
   void AnswerPending(Mount& mount, uint64_t unique, int error, ReplyPipe* pipe);
   // Tries the cache, then fetches.
   void TakeUp(const std::shared_ptr<Mount>& mount, uint64_t unique, ReplyPipe* pipe);
@@ -205,8 +216,13 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   uint64_t ClaimSlots(OldLedger& old, bool final_walk, bool owner_hung)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
   bool ClaimRequest(OldLedger& old, RecoveredRequest request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
-  // Answers what was claimed, suspects aside. The caller is inside no Gate.
-  void TakeUpClaimed() ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  bool NothingClaimed() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  // A thread answers what was claimed, suspects last, and ends.
+  void StartTakeUp() ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  void TakeUpThread();
+  bool TakeUpNext(ReplyPipe* pipe) ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  void RenewDeadlines() ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
+  void RunSuspect(ReplyPipe* pipe) ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);  // inside a Gate
   void RunSuspects() ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
   void ExecuteRecovered(const RecoveredRequest& request, ReplyPipe* pipe)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
@@ -241,12 +257,19 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   Mutex pipes_mutex_;
   std::vector<std::unique_ptr<ReplyPipe>> pipes_ ABSL_GUARDED_BY(pipes_mutex_);
 
-  Mutex adopt_mutex_;  // one walk at a time
+  Mutex adopt_mutex_;  // one walk at a time, and no request is being taken up
+  CondVar walk_ended_;
+  std::atomic<int> walkers_{0};  // that have or want it
   // Claimed and not taken up yet; all of it lies in the ledgers, too.
   std::deque<RecoveredRequest> claimed_requests_ ABSL_GUARDED_BY(adopt_mutex_);
   std::deque<ClaimedRead> claimed_reads_ ABSL_GUARDED_BY(adopt_mutex_);
   std::deque<RecoveredRequest> suspects_ ABSL_GUARDED_BY(adopt_mutex_);
   std::deque<SuspectRecord> suspect_records_ ABSL_GUARDED_BY(adopt_mutex_);
+  bool taking_up_ ABSL_GUARDED_BY(adopt_mutex_) =
+      false;  // the thread has not looked at the lists for the last time
+  std::thread take_up_thread_ ABSL_GUARDED_BY(adopt_mutex_);
+  std::unique_ptr<LoopWatch::Loop> take_up_loop_;
+  uint64_t next_renewal_nanos_ ABSL_GUARDED_BY(adopt_mutex_) = 0;
   struct Suspect {
     uint32_t strikes = 0;  // the most seen on any copy of the request
     bool executed = false;

@@ -25,6 +25,7 @@ using std::chrono::milliseconds;
 
 constexpr milliseconds kHousekeeping{200};
 constexpr milliseconds kUrgentServing{200};
+constexpr uint64_t kSyncEveryRefresh = 15;
 constexpr uint64_t kFlushEveryNanos = 5'000'000'000;
 constexpr uint64_t kMetadataLockWaitNanos = 5'000'000'000;
 constexpr milliseconds kDrainLimit{570'000};         // short of the supervisor's limit of 10 minutes
@@ -727,8 +728,9 @@ void Worker::Housekeeping() {
 void Worker::Refresh() {
   layers_->LetGoOfEvicted();
   if (!prepared_ || served_) return;
-  absl::Status added = AddNewMounts();
-  if (added.ok()) layers_->OpenAhead(kOpenAheadNanos);  // else the supervisor is gone
+  // New ones cost nothing to ask for. Now and then all: one that went just as it was added is let go of.
+  absl::Status known = ++refreshes_ % kSyncEveryRefresh == 0 ? SyncMounts() : AddNewMounts();
+  if (known.ok()) layers_->OpenAhead(kOpenAheadNanos);  // else the supervisor is gone
 }
 
 // An orphan ends with the last container that needs it; one that looks for a supervisor waits a little first.

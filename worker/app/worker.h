@@ -59,7 +59,8 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
     std::string build;       // what the live probe answers
     // A worker that waits for a supervisor and serves no mount ends after this.
     uint64_t orphan_limit_nanos = 10'000'000'000;
-    // How often a worker that waits to serve looks for new mounts, and every worker for evicted content.
+    // How often a worker that waits to serve looks for new mounts (and, less often, for those that are gone),
+    // and every worker for evicted content.
     uint64_t refresh_nanos = 2'000'000'000;
     // How long the snapshots API waits with its start for Prepare or Serve, which usually follow at once.
     int64_t api_wait_nanos = 100'000'000;
@@ -198,6 +199,7 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   std::atomic<uint64_t> lost_since_nanos_{0};  // 0: there is a supervisor
 
   std::unique_ptr<LoopWatch::Loop> housekeeping_loop_;
+  uint64_t refreshes_ = 0;  // housekeeping thread only: while it waits to serve
   std::thread housekeeping_thread_;
 };
 

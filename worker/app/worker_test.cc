@@ -306,6 +306,19 @@ TEST_F(WorkerTest, AWorkerThatWaitsToServeTakesNewMountsAsTheyCome) {
   EXPECT_TRUE(WaitUntil([&] { return vault_.Asked().back() == 6; })) << "only for what is new";
 }
 
+TEST_F(WorkerTest, AWorkerThatWaitsToServeLetsGoOfAMountThatWentAsItWasAdded) {
+  options_.refresh_nanos = 1;
+  vault_.Put(1, 3);
+  Start();
+  ASSERT_TRUE(worker_->Prepare().ok());
+  ASSERT_EQ(Held(), std::vector<uint64_t>({1, 2, 3}));
+  {
+    MutexLock lock(&vault_.mutex);
+    std::erase(vault_.mounts, 2);  // and MountsGone came before
+  }
+  EXPECT_TRUE(WaitUntil([&] { return Held() == std::vector<uint64_t>({1, 3}); }));
+}
+
 TEST_F(WorkerTest, TheSnapshotsApiStartsOnceReadsAreServed) {
   options_.api_wait_nanos = 3'600'000'000'000;
   vault_.Put(1, 3);

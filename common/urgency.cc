@@ -15,7 +15,8 @@ namespace {
 
 constexpr int kPriority = 1;
 
-bool IsRoundRobin(pid_t thread) { return (sched_getscheduler(thread) & ~SCHED_RESET_ON_FORK) == SCHED_RR; }
+constexpr int kInherited = SCHED_RR;  // what it makes is urgent, too
+constexpr int kOwn = SCHED_RR | SCHED_RESET_ON_FORK;
 
 // Of a thread; 0: the calling one.
 bool Set(pid_t thread, int policy, int priority) {
@@ -33,10 +34,10 @@ void ForEachThread(const std::string& process, const std::function<void(pid_t)>&
   }
 }
 
-absl::Status BecomeUrgentProcess() {
-  if (!Set(0, SCHED_RR, kPriority)) return Refused(errno);
-  ForEachThread("self", [](pid_t thread) { Set(thread, SCHED_RR, kPriority); });
-  return absl::OkStatus();
+void BecomeUrgentProcess() {
+  ForEachThread("self", [](pid_t thread) {
+    if (sched_getscheduler(thread) != kOwn) Set(thread, kInherited, kPriority);
+  });
 }
 
 // Until a pass finds none: an urgent thread may make others while we look.
@@ -45,7 +46,7 @@ void EndUrgency(const std::string& process, pid_t except) {
   while (found) {
     found = false;
     ForEachThread(process, [&found, except](pid_t thread) {
-      if (thread != except && IsRoundRobin(thread)) found |= Set(thread, SCHED_OTHER, 0);
+      if (thread != except && sched_getscheduler(thread) == kInherited) found |= Set(thread, SCHED_OTHER, 0);
     });
   }
 }
@@ -58,11 +59,14 @@ void LeaveUrgencyProcess() {
 
 }  // namespace
 
-bool IsUrgent() { return IsRoundRobin(0); }
-
-absl::Status BecomeUrgent() {
-  return Set(0, SCHED_RR | SCHED_RESET_ON_FORK, kPriority) ? absl::OkStatus() : Refused(errno);
+bool IsUrgent() {
+  const int policy = sched_getscheduler(0);
+  return policy == kInherited || policy == kOwn;
 }
+
+absl::Status BecomeUrgent() { return Set(0, kOwn, kPriority) ? absl::OkStatus() : Refused(errno); }
+
+void MakeUrgent(pid_t thread) { Set(thread, kOwn, kPriority); }
 
 void LeaveUrgency() {
   // Only the privileged may take the flag away; it does no harm.
@@ -75,7 +79,7 @@ UrgentChildren::UrgentChildren() : policy_(sched_getscheduler(0)) {
   sched_param param{};
   sched_getparam(0, &param);
   priority_ = param.sched_priority;
-  Set(0, SCHED_RR, kPriority);
+  Set(0, kInherited, kPriority);
 }
 
 UrgentChildren::~UrgentChildren() { Set(0, policy_, priority_); }
@@ -94,14 +98,12 @@ absl::Status UrgentTime::Begin(std::chrono::milliseconds limit) {
   MutexLock lock(&mutex_);
   end_ = std::chrono::steady_clock::now() + limit;
   changed_.Signal();
+  const bool started_so = sched_getscheduler(0) == kInherited;
+  if (!started_so && !Set(0, kInherited, kPriority)) return Refused(errno);
   if (running_) return absl::OkStatus();
-  if (!IsUrgent()) {
-    absl::Status status = BecomeUrgentProcess();
-    if (!status.ok()) return status;
-  }
   if (thread_.joinable()) thread_.join();  // it has done its work, and takes no lock any more
   running_ = true;
-  thread_ = std::thread([this] { Run(); });
+  thread_ = std::thread([this, started_so] { Run(!started_so); });
   return absl::OkStatus();
 }
 
@@ -111,7 +113,8 @@ void UrgentTime::EndIn(std::chrono::milliseconds time) {
   changed_.Signal();
 }
 
-void UrgentTime::Run() {
+void UrgentTime::Run(bool all_threads) {
+  if (all_threads) BecomeUrgentProcess();  // here: who begins it is in a hurry
   MutexLock lock(&mutex_);
   while (std::chrono::steady_clock::now() < end_)
     changed_.WaitUntil(&mutex_, std::chrono::steady_clock::time_point(end_));

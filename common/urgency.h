@@ -4,8 +4,10 @@
 // run in SCHED_RR at the lowest priority, 1: before ordinary threads, behind every other real-time thread,
 // and among themselves in turns, so that none starves the other.
 //
-// Who is urgent: the supervisor's main thread, always; it does little. A worker from its exec (when nobody
-// serves) or from being told to serve, until soon after it serves: UrgentTime ends it in any case.
+// Who is urgent: the supervisor's main thread and the thread on which a worker hears it, always; they do
+// little. A worker's other threads from its exec (when nobody serves) or from being told to serve, until soon
+// after it serves: UrgentTime ends it in any case. The thread that carries out a call for which reads wait,
+// until that has returned.
 //
 // How it fails: the kernel refuses it without CAP_SYS_NICE (or RLIMIT_RTPRIO), and in control groups that
 // have no real-time budget (CONFIG_RT_GROUP_SCHED). Then everything goes on in ordinary threads, on a busy
@@ -26,13 +28,19 @@ namespace holdfast {
 // Whether the calling thread is.
 bool IsUrgent();
 
-// Makes the calling thread urgent; the threads and processes that it makes are ordinary.
+// Makes the calling thread urgent; the threads and processes that it makes are ordinary. It stays so until it
+// leaves: what ends the urgency of a process leaves out threads that made themselves urgent.
 absl::Status BecomeUrgent();
+
+// The same for another thread of this process, as far as that is permitted. It may be at something else: that
+// is then done sooner.
+void MakeUrgent(pid_t thread);
 
 // Makes the calling thread ordinary, and what it makes from now on.
 void LeaveUrgency();
 
-// Makes all threads of another process ordinary, as far as that is permitted.
+// Makes all threads of another process ordinary, as far as that is permitted, except those that made
+// themselves urgent.
 void EndUrgencyOf(pid_t process);
 
 // While it lives the calling thread is urgent, and so are processes and threads that it makes. Refused, it
@@ -58,14 +66,14 @@ class UrgentTime {
   UrgentTime(const UrgentTime&) = delete;
   UrgentTime& operator=(const UrgentTime&) = delete;
 
-  // Ends it after `limit`. A process that was started urgent is not made so again: threads that have left
-  // urgency stay ordinary.
+  // Ends it after `limit`. The calling thread, and what it makes, is urgent on return, the others soon. A
+  // process that was started urgent is not made so again: threads that have left urgency stay ordinary.
   absl::Status Begin(std::chrono::milliseconds limit);
   // Ends it after `time`, which may be later or earlier than said before. Nothing if it has ended.
   void EndIn(std::chrono::milliseconds time);
 
  private:
-  void Run();
+  void Run(bool all_threads);
 
   Mutex mutex_;
   CondVar changed_;

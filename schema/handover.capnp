@@ -88,6 +88,13 @@ struct OldLedger {
   ownerHung @4 :Bool;           # it was killed because it hung: a slot that it was executing is a suspect (one strike more)
 }
 
+struct Takeover {
+  # What a worker that is to serve would ask for first, as it was when it was told so: reads need not wait for the asking.
+  lastMount @0 :UInt64;         # no live or detached mount has a higher id: whoever knows them up to here knows all
+  ledgers @1 :List(OldLedger);  # the first page of oldLedgers
+  moreLedgers @2 :Bool;         # and there are more: ask
+}
+
 struct SampleRequest {
   # A request that the running worker can answer from what is on this disk, and its answer.
   mountId @0 :UInt64;
@@ -150,9 +157,10 @@ interface Supervisor {
 interface Worker {
   # The methods from `prepare` on are called only when the capability that they need was agreed on.
 
-  serve @0 (trial :Bool, touched :Descriptor) -> ();
+  serve @0 (trial :Bool, touched :Descriptor, takeover :Takeover) -> ();
   # Take over reads: fetch the vault's pages and the old ledgers, adopt every record, start reading. Returns when every
   # mount is being read. May be called while the predecessor is being killed.
+  # takeover: missing from a supervisor of before; then ask for all of it.
   # trial: until endTrial, names and attributes are answered with a time-to-live of 0, nothing is kept over a close
   # (no KEEP_CACHE), no answer makes the kernel stop asking (ENOSYS) unless the mount's blob says that it was given before,
   # and every node answered for is noted in `touched` (memory laid out as touched.h).

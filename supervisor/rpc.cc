@@ -317,6 +317,16 @@ void FillPipes(const Ledger& ledger, capnp::List<schema::PipePair>::Builder out)
   }
 }
 
+void FillTakeover(const Vault& vault, const LedgerStore& ledgers, uint64_t worker,
+                  schema::Takeover::Builder out) {
+  bool more = false;
+  FillLedgers(ledgers.Page(0, worker, kLedgersPerPage, &more), true, out);
+  out.setMoreLedgers(more);
+  for (const auto& [id, mount] : vault.all()) {
+    if (mount.state != MountState::kMounting) out.setLastMount(id);
+  }
+}
+
 kj::Promise<void> ServeControl(Supervisor* supervisor, kj::ConnectionReceiver* listener) {
   auto clients = kj::heap<Clients>(supervisor);
   auto loop = clients->Accept(*listener);

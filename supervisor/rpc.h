@@ -19,6 +19,8 @@ class Supervisor;
 
 void FillPipes(const Ledger& ledger, capnp::List<schema::PipePair>::Builder out);
 void FillMountEntry(const Mount& mount, bool with_device, schema::MountEntry::Builder out);
+void FillTakeover(const Vault& vault, const LedgerStore& ledgers, uint64_t worker,
+                  schema::Takeover::Builder out);
 
 // What a verifier sees.
 schema::MountView::Client MakeMountView(Vault* vault);

@@ -225,27 +225,32 @@ void Supervisor::NotePhase(Phase from, Phase to) {
   EndStep(forward);
   // After the step that failed there are no more.
   if (forward && StepName(to) != nullptr) BeginStep(StepName(to));
+  // Whoever watches would wake up and take the processor from the workers, for which reads wait.
+  if (to != Phase::kParking && to != Phase::kServing) TellProgress();
 }
 
 void Supervisor::BeginStep(const std::string& name) {
   steps_.push_back({.name = name, .begun_boot_nanos = clock_->BootNanos()});
-  Report(steps_.back(), false);
+  progress_due_.push_back({steps_.back(), false});
 }
 
 void Supervisor::EndStep(bool ok) {
   if (steps_.empty() || steps_.back().nanos != 0) return;
   steps_.back().nanos = clock_->BootNanos() - steps_.back().begun_boot_nanos;
-  if (ok) Report(steps_.back(), true);
+  if (!ok) return;
+  const SwapStep& step = steps_.back();
+  LOG(INFO) << "event=step name=" << step.name << " ns=" << step.nanos << " detail=" << LogValue(step.detail);
+  progress_due_.push_back({step, true});
 }
 
-void Supervisor::Report(const SwapStep& step, bool done) {
-  LOG_IF(INFO, done) << "event=step name=" << step.name << " ns=" << step.nanos
-                     << " detail=" << LogValue(step.detail);
-  KJ_IF_MAYBE (progress, progress_) {
-    auto request = progress->stepRequest();
-    FillStep(step, request.initStep());
-    request.setDone(done);
-    Ignore(request.send().ignoreResult());  // who asked may be gone
+void Supervisor::TellProgress() {
+  for (const auto& [step, done] : std::exchange(progress_due_, {})) {
+    KJ_IF_MAYBE (progress, progress_) {
+      auto request = progress->stepRequest();
+      FillStep(step, request.initStep());
+      request.setDone(done);
+      Ignore(request.send().ignoreResult());  // who asked may be gone
+    }
   }
 }
 
@@ -406,8 +411,7 @@ kj::Promise<void> Supervisor::SendCall(WorkerProcess* worker, const Action& acti
   };
   switch (action.call) {
     case Call::kServe:
-      if (state_.trial == worker->generation) return ServeOnTrial(worker);
-      return client.serveRequest().send().ignoreResult();
+      return Serve(worker);
     case Call::kPark:
       return client.parkRequest().send().ignoreResult();
     case Call::kResume:
@@ -442,13 +446,16 @@ kj::Promise<void> Supervisor::SendCall(WorkerProcess* worker, const Action& acti
   KJ_UNREACHABLE;
 }
 
-kj::Promise<void> Supervisor::ServeOnTrial(WorkerProcess* worker) {
-  auto touched = MakeTouched();
-  if (!touched.ok()) return Failed(std::string(FromAbsl(touched.status().message())));
-  touched_ = *std::move(touched);
+kj::Promise<void> Supervisor::Serve(WorkerProcess* worker) {
   auto request = KJ_ASSERT_NONNULL(worker->client).serveRequest();
-  request.setTrial(true);
-  request.setTouched(MakeDescriptor(touched_));
+  if (state_.trial == worker->generation) {
+    auto touched = MakeTouched();
+    if (!touched.ok()) return Failed(std::string(FromAbsl(touched.status().message())));
+    touched_ = *std::move(touched);
+    request.setTrial(true);
+    request.setTouched(MakeDescriptor(touched_));
+  }
+  FillTakeover(vault_, ledgers_, worker->generation, request.initTakeover());
   return request.send().ignoreResult();
 }
 
@@ -654,6 +661,7 @@ kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force,
   auto free = kj::defer([this] { upgrade_busy_ = false; });
   if (path.empty()) path = options_.worker;
   BeginStep("copy");
+  TellProgress();
   using Copy = absl::StatusOr<std::shared_ptr<const Executable>>;
   std::vector<std::string> keep = {running_->sha256};
   for (const auto& executable : {previous_, last_good_}) {

@@ -209,13 +209,13 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void NotePhase(Phase from, Phase to);
   void BeginStep(const std::string& name);
   void EndStep(bool ok);
-  void Report(const SwapStep& step, bool done);
+  void TellProgress();
   void Connect(WorkerProcess* worker, UniqueFd socket);
   void CallWorker(const Action& action, uint64_t waited_ms = 0);
   void LimitUrgency(Generation generation);
   void LimitRetirement(Generation generation);
   kj::Promise<void> SendCall(WorkerProcess* worker, const Action& action);
-  kj::Promise<void> ServeOnTrial(WorkerProcess* worker);
+  kj::Promise<void> Serve(WorkerProcess* worker);
   kj::Promise<std::string> Rehearse(schema::Worker::Client candidate);
   kj::Promise<std::string> ProbeLive(Generation generation);
   kj::Promise<std::string> Judged(kj::Promise<std::string> verdict);
@@ -296,7 +296,8 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   std::string swap_kind_;        // of the one asked for
   std::vector<SwapStep> steps_;  // of it; the last one is under way
   kj::Maybe<schema::Progress::Client> progress_;
-  uint64_t reads_stopped_boot_nanos_ = 0;  // 0: somebody reads
+  std::vector<std::pair<SwapStep, bool>> progress_due_;  // begun or (true) done, not told yet
+  uint64_t reads_stopped_boot_nanos_ = 0;                // 0: somebody reads
   uint64_t hangs_ = 0, pings_ = 0;
   uint64_t crashes_ = 0, swaps_ = 0, carried_over_total_ = 0;
   bool upgrade_busy_ = false, stopping_ = false;

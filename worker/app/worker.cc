@@ -280,6 +280,10 @@ absl::Status Worker::AddNewMounts() {
 
 absl::Status Worker::AdoptLedgers() {
   HF_ASSIGN_OR_RETURN(std::vector<handover::OldLedger> ledgers, link_->OldLedgers());
+  return AdoptLedgers(std::move(ledgers));
+}
+
+absl::Status Worker::AdoptLedgers(std::vector<handover::OldLedger> ledgers) {
   size_t failed = 0;
   for (handover::OldLedger& ledger : ledgers) {
     const uint64_t generation = ledger.generation;
@@ -324,38 +328,38 @@ absl::Status Worker::Prepare() {
   return absl::OkStatus();
 }
 
-absl::Status Worker::Serve(bool trial, UniqueFd touched) {
+absl::Status Worker::Serve(handover::ServeOrder order) {
   // Reads wait for this. Refused, it goes on without; the supervisor has told so.
   if (options_.urgency != nullptr) options_.urgency->Begin(kUrgentAtMost).IgnoreError();
-  absl::Status status = TakeOverReads(trial, std::move(touched));
+  absl::Status status = TakeOverReads(std::move(order));
   // What has piled up is answered first.
   if (options_.urgency != nullptr) options_.urgency->EndIn(kUrgentServing);
   return status;
 }
 
-absl::Status Worker::TakeOverReads(bool trial, UniqueFd touched) {
+absl::Status Worker::TakeOverReads(handover::ServeOrder order) {
   TraceSpan span(&trace_, "worker.serve", "generation=" + std::to_string(generation_));
   HF_RETURN_IF_ERROR(PassFault(faults_, "worker.serve"));
   const uint64_t begin = clock_->BootNanos();
-  if (trial) HF_RETURN_IF_ERROR(server_->BeginTrial(std::move(touched)));
-  trial_ = trial;
-  content_->SetWriting(trial ? cache::ContentStore::Writing::kOnTrial
-                             : cache::ContentStore::Writing::kTrusted);
-  if (prepared_) {
-    HF_RETURN_IF_ERROR(AddNewMounts());
-  } else {
+  if (order.trial) HF_RETURN_IF_ERROR(server_->BeginTrial(std::move(order.touched)));
+  trial_ = order.trial;
+  content_->SetWriting(order.trial ? cache::ContentStore::Writing::kOnTrial
+                                   : cache::ContentStore::Writing::kTrusted);
+  if (!prepared_) {
     HF_RETURN_IF_ERROR(SyncMounts());
+  } else if (!order.takeover || order.takeover->last_mount > last_mount_seen_) {
+    HF_RETURN_IF_ERROR(AddNewMounts());
   }
   const uint64_t mounted = clock_->BootNanos();
-  HF_RETURN_IF_ERROR(AdoptLedgers());
+  HF_RETURN_IF_ERROR(order.takeover ? AdoptLedgers(std::move(order.takeover->ledgers)) : AdoptLedgers());
   const uint64_t adopted = clock_->BootNanos();
   served_ = true;
   server_->Start();
   const uint64_t started = server_->stats().reading_since_nanos;
   LOG(INFO) << "worker.serving generation=" << generation_ << " mounts=" << layers_->mount_count()
-            << " prepared=" << prepared_ << " trial=" << trial << " mounts_us=" << (mounted - begin) / 1000
-            << " ledgers_us=" << (adopted - mounted) / 1000 << " start_us=" << (started - adopted) / 1000
-            << " us=" << (started - begin) / 1000;
+            << " prepared=" << prepared_ << " trial=" << order.trial
+            << " mounts_us=" << (mounted - begin) / 1000 << " ledgers_us=" << (adopted - mounted) / 1000
+            << " start_us=" << (started - adopted) / 1000 << " us=" << (started - begin) / 1000;
   // The supervisor starts workers so that a spare is not the OOM killer's choice.
   if (absl::StatusOr<UniqueFd> score = OpenFile(options_.oom_score_file, O_WRONLY); score.ok()) {
     static_cast<void>(PwriteFull(score->get(), "0", 1, 0));

@@ -82,7 +82,7 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   absl::Status Run(std::unique_ptr<handover::SupervisorLink> link);
   bool supervisor_lost() const { return link_->lost(); }
 
-  absl::Status Serve(bool trial, UniqueFd touched) override;
+  absl::Status Serve(handover::ServeOrder order) override;
   absl::Status OwnerExited(uint64_t generation) override;
   absl::Status TakeMetadata() override;
   absl::Status Park() override;
@@ -130,8 +130,9 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   void GiveUpMetadata();
   absl::Status UseVaultId(const std::string& vault_id);
   uint64_t PoolAgeNanos() const;
-  absl::Status AdoptLedgers();
-  absl::Status TakeOverReads(bool trial, UniqueFd touched);
+  absl::Status AdoptLedgers();  // those that the supervisor names
+  absl::Status AdoptLedgers(std::vector<handover::OldLedger> ledgers);
+  absl::Status TakeOverReads(handover::ServeOrder order);
   absl::Status OpenMetadata();
   void CloseMetadata();
   void Housekeeping();

@@ -102,6 +102,7 @@ struct Vault {
   std::atomic<bool> open{false};  // the worker takes calls
   std::atomic<bool> lost{false};
   std::atomic<bool> asked_urgently{false};  // the last who asked for mounts
+  std::atomic<int> ledgers_asked{0};
   UniqueFd device;
 
   handover::MountEntry Entry(uint64_t id) {
@@ -152,6 +153,7 @@ class FakeLink final : public handover::SupervisorLink {
   }
   absl::StatusOr<std::vector<handover::OldLedger>> OldLedgers() override {
     if (vault_.lost) return Unavailable("the supervisor is gone");
+    vault_.ledgers_asked++;
     std::vector<handover::OldLedger> ledgers;
     MutexLock lock(&vault_.mutex);
     for (uint64_t generation : vault_.old_ledgers) ledgers.push_back(MakeLedger(generation));
@@ -264,7 +266,7 @@ TEST_F(WorkerTest, APreparedWorkerAsksOnlyForWhatIsNewWhenItIsToldToServe) {
     EXPECT_EQ(OomScore(), "-900") << "it does not serve yet";
     vault_.Put(mounts + 1, mounts + 2);
     const auto begin = std::chrono::steady_clock::now();
-    ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+    ASSERT_TRUE(worker_->Serve({}).ok());
     const auto took = std::chrono::steady_clock::now() - begin;
     RecordProperty("serve_us_" + std::to_string(mounts),
                    static_cast<int>(std::chrono::duration_cast<std::chrono::microseconds>(took).count()));
@@ -285,12 +287,39 @@ TEST_F(WorkerTest, APreparedWorkerAsksOnlyForWhatIsNewWhenItIsToldToServe) {
   }
 }
 
+TEST_F(WorkerTest, WhatComesWithTheCallToServeIsNotAskedFor) {
+  for (const uint64_t last : {uint64_t{4}, uint64_t{5}}) {
+    SCOPED_TRACE(last);
+    vault_.Put(1, 4);
+    Start();
+    ASSERT_TRUE(worker_->Prepare().ok());
+    if (last == 5) vault_.Put(5, 5);
+    vault_.ledgers_asked = 0;
+    handover::ServeOrder order;
+    order.takeover.emplace().last_mount = last;
+    order.takeover->ledgers.push_back(MakeLedger(1));
+    ASSERT_TRUE(worker_->Serve(std::move(order)).ok());
+    EXPECT_EQ(vault_.ledgers_asked, 0);
+    const std::vector<uint64_t> asked = vault_.Asked();  // a full walk may have followed
+    EXPECT_EQ(std::count(asked.begin(), asked.end(), 4u), last == 5) << "only if there is a mount to ask for";
+    EXPECT_EQ(Held().size(), last);
+    auto ledgers = worker_->HeldLedgers(0);
+    ASSERT_TRUE(ledgers.ok()) << ledgers.status();
+    EXPECT_EQ(ledgers->elements.size(), 2u) << "that one, and its own";
+    worker_.reset();
+    unlink((dir_.path() + "/snapshotter.sock").c_str());
+    MutexLock lock(&vault_.mutex);
+    vault_.asked_after.clear();
+    vault_.mounts.clear();
+  }
+}
+
 TEST_F(WorkerTest, AMountWithALowIdThatAppearsAfterPrepareIsServedAllTheSame) {
   vault_.Put(5, 9);
   Start();
   ASSERT_TRUE(worker_->Prepare().ok());
   vault_.Put(3, 3);
-  ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  ASSERT_TRUE(worker_->Serve({}).ok());
   EXPECT_TRUE(WaitUntil([&] { return Held() == std::vector<uint64_t>({3, 5, 6, 7, 8, 9}); }));
 }
 
@@ -330,7 +359,7 @@ TEST_F(WorkerTest, TheSnapshotsApiStartsOnceReadsAreServed) {
   });
   EXPECT_TRUE(WaitUntil([&] { return vault_.open.load(); }));
   EXPECT_FALSE(running);
-  EXPECT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  EXPECT_TRUE(worker_->Serve({}).ok());
   run.join();
   EXPECT_TRUE(worker_->TakeMetadata().ok());
 }
@@ -338,7 +367,7 @@ TEST_F(WorkerTest, TheSnapshotsApiStartsOnceReadsAreServed) {
 TEST_F(WorkerTest, UnderASupervisorOfTheFirstProtocolItServesAndEndsAsBefore) {
   vault_.Put(1, 3);
   Start(kFirstProtocol);
-  ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  ASSERT_TRUE(worker_->Serve({}).ok());
   EXPECT_EQ(vault_.Asked(), std::vector<uint64_t>({0}));
   ASSERT_TRUE(worker_->TakeMetadata().ok());
   EXPECT_EQ(Lose(), AfterLoss::kServeOn);
@@ -367,7 +396,7 @@ TEST_F(WorkerTest, AServingWorkerKeepsTheMetadataAndLooksForTheNextSupervisor) {
     vault_.old_ledgers = {1};
   }
   Start();
-  ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  ASSERT_TRUE(worker_->Serve({}).ok());
   ASSERT_TRUE(worker_->TakeMetadata().ok());
   EXPECT_EQ(Lose(), AfterLoss::kReattach);
   EXPECT_TRUE(*worker_->Reattaching());
@@ -404,7 +433,7 @@ TEST_F(WorkerTest, AServingWorkerKeepsTheMetadataAndLooksForTheNextSupervisor) {
 TEST_F(WorkerTest, WithoutMountsItWaitsForASupervisorOnlySoLong) {
   options_.orphan_limit_nanos = 300'000'000;
   Start();
-  ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  ASSERT_TRUE(worker_->Serve({}).ok());
   const auto begin = std::chrono::steady_clock::now();
   EXPECT_EQ(Lose(), AfterLoss::kReattach);
   EXPECT_TRUE(WaitUntil([&] { return ends_ > 0; }));
@@ -415,7 +444,7 @@ TEST_F(WorkerTest, WithoutMountsItWaitsForASupervisorOnlySoLong) {
 TEST_F(WorkerTest, AParkedWorkerReadsAgainWhenItsSupervisorDies) {
   vault_.Put(1, 2);
   Start();
-  ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  ASSERT_TRUE(worker_->Serve({}).ok());
   ASSERT_TRUE(worker_->TakeMetadata().ok());
   ASSERT_TRUE(worker_->Park().ok());
   EXPECT_EQ(Lose(), AfterLoss::kReattach);
@@ -428,7 +457,8 @@ TEST_F(WorkerTest, ATrialBeginsWithItsLogAndEndsInServingAsUsual) {
   vault_.Put(1, 2);
   Start();
   ASSERT_TRUE(worker_->Prepare().ok());
-  EXPECT_FALSE(worker_->Serve(true, Memory(100)).ok()) << "a log of the wrong size";
+  EXPECT_FALSE(worker_->Serve({.trial = true, .touched = Memory(100), .takeover = {}}).ok())
+      << "a log of the wrong size";
   UniqueFd touched = Memory(HF_TOUCHED_TOTAL_SIZE);
   hf_touched_header header{};
   header.magic = HF_TOUCHED_MAGIC;
@@ -437,7 +467,7 @@ TEST_F(WorkerTest, ATrialBeginsWithItsLogAndEndsInServingAsUsual) {
   header.entry_stride = sizeof(hf_touched_entry);
   header.capacity = HF_TOUCHED_ENTRIES;
   ASSERT_TRUE(PwriteFull(touched.get(), &header, sizeof header, 0).ok());
-  absl::Status serving = worker_->Serve(true, std::move(touched));
+  absl::Status serving = worker_->Serve({.trial = true, .touched = std::move(touched), .takeover = {}});
   ASSERT_TRUE(serving.ok()) << serving;
   ASSERT_TRUE(worker_->TakeMetadata().ok());
   ASSERT_TRUE(worker_->EndTrial().ok());
@@ -516,7 +546,7 @@ TEST_F(WorkerTest, WhatReadsWaitForIsUrgentAndSoonAfterItNoThreadIs) {
   options_.urgency = &urgency_;
   Start();
   EXPECT_EQ(UrgentThreads(), 0) << "nobody waits for a worker that is ready";
-  ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  ASSERT_TRUE(worker_->Serve({}).ok());
   // Where the kernel refuses it, to serve works all the same.
   const bool permitted = std::async(std::launch::async, [] { return BecomeUrgent().ok(); }).get();
   EXPECT_EQ(vault_.asked_urgently, permitted);
@@ -526,7 +556,7 @@ TEST_F(WorkerTest, WhatReadsWaitForIsUrgentAndSoonAfterItNoThreadIs) {
 TEST_F(WorkerTest, NoThreadHidesFromTheSignalThatShowsItsStack) {
   vault_.Put(1, 1);
   Start();
-  ASSERT_TRUE(worker_->Serve(false, UniqueFd()).ok());
+  ASSERT_TRUE(worker_->Serve({}).ok());
   ASSERT_TRUE(worker_->TakeMetadata().ok());
   int threads = 0;
   for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
@@ -564,7 +594,7 @@ TEST_F(WorkerTest, EveryStepOfTheProtocolHasAFaultPoint) {
   EXPECT_FALSE(worker_->Distrust(1, UniqueFd(), std::string(32, '1')).ok());
   EXPECT_FALSE(worker_->Resume().ok());
   EXPECT_FALSE(worker_->Reattaching().ok());
-  EXPECT_FALSE(worker_->Serve(false, UniqueFd()).ok());
+  EXPECT_FALSE(worker_->Serve({}).ok());
   EXPECT_FALSE(worker_->Park().ok());
   EXPECT_FALSE(worker_->TakeMetadata().ok());
   EXPECT_FALSE(worker_->YieldMetadata().ok());

@@ -11,16 +11,20 @@
 namespace holdfast::handover {
 namespace {
 
+using Urgency = SerialExecutor::Urgency;
+
 // Posts `function` to the executor; the promise (of the calling loop) gets its result. An unrun task rejects
 // it.
 template <typename T, typename Function>
-kj::Promise<T> RunOn(SerialExecutor* executor, Function function) {
+kj::Promise<T> RunOn(SerialExecutor* executor, Function function, Urgency urgency = Urgency::kOrdinary) {
   auto pair = kj::newPromiseAndCrossThreadFulfiller<T>();
   auto fulfiller = std::make_shared<kj::Own<kj::CrossThreadPromiseFulfiller<T>>>(kj::mv(pair.fulfiller));
-  executor->Post([fulfiller, function = std::move(function)] {
-    const kj::CrossThreadPromiseFulfiller<T>& target = **fulfiller;
-    target.fulfill(function());
-  });
+  executor->Post(
+      [fulfiller, function = std::move(function)] {
+        const kj::CrossThreadPromiseFulfiller<T>& target = **fulfiller;
+        target.fulfill(function());
+      },
+      urgency);
   return kj::mv(pair.promise);
 }
 
@@ -37,20 +41,29 @@ class WorkerServer final : public schema::Worker::Server {
 
  protected:
   kj::Promise<void> serve(ServeContext context) override {
-    const bool trial = context.getParams().getTrial();
-    auto touched = std::make_shared<UniqueFd>();
-    kj::Promise<void> taken = kj::READY_NOW;
-    if (context.getParams().hasTouched()) taken = TakeFd(context.getParams().getTouched(), touched.get());
-    context.releaseParams();
-    return taken.then([this, trial, touched] {
-      return RunStatus(executor_, [callbacks = callbacks_, trial, touched] {
-        return callbacks->actions.load()->Serve(trial, std::move(*touched));
-      });
+    // The parameters are kept to the end: to let go of a descriptor is a message, and reads wait.
+    auto params = context.getParams();
+    auto order = std::make_shared<ServeOrder>();
+    order->trial = params.getTrial();
+    kj::Vector<kj::Promise<void>> taken;
+    if (params.hasTouched()) taken.add(TakeFd(params.getTouched(), &order->touched));
+    if (params.hasTakeover() && !params.getTakeover().getMoreLedgers()) {
+      Takeover& takeover = order->takeover.emplace();
+      takeover.last_mount = params.getTakeover().getLastMount();
+      taken.add(TakeLedgers(params.getTakeover().getLedgers(), &takeover.ledgers));
+    }
+    return kj::joinPromises(taken.releaseAsArray()).then([this, order] {
+      auto serve = [callbacks = callbacks_, order] {
+        return callbacks->actions.load()->Serve(std::move(*order));
+      };
+      return RunStatus(executor_, serve, Urgency::kReadsWait);
     });
   }
   kj::Promise<void> takeMetadata(TakeMetadataContext) override { return Run(&WorkerActions::TakeMetadata); }
-  kj::Promise<void> park(ParkContext) override { return Run(&WorkerActions::Park); }
-  kj::Promise<void> resume(ResumeContext) override { return Run(&WorkerActions::Resume); }
+  kj::Promise<void> park(ParkContext) override { return Run(&WorkerActions::Park, Urgency::kReadsWait); }
+  kj::Promise<void> resume(ResumeContext) override {
+    return Run(&WorkerActions::Resume, Urgency::kReadsWait);
+  }
   kj::Promise<void> yieldMetadata(YieldMetadataContext) override {
     return Run(&WorkerActions::YieldMetadata);
   }
@@ -208,12 +221,13 @@ class WorkerServer final : public schema::Worker::Server {
   }
 
  private:
-  kj::Promise<void> Run(absl::Status (WorkerActions::*method)()) {
-    return RunStatus(executor_,
-                     [callbacks = callbacks_, method] { return (callbacks->actions.load()->*method)(); });
+  kj::Promise<void> Run(absl::Status (WorkerActions::*method)(), Urgency urgency = Urgency::kOrdinary) {
+    auto call = [callbacks = callbacks_, method] { return (callbacks->actions.load()->*method)(); };
+    return RunStatus(executor_, call, urgency);
   }
-  static kj::Promise<void> RunStatus(SerialExecutor* executor, std::function<absl::Status()> function) {
-    return RunOn<absl::Status>(executor, std::move(function)).then([](const absl::Status& status) {
+  static kj::Promise<void> RunStatus(SerialExecutor* executor, std::function<absl::Status()> function,
+                                     Urgency urgency = Urgency::kOrdinary) {
+    return RunOn<absl::Status>(executor, std::move(function), urgency).then([](const absl::Status& status) {
       if (!status.ok()) kj::throwFatalException(ToException(status));
     });
   }
@@ -341,6 +355,29 @@ kj::Promise<void> TakeFd(schema::Descriptor::Client descriptor, UniqueFd* out) {
       *out = std::move(*copy);
     }
   });
+}
+
+void TakePipes(capnp::List<schema::PipePair>::Reader from, std::vector<PipePair>* out,
+               kj::Vector<kj::Promise<void>>* promises) {
+  out->resize(from.size());
+  for (uint32_t i = 0; i < from.size(); ++i) {
+    promises->add(TakeFd(from[i].getReadEnd(), &(*out)[i].read_end));
+    promises->add(TakeFd(from[i].getWriteEnd(), &(*out)[i].write_end));
+  }
+}
+
+kj::Promise<void> TakeLedgers(capnp::List<schema::OldLedger>::Reader from, std::vector<OldLedger>* out) {
+  out->resize(from.size());
+  kj::Vector<kj::Promise<void>> promises;
+  for (uint32_t i = 0; i < from.size(); ++i) {
+    OldLedger& ledger = (*out)[i];
+    ledger.generation = from[i].getGeneration();
+    ledger.owner_exited = from[i].getOwnerExited();
+    ledger.owner_hung = from[i].getOwnerHung();
+    promises.add(TakeFd(from[i].getLedger(), &ledger.memory));
+    TakePipes(from[i].getRequestPipes(), &ledger.pipes, &promises);
+  }
+  return kj::joinPromises(promises.releaseAsArray());
 }
 
 void FillInfo(schema::MountEntry::Reader from, MountEntry* to) {

@@ -2,7 +2,11 @@
 // and holdfastctl call. They live on the event loop's thread and hand every call to a SerialExecutor.
 #pragma once
 
+#include <kj/vector.h>
+
 #include <atomic>
+#include <string>
+#include <vector>
 
 #include "schema/admin.capnp.h"
 #include "schema/handover.capnp.h"
@@ -28,6 +32,10 @@ std::string TextOf(capnp::Text::Reader text);
 std::string HexOf(capnp::Data::Reader data);
 // Dups the descriptor that a capability carries into *out; invalid when it carries none.
 kj::Promise<void> TakeFd(schema::Descriptor::Client descriptor, UniqueFd* out);
+// All of a page. `from` must stay until the promise has resolved.
+kj::Promise<void> TakeLedgers(capnp::List<schema::OldLedger>::Reader from, std::vector<OldLedger>* out);
+void TakePipes(capnp::List<schema::PipePair>::Reader from, std::vector<PipePair>* out,
+               kj::Vector<kj::Promise<void>>* promises);
 // The entry without its descriptor.
 void FillInfo(schema::MountEntry::Reader from, MountEntry* to);
 

@@ -1,6 +1,10 @@
 #include "worker/handover/serial_executor.h"
 
+#include <unistd.h>
+
 #include <utility>
+
+#include "common/urgency.h"
 
 namespace holdfast::handover {
 
@@ -14,15 +18,19 @@ void SerialExecutor::Open() {
   changed_.SignalAll();
 }
 
-void SerialExecutor::Post(std::function<void()> task) {
+void SerialExecutor::Post(std::function<void()> task, Urgency urgency) {
   MutexLock lock(&mutex_);
   if (stopping_) return;
-  tasks_.push_back(std::move(task));
+  tasks_.push_back({std::move(task), urgency});
+  if (urgency == Urgency::kReadsWait) {
+    reads_wait_++;
+    if (thread_id_ != 0) MakeUrgent(thread_id_);
+  }
   changed_.SignalAll();
 }
 
 void SerialExecutor::Stop() {
-  std::deque<std::function<void()>> unrun;
+  std::deque<Task> unrun;
   {
     MutexLock lock(&mutex_);
     stopping_ = true;
@@ -33,8 +41,13 @@ void SerialExecutor::Stop() {
 }
 
 void SerialExecutor::Run() {
+  {
+    MutexLock lock(&mutex_);
+    thread_id_ = gettid();
+    if (reads_wait_ > 0) MakeUrgent(thread_id_);
+  }
   while (true) {
-    std::function<void()> task;
+    Task task;
     {
       MutexLock lock(&mutex_);
       while (!stopping_ && (!open_ || tasks_.empty())) changed_.Wait(&mutex_);
@@ -42,7 +55,9 @@ void SerialExecutor::Run() {
       task = std::move(tasks_.front());
       tasks_.pop_front();
     }
-    task();
+    task.run();
+    MutexLock lock(&mutex_);
+    if (task.urgency == Urgency::kReadsWait && --reads_wait_ == 0) LeaveUrgency();
   }
 }
 

@@ -20,6 +20,7 @@
 
 #include "common/log.h"
 #include "common/mutex.h"
+#include "common/urgency.h"
 #include "glog/logging.h"
 #include "schema/control.capnp.h"
 #include "worker/handover/rpc_servers.h"
@@ -41,16 +42,6 @@ absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path) {
   const auto* target = static_cast<const sockaddr*>(static_cast<const void*>(&address));
   if (connect(socket.get(), target, sizeof address) != 0) return ErrnoStatus(errno, path);
   return socket;
-}
-
-using PipeList = capnp::List<schema::PipePair>::Reader;
-
-void TakePipes(PipeList list, std::vector<PipePair>* out, kj::Vector<kj::Promise<void>>* promises) {
-  out->resize(list.size());
-  for (uint32_t i = 0; i < list.size(); ++i) {
-    promises->add(TakeFd(list[i].getReadEnd(), &(*out)[i].read_end));
-    promises->add(TakeFd(list[i].getWriteEnd(), &(*out)[i].write_end));
-  }
 }
 
 static_assert(kCapServeReads == schema::CAP_SERVE_READS &&
@@ -204,6 +195,7 @@ absl::Status LinkImpl::Register(UniqueFd socket, const Identity& identity) {
 
 void LinkImpl::RunLoop(int socket, std::promise<absl::Status>* started) {
   bool announced = false;
+  BecomeUrgent().IgnoreError();  // refused to the supervisor as well, which says so
   try {
     kj::AsyncIoContext io = kj::setupAsyncIo();
     kj::WaitScope& wait_scope = io.waitScope;
@@ -410,20 +402,9 @@ kj::Promise<std::vector<OldLedger>> LinkImpl::FetchLedgers(uint64_t after, bool*
   request.setAfter(after);
   return request.send().then([more](auto&& response) {
     *more = response.getMore();
-    auto list = response.getLedgers();
     auto ledgers = kj::heap<std::vector<OldLedger>>();
-    ledgers->resize(list.size());
-    kj::Vector<kj::Promise<void>> promises;
-    for (uint32_t i = 0; i < list.size(); ++i) {
-      OldLedger& ledger = (*ledgers)[i];
-      ledger.generation = list[i].getGeneration();
-      ledger.owner_exited = list[i].getOwnerExited();
-      ledger.owner_hung = list[i].getOwnerHung();
-      promises.add(TakeFd(list[i].getLedger(), &ledger.memory));
-      TakePipes(list[i].getRequestPipes(), &ledger.pipes, &promises);
-    }
-    return kj::joinPromises(promises.releaseAsArray())
-        .then([ledgers = kj::mv(ledgers)]() mutable { return std::move(*ledgers); })
+    auto taken = TakeLedgers(response.getLedgers(), ledgers.get());
+    return taken.then([ledgers = kj::mv(ledgers)]() mutable { return std::move(*ledgers); })
         .attach(kj::mv(response));
   });
 }

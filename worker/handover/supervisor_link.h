@@ -3,7 +3,8 @@
 //
 // Threads: Connect starts one thread that runs the RPC event loop and never blocks; calls of the supervisor
 // (WorkerActions) run one after the other on a second thread, Distrust, which may wait long, on a third,
-// calls of holdfastctl (AdminActions) on a fourth. The methods of SupervisorLink block their caller, are
+// calls of holdfastctl (AdminActions) on a fourth. The first is urgent (common/urgency.h), the second while
+// reads wait for what it does. The methods of SupervisorLink block their caller, are
 // thread-safe and must not be called from within `Ping`.
 //
 // How it fails: when the connection ends the supervisor is gone. Every call then returns Unavailable, and
@@ -15,6 +16,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -45,6 +47,19 @@ struct OldLedger {
   std::vector<PipePair> pipes;
   bool owner_exited = false;  // no thread of it can still write
   bool owner_hung = false;    // it was killed because it hung
+};
+
+// See Takeover in handover.capnp.
+struct Takeover {
+  uint64_t last_mount = 0;
+  std::vector<OldLedger> ledgers;  // all of them
+};
+
+// What comes with the call to serve.
+struct ServeOrder {
+  bool trial = false;
+  UniqueFd touched;                  // invalid: there is none
+  std::optional<Takeover> takeover;  // none: ask for mounts and ledgers
 };
 
 enum class MountState { kMounting, kLive, kDetached, kGone };
@@ -130,8 +145,7 @@ class MountVault {
 class WorkerActions {
  public:
   virtual ~WorkerActions() = default;
-  // `touched`: invalid when there is none.
-  virtual absl::Status Serve(bool trial, UniqueFd touched) = 0;
+  virtual absl::Status Serve(ServeOrder order) = 0;
   virtual absl::Status OwnerExited(uint64_t generation) = 0;
   virtual absl::Status TakeMetadata() = 0;
   virtual absl::Status Park() = 0;

@@ -13,6 +13,7 @@
 #include <future>
 #include <thread>
 
+#include "common/urgency.h"
 #include "gtest/gtest.h"
 #include "schema/admin.capnp.h"
 #include "schema/control.capnp.h"
@@ -189,9 +190,10 @@ ino_t InodeOf(int fd) {
 
 class RecordingWorker final : public WorkerActions, public AdminActions {
  public:
-  absl::Status Serve(bool trial, UniqueFd touched) override {
+  absl::Status Serve(ServeOrder serve) override {
+    served_urgently = IsUrgent();
     serving = true;
-    if (trial) touched_inode = InodeOf(touched.get());
+    order = std::move(serve);
     release.get_future().wait();  // an action may take long
     return absl::OkStatus();
   }
@@ -227,6 +229,7 @@ class RecordingWorker final : public WorkerActions, public AdminActions {
     return absl::OkStatus();
   }
   absl::Status EndTrial() override {
+    ended_urgently = IsUrgent();
     trial_ended = true;
     return absl::OkStatus();
   }
@@ -283,6 +286,8 @@ class RecordingWorker final : public WorkerActions, public AdminActions {
   static UniqueFd Null() { return std::move(*OpenFile("/dev/null", O_RDWR)); }
 
   std::atomic<bool> serving{false}, trial_ended{false}, reattach{false}, distrust_waits{false};
+  std::atomic<bool> served_urgently{false}, ended_urgently{false};
+  ServeOrder order;
   std::atomic<uint64_t> exited{0}, distrusted{0};
   std::atomic<int> prepared{0}, attempts{0}, losses{0};
   std::atomic<ino_t> touched_inode{0};
@@ -449,9 +454,61 @@ TEST_F(SupervisorLinkTest, ATrialBringsItsLogAndEndsWhenTold) {
     request.setTouched(Fd(script_.device));
     return request.send().ignoreResult();
   });
-  EXPECT_EQ(worker_.touched_inode, InodeOf(device_.get()));
+  EXPECT_TRUE(worker_.order.trial);
+  EXPECT_EQ(InodeOf(worker_.order.touched.get()), InodeOf(device_.get()));
   end_->Call([&] { return KJ_ASSERT_NONNULL(script_.worker).endTrialRequest().send().ignoreResult(); });
   EXPECT_TRUE(worker_.trial_ended);
+}
+
+TEST_F(SupervisorLinkTest, WhatReadsWaitForIsDoneUrgentlyAndNothingElse) {
+  // Before there are threads that could inherit anything.
+  const bool permitted = std::async(std::launch::async, [] { return BecomeUrgent().ok(); }).get();
+  Connect();
+  link_->Start(&worker_, &worker_);
+  worker_.release.set_value();
+  end_->Call([&] { return KJ_ASSERT_NONNULL(script_.worker).serveRequest().send().ignoreResult(); });
+  EXPECT_EQ(worker_.served_urgently, permitted);
+  worker_.ended_urgently = true;
+  end_->Call([&] { return KJ_ASSERT_NONNULL(script_.worker).endTrialRequest().send().ignoreResult(); });
+  EXPECT_FALSE(worker_.ended_urgently);
+}
+
+TEST_F(SupervisorLinkTest, ACallToServeBringsTheLedgersUnlessThereAreMore) {
+  Connect();
+  link_->Start(&worker_, &worker_);
+  auto serve = [&](bool more) {
+    worker_.release = {};
+    worker_.release.set_value();
+    end_->Call([&] {
+      auto request = KJ_ASSERT_NONNULL(script_.worker).serveRequest();
+      auto takeover = request.initTakeover();
+      takeover.setLastMount(70);
+      takeover.setMoreLedgers(more);
+      auto ledgers = takeover.initLedgers(2);
+      for (unsigned i = 0; i < 2; ++i) {
+        ledgers[i].setGeneration(5 + i);
+        ledgers[i].setLedger(Fd(script_.device));
+        ledgers[i].setOwnerExited(i == 1);
+        auto pipes = ledgers[i].initRequestPipes(1);
+        pipes[0].setReadEnd(Fd(script_.device));
+        pipes[0].setWriteEnd(Fd(script_.device));
+      }
+      return request.send().ignoreResult();
+    });
+  };
+  serve(false);
+  ASSERT_TRUE(worker_.order.takeover.has_value());
+  const Takeover& takeover = *worker_.order.takeover;
+  EXPECT_EQ(takeover.last_mount, 70u);
+  ASSERT_EQ(takeover.ledgers.size(), 2u);
+  EXPECT_EQ(takeover.ledgers[1].generation, 6u);
+  EXPECT_TRUE(takeover.ledgers[1].owner_exited);
+  EXPECT_FALSE(takeover.ledgers[0].owner_exited);
+  EXPECT_EQ(InodeOf(takeover.ledgers[0].memory.get()), InodeOf(device_.get()));
+  ASSERT_EQ(takeover.ledgers[0].pipes.size(), 1u);
+  EXPECT_TRUE(takeover.ledgers[0].pipes[0].write_end.valid());
+  serve(true);
+  EXPECT_FALSE(worker_.order.takeover.has_value());
 }
 
 TEST_F(SupervisorLinkTest, PrepareSamplesReplayAndPrivateMountsTravelWhole) {

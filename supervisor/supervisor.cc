@@ -34,31 +34,11 @@ constexpr uint64_t kNeeded = schema::CAP_SERVE_READS | schema::CAP_METADATA_HAND
 constexpr uint64_t kVerifiable = schema::CAP_PREPARE | schema::CAP_TRIAL;
 constexpr uint64_t kOurs = kNeeded | kVerifiable | schema::CAP_HEALTH | schema::CAP_REATTACH;
 
-// Steps of a swap as people see them; null: not one of its own.
-const char* StepName(Phase phase) {
-  switch (phase) {
-    case Phase::kStarting:
-      return "start";
-    case Phase::kPreparing:
-      return "prepare";
-    case Phase::kRehearsing:
-      return "rehearse";
-    case Phase::kParking:
-      return "park";
-    case Phase::kServing:
-      return "serve";
-    case Phase::kProbing:
-      return "probe";
-    case Phase::kYielding:
-      return "yield";
-    case Phase::kAwaitingExit:
-      return "await-exit";
-    case Phase::kCommitting:
-      return "commit";
-    default:
-      return nullptr;
-  }
-}
+// Steps of a swap as people see them.
+const std::map<Phase, const char*> kSteps = {
+    {Phase::kStarting, "start"}, {Phase::kPreparing, "prepare"},       {Phase::kRehearsing, "rehearse"},
+    {Phase::kParking, "park"},   {Phase::kServing, "serve"},           {Phase::kProbing, "probe"},
+    {Phase::kYielding, "yield"}, {Phase::kAwaitingExit, "await-exit"}, {Phase::kCommitting, "commit"}};
 
 absl::StatusOr<SharedFd> MakeTouched() {
   HF_ASSIGN_OR_RETURN(UniqueFd memory, MakeSealedMemory("holdfast-touched", HF_TOUCHED_TOTAL_SIZE));
@@ -224,7 +204,7 @@ void Supervisor::NotePhase(Phase from, Phase to) {
                             to <= Phase::kRunning);
   EndStep(forward);
   // After the step that failed there are no more.
-  if (forward && StepName(to) != nullptr) BeginStep(StepName(to));
+  if (auto step = kSteps.find(to); forward && step != kSteps.end()) BeginStep(step->second);
   // Whoever watches would wake up and take the processor from the workers, for which reads wait.
   if (to != Phase::kParking && to != Phase::kServing) TellProgress();
 }

@@ -212,7 +212,8 @@ class Server {
     }
     ++own_.header()->requests_received;
     if (PathExists(state_dir_ + "/slow")) usleep(2'000'000);
-    // Not by looking again and again: a report of the stuck thread should find it asleep, however busy the machine.
+    // Not by looking again and again: a report of the stuck thread should find it asleep, however busy the
+    // machine.
     while (PathExists(state_dir_ + "/stuck")) pause();
     Answer(id, slot->request);
     ++own_.header()->requests_answered;

@@ -47,6 +47,7 @@ void ServerCore::PoolThread(uint32_t slot_index) {
   AlternateStack stack;
   ReplyPipe pipe(options_.faults);
   while (!stop_) {
+    WaitWhileParked();
     epoll_event event{};
     int timeout = throttled_mounts_ > 0 ? kThrottledMillis : kIdleMillis;
     int n = epoll_wait(epoll_.get(), &event, 1, timeout);
@@ -84,6 +85,7 @@ void ServerCore::Tick(uint32_t slot_index, ReplyPipe* pipe) {
 }
 
 void ServerCore::Turn(uint32_t slot_index, uint64_t mount_id, ReplyPipe* pipe) {
+  if (mount_id == kWakeToken) return Woken();
   std::shared_ptr<Mount> mount = FindMount(mount_id);
   if (mount == nullptr) return;
   Received got = Received::kNothing;

@@ -14,7 +14,7 @@
 namespace holdfast::fuse {
 namespace {
 
-constexpr uint64_t kWakeToken = ~uint64_t{0};
+constexpr std::chrono::milliseconds kParkedBeat{1000};
 
 thread_local Exchange* current_exchange = nullptr;
 thread_local int gates = 0;  // that this thread is inside of
@@ -49,8 +49,7 @@ absl::Status ServerCore::Initialize() {
 void ServerCore::Shutdown() {
   Park();
   stop_ = true;
-  uint64_t one = 1;
-  (void)!write(wake_.get(), &one, sizeof one);
+  WakePool();
   std::vector<std::thread> pool;
   {
     MutexLock lock(&pool_mutex_);
@@ -110,14 +109,34 @@ ServerCore::Alone::~Alone() {
 
 void ServerCore::Park() {
   parked_ = true;
-  {
-    MutexLock lock(&park_mutex_);
-    park_changed_.SignalAll();
-  }
-  for (const auto& mount : AllMounts()) UpdateArmed(*mount);
+  WakePool();  // it takes the mounts out of the epoll: our caller's readers wait, for the successor
   MutexLock lock(&park_mutex_);
   while (busy_.load() != 0 && parked_) {  // not for ever should Resume overtake it
     park_changed_.WaitUntil(&park_mutex_, std::chrono::steady_clock::now() + std::chrono::milliseconds(50));
+  }
+}
+
+void ServerCore::WakePool() {
+  uint64_t one = 1;
+  (void)!write(wake_.get(), &one, sizeof one);
+  MutexLock lock(&park_mutex_);
+  park_changed_.SignalAll();
+}
+
+void ServerCore::Woken() {
+  if (parked_ || stop_) return;  // the others must see it, too
+  uint64_t wakes = 0;
+  (void)!read(wake_.get(), &wakes, sizeof wakes);
+  if (parked_ || stop_) WakePool();  // that was a new one
+}
+
+void ServerCore::WaitWhileParked() {
+  if (!parked_) return;
+  for (const auto& mount : AllMounts()) UpdateArmed(*mount);
+  MutexLock lock(&park_mutex_);
+  while (parked_ && !stop_) {
+    park_changed_.WaitUntil(&park_mutex_, std::chrono::steady_clock::now() + kParkedBeat);
+    Beat();
   }
 }
 
@@ -134,6 +153,10 @@ void ServerCore::Resume() {
   }
   records_.Rebuild();
   parked_ = false;
+  {
+    MutexLock lock(&park_mutex_);
+    park_changed_.SignalAll();
+  }
   {
     Walk walk(this);
     Gate gate(this);

@@ -34,6 +34,8 @@
 
 namespace holdfast::fuse {
 
+inline constexpr uint64_t kWakeToken = ~uint64_t{0};  // of wake_ in the epoll, where mounts have their ids
+
 // A request found in a slot of an older ledger, copied out; zero bytes follow it.
 struct RecoveredRequest {
   std::shared_ptr<LedgerView> view;
@@ -165,6 +167,9 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   std::shared_ptr<Mount> FindMount(uint64_t mount_id) const;
   std::vector<std::shared_ptr<Mount>> AllMounts() const;
   void UpdateArmed(Mount& mount);
+  void WakePool();  // each of its threads looks at parked_ and stop_
+  void Woken();
+  void WaitWhileParked();
   void StartPool();
   void HoldBack(Mount& mount, bool hold) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mount.mutex);
   void NoteTouched(uint64_t mount_id, uint64_t nodeid);

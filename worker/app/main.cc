@@ -44,8 +44,6 @@ constexpr uint64_t kCapabilities = handover::kCapServeReads | handover::kCapMeta
                                    handover::kCapPrepare | handover::kCapTrial | handover::kCapHealth |
                                    handover::kCapReattach;
 
-constexpr rlim_t kHighDescriptor = 16'383;  // above those of 5,000 mounts; a table of 128 KiB
-
 enum ExitCode { kDone = 0, kFailed = 1, kUsageError = 2 };
 
 struct Arguments {
@@ -82,22 +80,6 @@ void RaiseDescriptorLimit() {
   if (setrlimit(RLIMIT_NOFILE, &limit) != 0) PLOG(WARNING) << "worker.descriptor_limit";
 }
 
-// Moves the socket to a high number. A dying process closes its descriptors in the order of their numbers,
-// but what ends with its last descriptor is ended in the reverse order: the socket at 3, by whose end the
-// supervisor notices the death on kernels before 6.9, would be the last of all (docs/adr/0006). While there
-// is one thread only: see ReserveDescriptors. False: there is no such socket.
-bool MoveUp(UniqueFd* socket) {
-  rlimit limit{};
-  if (fcntl(socket->get(), F_GETFD) < 0 || getrlimit(RLIMIT_NOFILE, &limit) != 0) {
-    socket->Release();
-    return false;
-  }
-  const int high = static_cast<int>(std::min<rlim_t>(limit.rlim_cur, kHighDescriptor + 1)) - 1;
-  UniqueFd moved(fcntl(socket->get(), F_DUPFD_CLOEXEC, high));
-  if (moved.valid()) *socket = std::move(moved);  // else it stays: the supervisor notices later
-  return true;
-}
-
 // SIGTERM and SIGINT are taken by the main thread only; writing to a closed socket is an error, not a death.
 sigset_t PrepareSignals() {
   signal(SIGPIPE, SIG_IGN);
@@ -125,8 +107,9 @@ int Fail(const absl::Status& status) {
 int Serve(const Arguments& arguments) {
   UniqueFd socket(handover::kSupervisorFd);
   RaiseDescriptorLimit();
-  // Before there are threads: see MoveUp.
-  const bool started = MoveUp(&socket);
+  const bool started = fcntl(socket.get(), F_GETFD) >= 0;
+  if (!started) socket.Release();
+  handover::MoveUp(&socket);  // while there is one thread only: see ReserveDescriptors
   const sigset_t signals = PrepareSignals();
   // In RR by the supervisor, when reads wait for us. Nothing here is longer in it than this.
   UrgentTime urgency;

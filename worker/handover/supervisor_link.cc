@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <kj/async-io.h>
 #include <kj/async-unix.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -30,6 +31,7 @@ namespace {
 
 constexpr uint32_t kMaxFdsPerMessage = 253;  // SCM_RIGHTS carries no more
 constexpr uint32_t kMountsPerPage = 200;
+constexpr rlim_t kHighDescriptor = 16'383;  // above those of 5,000 mounts; a table of 128 KiB
 constexpr std::chrono::milliseconds kFirstPause{20}, kLongestPause{1000};
 
 absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path) {
@@ -101,7 +103,7 @@ class LinkImpl final : public SupervisorLink {
   };
 
   void RunLoop(int socket, std::promise<absl::Status>* started);
-  void Open(int socket);  // a connection in place of the one before it
+  void Open(UniqueFd socket);  // a connection in place of the one before it
   void OnDisconnect();
   void FillHello(schema::Hello::Builder hello) const;
   kj::Promise<void> SendHello();
@@ -203,7 +205,7 @@ void LinkImpl::RunLoop(int socket, std::promise<absl::Status>* started) {
     auto quit = kj::newPromiseAndFulfiller<void>();
     loop.quit = kj::mv(quit.fulfiller);
     loop_ = &loop;
-    Open(socket);
+    Open(UniqueFd(socket));
     loop.supervisor = loop.connection->Bootstrap().castAs<schema::Supervisor>();
     executor_ = kj::getCurrentThreadExecutor().addRef();
     announced = true;
@@ -216,10 +218,11 @@ void LinkImpl::RunLoop(int socket, std::promise<absl::Status>* started) {
   }
 }
 
-void LinkImpl::Open(int socket) {
-  auto stream =
-      loop_->io.lowLevelProvider->wrapUnixSocketFd(socket, kj::LowLevelAsyncIoProvider::TAKE_OWNERSHIP);
+void LinkImpl::Open(UniqueFd socket) {
   loop_->connection = nullptr;  // calls of its supervisor fail from now on, those under way too
+  MoveUp(&socket);
+  auto stream = loop_->io.lowLevelProvider->wrapUnixSocketFd(socket.Release(),
+                                                             kj::LowLevelAsyncIoProvider::TAKE_OWNERSHIP);
   loop_->connection = kj::heap<Connection>(kj::mv(stream));
   Connection& connection = *loop_->connection;
   connection.watch =
@@ -290,7 +293,7 @@ absl::Status LinkImpl::Reattach(UniqueFd socket, bool holds_metadata) {
     if (stopping_) return LostStatus();
   }
   auto attempt = [&] {
-    Open(socket.Release());
+    Open(std::move(socket));
     return SendReattach(holds_metadata);
   };
   absl::Status status = OnLoopEvenIfLost(attempt).status();
@@ -445,6 +448,15 @@ absl::Status LinkImpl::Drained(uint64_t generation) {
 }
 
 }  // namespace
+
+void MoveUp(UniqueFd* socket) {
+  rlimit limit{};
+  if (!socket->valid() || getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  const int high = static_cast<int>(std::min<rlim_t>(limit.rlim_cur, kHighDescriptor + 1)) - 1;
+  if (socket->get() >= high) return;
+  UniqueFd moved(fcntl(socket->get(), F_DUPFD_CLOEXEC, high));
+  if (moved.valid()) *socket = std::move(moved);  // else it stays: the supervisor notices later
+}
 
 absl::StatusOr<std::unique_ptr<SupervisorLink>> SupervisorLink::Connect(UniqueFd socket,
                                                                         const Identity& identity) {

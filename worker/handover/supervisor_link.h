@@ -29,6 +29,12 @@ namespace holdfast::handover {
 
 inline constexpr int kSupervisorFd = 3;  // where the supervisor leaves its socket (handover.capnp)
 
+// Moves the socket to a high number. A dying process closes its descriptors in the order of their numbers,
+// but what ends with its last descriptor is ended in the reverse order: a socket at 3, by whose end the
+// supervisor notices the death on kernels before 6.9, would be the last of all (docs/adr/0006). The link does
+// it with each of its sockets that is not there yet.
+void MoveUp(UniqueFd* socket);
+
 // What was agreed on with the supervisor; handover.capnp tells what each bit means.
 inline constexpr uint64_t kCapServeReads = 1;
 inline constexpr uint64_t kCapMetadataHandover = 2;

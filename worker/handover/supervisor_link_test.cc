@@ -4,6 +4,7 @@
 #include <capnp/rpc-twoparty.h>
 #include <fcntl.h>
 #include <kj/async-io.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -692,6 +693,29 @@ TEST_F(ReattachTest, AWorkerThatLostItsSupervisorFindsTheNextAndGoesOnAsIfItWere
   Get(worker_.reattached);
   EXPECT_EQ(worker_.losses, 2);
   EXPECT_TRUE(link_->ListMounts(0).ok());
+}
+
+// By its end kernels before 6.9 tell of a death (docs/adr/0006).
+TEST_F(ReattachTest, TheSocketToTheNextSupervisorHasAHighNumberToo) {
+  rlimit limit{};
+  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &limit), 0);
+  const int high = static_cast<int>(std::min<rlim_t>(limit.rlim_cur, 16'384)) - 1;
+  auto peer = [high] {
+    ucred credentials{};
+    socklen_t size = sizeof credentials;
+    return getsockopt(high, SOL_SOCKET, SO_PEERCRED, &credentials, &size) == 0 ? credentials.pid : -1;
+  };
+  Connect();
+  EXPECT_EQ(peer(), getpid());
+  link_->Start(&worker_, &worker_);
+  end_->End();
+  for (int supervisor = 2; supervisor <= 3; supervisor++) {
+    std::unique_ptr<FakeEnd> next = NextSupervisor();
+    Get(worker_.reattached);
+    worker_.reattached = std::promise<std::string>();
+    EXPECT_EQ(peer(), getpid()) << supervisor;
+    next->End();
+  }
 }
 
 TEST_F(ReattachTest, ASupervisorThatDiesOrAsksForPatienceIsTriedAgain) {

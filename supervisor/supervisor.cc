@@ -439,23 +439,11 @@ kj::Promise<void> Supervisor::Serve(WorkerProcess* worker) {
   return request.send().ignoreResult();
 }
 
-kj::Promise<std::string> Supervisor::Rehearse(schema::Worker::Client candidate) {
-  WorkerProcess* owner = Find(state_.owner);
-  if (owner == nullptr || owner->client == nullptr) return Failed("the running worker is gone");
-  verifier_ = verifiers_.Begin();
-  auto request = KJ_ASSERT_NONNULL(verifier_)->client().rehearseRequest();
-  request.setOwner(KJ_ASSERT_NONNULL(owner->client));
-  request.setCandidate(kj::mv(candidate));
-  request.setMounts(MakeMountView(&vault_));
-  request.setCanaryFolder((options_.state_dir + kCanaryFolder).c_str());
-  using Results = capnp::Response<schema::Verifier::RehearseResults>;
-  return Judged(
-      request.send().then([](Results&& results) { return std::string(results.getSummary().cStr()); }));
-}
-
-// The end of a worker is told as its death; that of the verifier is a failure.
-kj::Promise<std::string> Supervisor::Judged(kj::Promise<std::string> verdict) {
-  return verdict.catch_([this](kj::Exception&& exception) -> std::string {
+// A verifier's summary. The end of a worker is told as its death; that of the verifier is a failure.
+template <typename Results>
+kj::Promise<std::string> Supervisor::Judged(capnp::RemotePromise<Results> verdict) {
+  auto summary = [](auto&& results) { return std::string(results.getSummary().cStr()); };
+  return verdict.then(summary, [this](kj::Exception&& exception) -> std::string {
     auto lives = [this](Generation generation) {
       WorkerProcess* worker = Find(generation);
       return worker != nullptr && worker->dead_since_boot_nanos == 0;
@@ -467,12 +455,22 @@ kj::Promise<std::string> Supervisor::Judged(kj::Promise<std::string> verdict) {
   });
 }
 
+kj::Promise<std::string> Supervisor::Rehearse(schema::Worker::Client candidate) {
+  WorkerProcess* owner = Find(state_.owner);
+  if (owner == nullptr || owner->client == nullptr) return Failed("the running worker is gone");
+  verifier_ = verifiers_.Begin();
+  auto request = KJ_ASSERT_NONNULL(verifier_)->client().rehearseRequest();
+  request.setOwner(KJ_ASSERT_NONNULL(owner->client));
+  request.setCandidate(kj::mv(candidate));
+  request.setMounts(MakeMountView(&vault_));
+  request.setCanaryFolder((options_.state_dir + kCanaryFolder).c_str());
+  return Judged(request.send());
+}
+
 kj::Promise<std::string> Supervisor::ProbeLive(Generation generation) {
   auto request = KJ_REQUIRE_NONNULL(verifier_, "nothing was rehearsed")->client().probeLiveRequest();
   request.setGeneration(generation);
-  using Results = capnp::Response<schema::Verifier::ProbeLiveResults>;
-  return Judged(
-      request.send().then([](Results&& results) { return std::string(results.getSummary().cStr()); }));
+  return Judged(request.send());
 }
 
 // What a verifier that is gone has left; those of the next swap are made long after this.

@@ -218,7 +218,8 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   kj::Promise<void> Serve(WorkerProcess* worker);
   kj::Promise<std::string> Rehearse(schema::Worker::Client candidate);
   kj::Promise<std::string> ProbeLive(Generation generation);
-  kj::Promise<std::string> Judged(kj::Promise<std::string> verdict);
+  template <typename Results>
+  kj::Promise<std::string> Judged(capnp::RemotePromise<Results> verdict);
   void RemoveCanaries();
   void OnCallDone(Generation generation, Call call);
   void TellExited(Generation generation, Generation exited);

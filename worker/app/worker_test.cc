@@ -28,6 +28,7 @@
 #include "gtest/gtest.h"
 #include "schema/ledger.h"
 #include "schema/touched.h"
+#include "worker/fuse/ledger_view.h"
 #include "worker/handover/mount_blob.h"
 
 namespace holdfast::app {
@@ -312,6 +313,48 @@ TEST_F(WorkerTest, WhatComesWithTheCallToServeIsNotAskedFor) {
     vault_.asked_after.clear();
     vault_.mounts.clear();
   }
+}
+
+// The disk on which the layer's index lies does not answer: opening it waits until somebody writes to it.
+TEST_F(WorkerTest, ItServesThoughALayerThatADeadWorkersReadNeedsDoesNotOpen) {
+  const std::string folder = dir_.path() + "/state/" + kLayersFolder + "/" + std::string(64, 'a');
+  const std::string index = folder + "/" + std::string(64, 'b') + ".idx";
+  ASSERT_TRUE(MakeDirs(folder).ok());
+  ASSERT_EQ(mkfifo(index.c_str(), 0600), 0);
+  vault_.Put(1, 2);
+  Start();
+  handover::ServeOrder order;
+  order.takeover.emplace().last_mount = 2;
+  handover::OldLedger ledger = MakeLedger(1);
+  hf_record record{};
+  record.state = HF_RECORD_PENDING;
+  record.owner_generation = 1;
+  record.mount_id = 1;
+  record.unique = 10;
+  record.nodeid = 2;
+  record.size = 4096;
+  record.crc = fuse::RecordCrc(record);
+  ASSERT_TRUE(PwriteFull(ledger.memory.get(), &record, sizeof record, HF_LEDGER_RECORD_OFFSET).ok());
+  const uint32_t used = 1;
+  ASSERT_TRUE(
+      PwriteFull(ledger.memory.get(), &used, sizeof used, offsetof(hf_ledger_header, record_high_water))
+          .ok());
+  const UniqueFd memory = *DupFd(ledger.memory.get());
+  auto state = [&memory] {
+    uint32_t now = 0;
+    EXPECT_EQ(pread(memory.get(), &now, sizeof now, HF_LEDGER_RECORD_OFFSET),
+              static_cast<ssize_t>(sizeof now));
+    return now;
+  };
+  order.takeover->ledgers.push_back(std::move(ledger));
+  ASSERT_TRUE(worker_->Serve(std::move(order)).ok());
+  EXPECT_TRUE(WaitUntil([&] { return worker_->Ping().loop == "fuse-take-up"; })) << "the hang watch sees it";
+  EXPECT_EQ(state(), uint32_t{HF_RECORD_PENDING});
+  UniqueFd writer(open(index.c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC));
+  ASSERT_TRUE(writer.valid()) << "nobody opens it";
+  writer.Reset();
+  EXPECT_TRUE(WaitUntil([&] { return state() == HF_RECORD_FREE; })) << "answered: it is no index";
+  EXPECT_TRUE(WaitUntil([&] { return worker_->Ping().loop != "fuse-take-up"; }));
 }
 
 TEST_F(WorkerTest, AMountWithALowIdThatAppearsAfterPrepareIsServedAllTheSame) {

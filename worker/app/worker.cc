@@ -325,7 +325,8 @@ absl::Status Worker::Prepare() {
   Ready();
   client_->Prepare();
   LOG(INFO) << "worker.prepared generation=" << generation_ << " mounts=" << served.size();
-  return absl::OkStatus();
+  // Whoever starts gRPC holds locks of libc that a thread needs to start others; Serve would wait for them.
+  return WaitForService();
 }
 
 absl::Status Worker::Serve(handover::ServeOrder order) {

@@ -16,6 +16,7 @@ namespace holdfast {
 namespace {
 
 constexpr mode_t kMode = 0555;
+constexpr size_t kPiece = 1 << 18;
 
 absl::Status CheckProgram(int fd) {
   struct stat info;
@@ -25,45 +26,47 @@ absl::Status CheckProgram(int fd) {
 }
 
 // True if that very program lies there already: then a full disk does not keep it from being started.
-bool IsCopy(const std::string& path, const std::string& sha256) {
+bool IsCopy(const std::string& path, const std::string& sha256, Unhurried* unhurried) {
   auto file = OpenFile(path, O_RDONLY | O_NOFOLLOW);
   if (!file.ok()) return false;
-  auto digest = Sha256OfFile(file->get());
+  auto digest = Sha256OfFile(file->get(), unhurried);
   return digest.ok() && *digest == sha256;
 }
 
 // Written under another name, so that a crash leaves no half copy under the right one. Returns its digest.
-absl::StatusOr<std::string> WriteCopy(int source, const std::string& path) {
+absl::StatusOr<std::string> WriteCopy(int source, const std::string& path, Unhurried* unhurried) {
   unlink(path.c_str());
   HF_ASSIGN_OR_RETURN(UniqueFd copy, OpenFile(path, O_RDWR | O_CREAT | O_EXCL, kMode));
   for (;;) {
-    ssize_t sent = sendfile(copy.get(), source, nullptr, 1 << 20);
+    ssize_t sent = sendfile(copy.get(), source, nullptr, kPiece);
     if (sent < 0 && errno != EINTR) return ErrnoStatus(errno, "copying to " + path);
     if (sent == 0) break;
+    if (unhurried != nullptr) unhurried->Rest();
   }
   if (fchmod(copy.get(), kMode) != 0 || fsync(copy.get()) != 0) return ErrnoStatus(errno, "syncing " + path);
-  return Sha256OfFile(copy.get());
+  return Sha256OfFile(copy.get(), unhurried);
 }
 
 }  // namespace
 
-absl::StatusOr<std::shared_ptr<const Executable>> ExecutableStore::Add(const std::string& path) const {
+absl::StatusOr<std::shared_ptr<const Executable>> ExecutableStore::Add(const std::string& path,
+                                                                       Unhurried* unhurried) const {
   HF_ASSIGN_OR_RETURN(UniqueFd source, OpenFile(path, O_RDONLY));
   HF_RETURN_IF_ERROR(CheckProgram(source.get()));
   auto executable = std::make_shared<Executable>();
-  HF_ASSIGN_OR_RETURN(executable->sha256, Sha256OfFile(source.get()));
-  if (!IsCopy(PathOf(executable->sha256), executable->sha256)) {
-    HF_ASSIGN_OR_RETURN(executable->sha256, Install(source.get()));
+  HF_ASSIGN_OR_RETURN(executable->sha256, Sha256OfFile(source.get(), unhurried));
+  if (!IsCopy(PathOf(executable->sha256), executable->sha256, unhurried)) {
+    HF_ASSIGN_OR_RETURN(executable->sha256, Install(source.get(), unhurried));
   }
   HF_ASSIGN_OR_RETURN(executable->file, OpenFile(PathOf(executable->sha256), O_RDONLY | O_NOFOLLOW));
   return std::shared_ptr<const Executable>(std::move(executable));
 }
 
 // Returns the digest, by which the copy is named.
-absl::StatusOr<std::string> ExecutableStore::Install(int source) const {
+absl::StatusOr<std::string> ExecutableStore::Install(int source, Unhurried* unhurried) const {
   HF_RETURN_IF_ERROR(MakeDirs(folder_, 0755));
   std::string temporary = folder_ + "/.new";
-  absl::StatusOr<std::string> sha256 = WriteCopy(source, temporary);
+  absl::StatusOr<std::string> sha256 = WriteCopy(source, temporary, unhurried);
   if (!sha256.ok()) {
     unlink(temporary.c_str());
     return sha256.status();
@@ -76,7 +79,7 @@ absl::StatusOr<std::string> ExecutableStore::Install(int source) const {
 }
 
 std::shared_ptr<const Executable> ExecutableStore::Open(const std::string& sha256) const {
-  if (!IsCopy(PathOf(sha256), sha256)) return nullptr;
+  if (!IsCopy(PathOf(sha256), sha256, nullptr)) return nullptr;
   auto file = OpenFile(PathOf(sha256), O_RDONLY | O_NOFOLLOW);
   if (!file.ok()) return nullptr;
   auto executable = std::make_shared<Executable>();

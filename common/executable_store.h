@@ -9,6 +9,7 @@
 
 #include "common/io.h"
 #include "common/status.h"
+#include "common/unhurried.h"
 
 namespace holdfast {
 
@@ -23,8 +24,10 @@ class ExecutableStore {
   ExecutableStore(std::string folder, std::string name)
       : folder_(std::move(folder)), name_(std::move(name)) {}
 
-  // Copies the program at `path`, synced, mode 0555. The error says what is wrong with it.
-  absl::StatusOr<std::shared_ptr<const Executable>> Add(const std::string& path) const;
+  // Copies the program at `path`, synced, mode 0555. The error says what is wrong with it. `unhurried`: it
+  // rests in between.
+  absl::StatusOr<std::shared_ptr<const Executable>> Add(const std::string& path,
+                                                        Unhurried* unhurried = nullptr) const;
   // The copy that was kept under this digest; null when there is none, or it is damaged.
   std::shared_ptr<const Executable> Open(const std::string& sha256) const;
   // Removes the copies not named in `keep`. Errors are left for the next time.
@@ -32,7 +35,7 @@ class ExecutableStore {
 
  private:
   std::string PathOf(const std::string& sha256) const { return folder_ + "/" + sha256 + "/" + name_; }
-  absl::StatusOr<std::string> Install(int source) const;
+  absl::StatusOr<std::string> Install(int source, Unhurried* unhurried) const;
 
   const std::string folder_, name_;
 };

@@ -151,7 +151,7 @@ std::string Sha256::FinishHex() {
   return hex;
 }
 
-absl::StatusOr<std::string> Sha256OfFile(int fd) {
+absl::StatusOr<std::string> Sha256OfFile(int fd, Unhurried* unhurried) {
   Sha256 hash;
   std::vector<char> buffer(1 << 16);
   off_t offset = 0;
@@ -162,6 +162,7 @@ absl::StatusOr<std::string> Sha256OfFile(int fd) {
     if (n == 0) return hash.FinishHex();
     hash.Update(buffer.data(), static_cast<size_t>(n));
     offset += n;
+    if (unhurried != nullptr) unhurried->Rest();
   }
 }
 

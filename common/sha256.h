@@ -7,6 +7,7 @@
 #include <string>
 
 #include "common/status.h"
+#include "common/unhurried.h"
 
 namespace holdfast {
 
@@ -31,7 +32,8 @@ class Sha256 {
   uint64_t total_bytes_ = 0;
 };
 
-// Digest of everything readable from the start of `fd`; the file offset is not used.
-absl::StatusOr<std::string> Sha256OfFile(int fd);
+// Digest of everything readable from the start of `fd`; the file offset is not used. `unhurried`: it rests in
+// between.
+absl::StatusOr<std::string> Sha256OfFile(int fd, Unhurried* unhurried = nullptr);
 
 }  // namespace holdfast

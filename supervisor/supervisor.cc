@@ -13,6 +13,7 @@
 #include "absl/strings/escaping.h"
 #include "common/log.h"
 #include "common/sealed_memory.h"
+#include "common/unhurried.h"
 #include "common/urgency.h"
 #include "glog/logging.h"
 #include "schema/touched.h"
@@ -648,7 +649,8 @@ kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force,
   auto copied = Offload<Copy>([path, keep, state_dir = options_.state_dir] {
     ExecutableStore copies = WorkerCopies(state_dir);
     copies.Keep(keep);
-    return copies.Add(path);
+    Unhurried unhurried;
+    return copies.Add(path, &unhurried);
   });
   auto swapped = copied.then([this, force, path](kj::Own<Copy>&& copy) -> kj::Promise<bool> {
     if (!copy->ok()) Throw(Annotate(copy->status(), "worker " + path));

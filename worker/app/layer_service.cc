@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "common/log.h"
+#include "common/unhurried.h"
 #include "glog/logging.h"
 #include "worker/app/samples.h"
 #include "worker/layer/digest.h"
@@ -222,8 +223,10 @@ void LayerService::OpenAhead(uint64_t budget_nanos) {
     }
   }
   size_t failed = 0;
+  Unhurried unhurried;
   for (auto& [key, layer] : opened) {
     if (layer.index != nullptr && layer.content != nullptr) continue;
+    unhurried.Rest();
     if (clock->BootNanos() >= deadline) break;
     if (layer.index == nullptr) {
       absl::StatusOr<IndexPtr> index = OpenIndex(key.second, key.first, /*verify=*/false);

@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "common/io.h"
+#include "common/unhurried.h"
 #include "worker/layer/digest.h"
 #include "worker/layer/layer_index.h"
 
@@ -149,7 +150,9 @@ std::vector<SampleFile> SampleMounts(size_t mounts, const std::function<SampledM
   std::vector<SampleFile> samples;
   std::mt19937_64 random(std::random_device{}());
   auto full = [&] { return samples.size() >= limit || clock.BootNanos() >= deadline_boot_nanos; };
+  Unhurried unhurried;
   auto add = [&](std::optional<SampleFile> sample) {
+    unhurried.Rest();
     if (sample.has_value() && !full()) samples.push_back(*std::move(sample));
   };
   std::vector<size_t> order(mounts);

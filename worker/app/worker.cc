@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "common/log.h"
+#include "common/unhurried.h"
 #include "glog/logging.h"
 #include "schema/ledger.h"
 #include "worker/app/build_info.h"
@@ -29,7 +30,7 @@ constexpr uint64_t kSyncEveryRefresh = 15;
 constexpr uint64_t kFlushEveryNanos = 5'000'000'000;
 constexpr uint64_t kMetadataLockWaitNanos = 5'000'000'000;
 constexpr milliseconds kDrainLimit{570'000};         // short of the supervisor's limit of 10 minutes
-constexpr uint64_t kSampleNanos = 40'000'000;        // a swap waits for it
+constexpr uint64_t kSampleNanos = 200'000'000;       // a swap waits for it, but no reader
 constexpr uint64_t kOpenAheadNanos = 1'000'000'000;  // nobody waits for a worker that prepares
 constexpr int kReservedDescriptors = 4096;           // for 1,000 mounts, one and two a layer; 33 KiB
 constexpr size_t kHeldMountsPerPage = 200, kHeldLedgersPerPage = 7;  // 253 descriptors a message
@@ -396,7 +397,7 @@ absl::StatusOr<handover::SampleSet> Worker::Samples(uint32_t limit) {
   for (fuse::Sample& sample : server_->Samples(limit)) {
     set.requests.push_back({sample.mount_id, std::move(sample.request), std::move(sample.reply_digest)});
   }
-  set.files = layers_->Samples(limit, begin + kSampleNanos);
+  set.files = layers_->Samples(limit, clock_->BootNanos() + kSampleNanos);
   LOG(INFO) << "worker.sampled requests=" << set.requests.size() << " files=" << set.files.size()
             << " us=" << (clock_->BootNanos() - begin) / 1000;
   return set;
@@ -406,7 +407,9 @@ absl::StatusOr<handover::ReplayResult> Worker::Replay(const std::vector<handover
   TraceSpan span(&trace_, "worker.replay", "requests=" + std::to_string(requests.size()));
   HF_RETURN_IF_ERROR(PassFault(faults_, "worker.replay"));
   handover::ReplayResult result;
+  Unhurried unhurried;
   for (uint32_t i = 0; i < requests.size(); ++i) {
+    unhurried.Rest();
     const handover::SampleRequest& sample = requests[i];
     absl::StatusOr<std::string> digest = server_->Replay(sample.mount_id, sample.request);
     if (digest.ok() && *digest == sample.reply_digest) continue;

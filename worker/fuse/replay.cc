@@ -13,6 +13,7 @@
 #include <string>
 #include <utility>
 
+#include "common/unhurried.h"
 #include "worker/fuse/server_core.h"
 #include "worker/layer/digest.h"
 
@@ -148,7 +149,9 @@ absl::StatusOr<std::string> ServerCore::Replay(uint64_t mount_id, std::string_vi
 std::vector<Sample> ServerCore::Samples(size_t limit) {
   std::vector<Sample> samples;
   std::set<std::string> known;
+  Unhurried unhurried;
   auto add = [&](const std::shared_ptr<Mount>& mount, std::string request) {
+    unhurried.Rest();
     if (!known.insert(Identity(mount->id(), request)).second) return;
     int error = 0;
     absl::StatusOr<std::string> digest = Replay(mount, request, &error);

@@ -1,5 +1,6 @@
 // Verifier processes, the real program, between stand-ins of two workers.
 #include "supervisor/verifiers.h"
+#include "common/testing/time_limit.h"
 
 #include <linux/fuse.h>
 #include <stdlib.h>
@@ -41,22 +42,21 @@ class Owner final : public schema::Worker::Server {
   std::string digest_;
 };
 
-// Takes the canary and answers nothing.
+// Takes the canary and answers nothing. It does not let go of the capability that brought the device.
 class Candidate final : public schema::Worker::Server {
  public:
   explicit Candidate(UniqueFd* device) : device_(*device) {}
   kj::Promise<void> replay(ReplayContext) override { return kj::READY_NOW; }
   kj::Promise<void> mountsGone(MountsGoneContext) override { return kj::READY_NOW; }
   kj::Promise<void> addMounts(AddMountsContext context) override {
-    auto device = context.getParams().getEntries()[0].getDevice();
-    auto fd = device.getFd();
-    return fd.then([this, device = kj::mv(device)](kj::Maybe<int> number) mutable {
-      device_ = DupFd(number.orDefault(-1)).value_or(UniqueFd());
-    });
+    kept_ = context.getParams().getEntries()[0].getDevice();
+    return KJ_ASSERT_NONNULL(kept_).getFd().then(
+        [this](kj::Maybe<int> number) { device_ = DupFd(number.orDefault(-1)).value_or(UniqueFd()); });
   }
 
  private:
   UniqueFd& device_;
+  kj::Maybe<schema::Descriptor::Client> kept_;
 };
 
 class Mounts final : public schema::MountView::Server {
@@ -87,7 +87,7 @@ class VerifiersTest : public ::testing::Test {
     devices_.clear();
   }
   bool Eventually(const std::function<bool()>& condition) {
-    auto end = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+    auto end = std::chrono::steady_clock::now() + kTimeFactor * std::chrono::seconds(10);
     while (!condition()) {
       if (std::chrono::steady_clock::now() > end) return false;
       io_.provider->getTimer().afterDelay(2 * kj::MILLISECONDS).wait(io_.waitScope);

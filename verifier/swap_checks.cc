@@ -62,7 +62,8 @@ struct SwapChecks::Canary {
   InitOptions options;
   absl::Status made;
   FuseInit init;
-  // Ours until the candidate has it: whoever waits for a mount must not keep it alive.
+  // Ours until the candidate has it: whoever waits for a mount must not keep it alive, or not even SIGKILL
+  // ends the wait.
   SharedFd device;
 };
 
@@ -202,13 +203,15 @@ kj::Promise<void> SwapChecks::LookAt(schema::Worker::Client candidate, Canaries 
       entries[i].setMountId(canary.id);
       entries[i].setState(schema::MountState::LIVE);
       entries[i].setPath(canary.path.c_str());
-      entries[i].setDevice(MakeDescriptor(std::exchange(canary.device, nullptr)));
+      entries[i].setDevice(MakeDescriptor(canary.device));
       entries[i].setInitRequest(Bytes(canary.init.request));
       entries[i].setInitReply(Bytes(canary.init.reply));
       entries[i].setBlob(Bytes(canary.blob));
       probe.mounts.push_back({.id = canary.id, .root = canary.path, .files = files_[canary.original]});
     }
-    return request.send().ignoreResult().then([this, probe = std::move(probe)]() mutable {
+    return request.send().ignoreResult().then([this, canaries, probe = std::move(probe)]() mutable {
+      // It has answered, so it has them; when it lets go of the capabilities is its own affair.
+      for (const Canary& canary : *canaries) canary.device->Reset();
       return CheckMountsWithin(timer_, std::move(probe), kCanaryWalkMillis)
           .then([](absl::StatusOr<std::string> result) {
             if (!result.ok()) Throw(Annotate(result.status(), "canary walk"));
@@ -218,6 +221,7 @@ kj::Promise<void> SwapChecks::LookAt(schema::Worker::Client candidate, Canaries 
 }
 
 kj::Promise<void> SwapChecks::RemoveCanaries(schema::Worker::Client candidate, Canaries canaries) {
+  for (Canary& canary : *canaries) canary.device = nullptr;  // also those that nobody got
   auto unmounted = Offload<int>([canaries] {
     for (const Canary& canary : *canaries) {
       if (canary.init.request.empty()) continue;

@@ -21,6 +21,7 @@
 #include "common/fuse_mount.h"
 #include "common/sha256.h"
 #include "common/testing/processes.h"
+#include "common/testing/time_limit.h"
 #include "gtest/gtest.h"
 #include "schema/probe.h"
 #include "verifier/self_test.h"
@@ -46,7 +47,7 @@ size_t CountFds() {
 }
 
 bool Eventually(const std::function<bool()>& condition) {
-  auto end = steady_clock::now() + std::chrono::seconds(10);
+  auto end = steady_clock::now() + kTimeFactor * std::chrono::seconds(10);
   while (!condition()) {
     if (steady_clock::now() > end) return false;
     std::this_thread::sleep_for(std::chrono::milliseconds(2));

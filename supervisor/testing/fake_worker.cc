@@ -771,10 +771,10 @@ void NoteInherited() {
 }
 
 int Run() {
+  auto io = kj::setupAsyncIo();  // outlives the connections of the context
   Context c;
   if (c.mode == "exit") return 3;
   if (c.mode != "urgent") LeaveUrgency();
-  auto io = kj::setupAsyncIo();
   c.timer = &io.provider->getTimer();
   c.io = &io;
   c.connections.push_back(kj::heap<Connection>(

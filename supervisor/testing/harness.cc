@@ -19,12 +19,14 @@
 #include <chrono>
 #include <fstream>
 #include <functional>
+#include <iostream>
 #include <sstream>
 #include <thread>
 #include <utility>
 
 #include "common/fuse_mount.h"
 #include "common/testing/processes.h"
+#include "common/testing/time_limit.h"
 #include "gtest/gtest.h"
 
 #pragma GCC diagnostic ignored "-Wnon-virtual-dtor"  // generated server bases
@@ -70,7 +72,7 @@ class StepCollector final : public schema::Progress::Server {
 }  // namespace
 
 bool Eventually(const std::function<bool()>& condition, int seconds) {
-  auto end = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
+  auto end = std::chrono::steady_clock::now() + kTimeFactor * std::chrono::seconds(seconds);
   while (!condition()) {
     if (std::chrono::steady_clock::now() > end) return false;
     std::this_thread::sleep_for(std::chrono::milliseconds(2));
@@ -102,6 +104,7 @@ Harness::~Harness() {
     kill(child, SIGKILL);
     Reap(child, 10);
   }
+  if (::testing::Test::HasFailure()) std::cerr << ReadFile(dir_.path() + "/supervisor.log").value_or("");
   auto mounts = ReadMountInfo();
   for (const MountInfo& mount : mounts.ok() ? *mounts : std::vector<MountInfo>()) {
     if (IsUnder(mount.path, dir_.path())) umount2(mount.path.c_str(), MNT_DETACH);
@@ -412,7 +415,8 @@ bool Stat::Done(int seconds) {
 
 int64_t Stat::Result(int seconds) {
   int64_t result = -ETIMEDOUT;
-  if (Done(seconds) && read(pipe_.get(), &result, sizeof(result)) != sizeof(result)) result = -EIO;
+  if (Done(seconds * kTimeFactor) && read(pipe_.get(), &result, sizeof(result)) != sizeof(result))
+    result = -EIO;
   return result;
 }
 

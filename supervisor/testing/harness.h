@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "common/io.h"
+#include "common/testing/time_limit.h"
 #include "schema/control.capnp.h"
 #include "supervisor/testing/fake_worker.capnp.h"
 #include "supervisor/testing/service_manager.h"
@@ -116,7 +117,9 @@ class Harness {
 
   template <typename T>
   T Wait(kj::Promise<T> promise, int seconds = 20) {
-    return io_.provider->getTimer().timeoutAfter(seconds * kj::SECONDS, kj::mv(promise)).wait(io_.waitScope);
+    return io_.provider->getTimer()
+        .timeoutAfter(seconds * kTimeFactor * kj::SECONDS, kj::mv(promise))
+        .wait(io_.waitScope);
   }
 
  private:

@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "common/clock.h"
+#include "common/testing/time_limit.h"
 #include "glog/logging.h"
 #include "tests/fault/dying_thread.h"
 #include "tests/fault/process.h"
@@ -154,7 +155,8 @@ class Watchdog {
   Watchdog(Rig* rig, int seconds)
       : thread_([this, rig, seconds] {
           std::unique_lock<std::mutex> lock(mutex_);
-          if (ended_.wait_for(lock, std::chrono::seconds(seconds), [this] { return over_; })) return;
+          if (ended_.wait_for(lock, kTimeFactor * std::chrono::seconds(seconds), [this] { return over_; }))
+            return;
           barked_ = true;
           rig->Abandon();
         }) {}

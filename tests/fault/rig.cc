@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "common/clock.h"
+#include "common/testing/time_limit.h"
 #include "glog/logging.h"
 #include "tests/fault/process.h"
 #include "worker/ctl/inflight.h"
@@ -58,7 +59,7 @@ Stand StandOf(Step step) {
 }
 
 bool WaitUntil(int seconds, const std::function<bool()>& condition) {
-  const auto deadline = steady_clock::now() + std::chrono::seconds(seconds);
+  const auto deadline = steady_clock::now() + kTimeFactor * std::chrono::seconds(seconds);
   while (!condition()) {
     if (steady_clock::now() > deadline) return false;
     std::this_thread::sleep_for(milliseconds(3));

@@ -20,6 +20,7 @@
 #include <utility>
 
 #include "common/process.h"
+#include "common/testing/time_limit.h"
 #include "glog/logging.h"
 
 namespace holdfast::test {
@@ -36,7 +37,7 @@ std::string Program(const std::string& name) {
 
 template <typename Condition>
 bool WaitUntil(int seconds, Condition condition) {
-  const auto deadline = steady_clock::now() + std::chrono::seconds(seconds);
+  const auto deadline = steady_clock::now() + kTimeFactor * std::chrono::seconds(seconds);
   while (!condition()) {
     if (steady_clock::now() > deadline) return false;
     std::this_thread::sleep_for(milliseconds(5));

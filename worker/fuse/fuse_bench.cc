@@ -24,6 +24,7 @@
 #include <sstream>
 #include <thread>
 
+#include "common/testing/time_limit.h"
 #include "glog/logging.h"
 
 namespace holdfast::fuse {
@@ -262,7 +263,12 @@ class ServerMain {
       MutexLock lock(&mutex_);
       ended_ += " " + std::to_string(id);
     });
-    if (setup_.record_crashes) InstallCrashRecorder(server_.get());
+    if (setup_.record_crashes) {
+      // A sanitizer's handlers would report the signal that a test sends, and end the process in their own
+      // way.
+      for (int fatal : {SIGSEGV, SIGABRT}) signal(fatal, SIG_DFL);
+      InstallCrashRecorder(server_.get());
+    }
     for (auto& [id, point] : bench_.mounts) {
       if (std::count(setup_.leave_out.begin(), setup_.leave_out.end(), id) == 0) AddMount(point);
     }
@@ -427,7 +433,7 @@ void ServerProcess::Send(const std::string& command) {
 std::string ServerProcess::Call(const std::string& command, double seconds) {
   Send(command);
   pollfd p{control_.get(), POLLIN, 0};
-  if (poll(&p, 1, static_cast<int>(seconds * 1000)) != 1) return "no answer to " + command;
+  if (poll(&p, 1, static_cast<int>(seconds * 1000) * kTimeFactor) != 1) return "no answer to " + command;
   char buffer[4096];
   ssize_t n = recv(control_.get(), buffer, sizeof buffer, 0);
   return n > 0 ? std::string(buffer, static_cast<size_t>(n)) : "the server has ended";
@@ -462,7 +468,7 @@ pid_t ServerProcess::ThreadNamed(const std::string& name) const {
 }
 
 bool Eventually(const std::function<bool()>& condition, double seconds) {
-  auto deadline = steady_clock::now() + std::chrono::duration<double>(seconds);
+  auto deadline = steady_clock::now() + std::chrono::duration<double>(seconds * kTimeFactor);
   while (!condition()) {
     if (steady_clock::now() > deadline) return false;
     usleep(2000);

@@ -31,15 +31,6 @@ std::shared_ptr<FakeIndex> MakeIndex(uint64_t) {
   return index;
 }
 
-// The handler hands on to whoever had the signal before: a sanitizer ends the process in its own way.
-bool DiedOf(int result, [[maybe_unused]] int signal) {
-#ifdef HOLDFAST_SANITIZED
-  return result > 0;
-#else
-  return result == 1000 + signal;
-#endif
-}
-
 uint64_t NanosSince(uint64_t boot_nanos) { return Clock::Real()->BootNanos() - boot_nanos; }
 
 class FuseHandoverTest : public testing::Test {
@@ -586,7 +577,7 @@ TEST_F(FuseHandoverTest, AFatalSignalNamesItsSlotAndARequestThatKillsTwiceIsEio)
   auto reader = Reader([&] { return CheckFile(root + "/stored", kStored, 0, 4096, true); });
   ASSERT_EQ(first->Call("fired fuse.received 1"), "ok");
   syscall(SYS_tgkill, first->process().pid(), first->ThreadNamed("fuse-0"), SIGSEGV);
-  EXPECT_TRUE(DiedOf(first->process().Wait(10), SIGSEGV));
+  EXPECT_EQ(first->process().Wait(10), 1000 + SIGSEGV);
   hf_ledger_header* header = bench_.ledgers[1]->header;
   EXPECT_EQ(header->exit_cause, uint32_t{HF_EXIT_FATAL_SIGNAL});
   EXPECT_EQ(header->exit_signal, uint32_t{SIGSEGV});
@@ -605,7 +596,7 @@ TEST_F(FuseHandoverTest, AFatalSignalNamesItsSlotAndARequestThatKillsTwiceIsEio)
     return wchan.ok() && wchan->find("futex") != std::string::npos;
   }));
   syscall(SYS_tgkill, main_thread, main_thread, SIGABRT);
-  EXPECT_TRUE(DiedOf(second->process().Wait(10), SIGABRT));
+  EXPECT_EQ(second->process().Wait(10), 1000 + SIGABRT);
   EXPECT_EQ(bench_.ledgers[1]->slot(0)->strikes, 2u);
 
   auto third = Start(NewSetup(3));

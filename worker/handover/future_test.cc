@@ -5,6 +5,7 @@
 #include <kj/async-io.h>
 #include <sys/socket.h>
 
+#include <atomic>
 #include <future>
 #include <string>
 #include <thread>
@@ -32,7 +33,8 @@ struct Seen {
   std::string token, build;
   uint64_t capabilities = 0;
   bool more = false;
-  kj::Maybe<capnp::Capability::Client> worker;
+  kj::Maybe<capnp::Capability::Client> worker;  // of the thread of the FutureEnd
+  std::atomic<bool> registered{false};          // the above is written
 };
 
 class FutureSupervisor final : public capnp::Capability::Server {
@@ -65,6 +67,7 @@ class FutureSupervisor final : public capnp::Capability::Server {
     seen_.capabilities = params.getHello().getCapabilities();
     seen_.more = params.hasFutureMore() || params.getHello().hasFutureMore();
     seen_.worker = params.getWorker();
+    seen_.registered = true;
     auto results = context.getResults().initAs<future::RegisterResults>();
     auto welcome = results.initWelcome();
     welcome.setCapabilities(~uint64_t{0});
@@ -169,6 +172,7 @@ TEST(FutureSupervisorTest, TodaysWorkerTakesWhatItKnowsAndIgnoresTheRest) {
   ASSERT_TRUE(connected.ok()) << connected.status();
   SupervisorLink& link = **connected;
 
+  ASSERT_TRUE(seen.registered);
   EXPECT_EQ(seen.token, "secret");
   EXPECT_EQ(seen.build, "today");
   EXPECT_FALSE(seen.more) << "today's build sends fields of the future";

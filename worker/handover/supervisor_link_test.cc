@@ -12,6 +12,7 @@
 
 #include <atomic>
 #include <future>
+#include <mutex>
 #include <thread>
 
 #include "common/urgency.h"
@@ -189,6 +190,26 @@ ino_t InodeOf(int fd) {
   return st.st_ino;
 }
 
+// What one thread notes and another reads.
+template <typename T>
+class Noted {
+ public:
+  Noted& operator=(T value) {
+    std::lock_guard lock(mutex_);
+    value_ = std::move(value);
+    return *this;
+  }
+  // Until the next note.
+  const T& Get() const {
+    std::lock_guard lock(mutex_);
+    return value_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  T value_;
+};
+
 class RecordingWorker final : public WorkerActions, public AdminActions {
  public:
   absl::Status Serve(ServeOrder serve) override {
@@ -292,10 +313,10 @@ class RecordingWorker final : public WorkerActions, public AdminActions {
   std::atomic<uint64_t> exited{0}, distrusted{0};
   std::atomic<int> prepared{0}, attempts{0}, losses{0};
   std::atomic<ino_t> touched_inode{0};
-  std::vector<uint64_t> gone;
-  std::vector<SampleRequest> replayed;
-  std::vector<MountEntry> added;
-  std::string new_vault_id;
+  Noted<std::vector<uint64_t>> gone;
+  Noted<std::vector<SampleRequest>> replayed;
+  Noted<std::vector<MountEntry>> added;
+  Noted<std::string> new_vault_id;
   std::promise<void> release, lost, resumed, distrust_release;
   std::promise<std::string> reattached;
   std::promise<absl::Status> refused;
@@ -547,8 +568,8 @@ TEST_F(SupervisorLinkTest, PrepareSamplesReplayAndPrivateMountsTravelWhole) {
       EXPECT_EQ(r.getDifferent()[1], 4u);
     });
   });
-  ASSERT_EQ(worker_.replayed.size(), 1u);
-  EXPECT_EQ(worker_.replayed[0].request, "abc");
+  ASSERT_EQ(worker_.replayed.Get().size(), 1u);
+  EXPECT_EQ(worker_.replayed.Get()[0].request, "abc");
   end_->Call([&] {
     auto request = KJ_ASSERT_NONNULL(worker).addMountsRequest();
     auto list = request.initEntries(2);
@@ -559,10 +580,10 @@ TEST_F(SupervisorLinkTest, PrepareSamplesReplayAndPrivateMountsTravelWhole) {
     }
     return request.send().ignoreResult();
   });
-  ASSERT_EQ(worker_.added.size(), 2u);
-  EXPECT_EQ(worker_.added[1].mount_id, 101u);
-  EXPECT_EQ(worker_.added[1].blob, "blob");
-  EXPECT_EQ(InodeOf(worker_.added[1].device.get()), InodeOf(device_.get()));
+  ASSERT_EQ(worker_.added.Get().size(), 2u);
+  EXPECT_EQ(worker_.added.Get()[1].mount_id, 101u);
+  EXPECT_EQ(worker_.added.Get()[1].blob, "blob");
+  EXPECT_EQ(InodeOf(worker_.added.Get()[1].device.get()), InodeOf(device_.get()));
 }
 
 TEST_F(SupervisorLinkTest, DistrustMayTakeLongWithoutHoldingUpTheOtherCalls) {
@@ -588,7 +609,7 @@ TEST_F(SupervisorLinkTest, DistrustMayTakeLongWithoutHoldingUpTheOtherCalls) {
   EXPECT_EQ(distrust.wait_for(std::chrono::seconds(0)), std::future_status::timeout);
   worker_.distrust_release.set_value();
   distrust.get();
-  EXPECT_EQ(worker_.new_vault_id, "0ff0");
+  EXPECT_EQ(worker_.new_vault_id.Get(), "0ff0");
   EXPECT_EQ(worker_.touched_inode, 0u) << "there was no log";
 }
 

@@ -1,4 +1,5 @@
 #include "worker/toc/toc.h"
+#include "common/testing/time_limit.h"
 
 #include <algorithm>
 #include <chrono>
@@ -442,7 +443,7 @@ TEST(TocJsonTest, TenMillionEntriesAreRefusedAtOnce) {
   auto toc = ParseEstargzToc(json, kTocOffset, kBlobSize, Limits{});
   EXPECT_EQ(toc.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(Message(toc.status()), HasSubstr("max_entries = 4000000"));
-  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(20));
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, kTimeFactor * std::chrono::seconds(20));
 }
 
 TEST(TocJsonTest, LimitsHoldForChunksAndXattrsToo) {

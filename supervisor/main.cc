@@ -81,8 +81,7 @@ absl::StatusOr<SharedFd> ControlListener(const Options& options, FdStore* store,
 }
 
 // The next supervisor goes on from what is saved already: worker, mounts and sockets stay as they are.
-[[noreturn]] void LeaveToNext(Supervisor* supervisor, FdStore* store) {
-  supervisor->SaveLivingWorkersNow();
+[[noreturn]] void LeaveToNext(FdStore* store) {
   LOG(INFO) << "event=left_to_next";
   sd_notify(0, "STOPPING=1");
   store->Flush(kFlushMillis);
@@ -103,8 +102,9 @@ absl::StatusOr<SharedFd> ControlListener(const Options& options, FdStore* store,
   auto serving = ServeControl(&supervisor, listener.get()).eagerlyEvaluate([](kj::Exception&& exception) {
     LOG(ERROR) << "event=control_ended error=" << LogValue(exception.getDescription().cStr());
   });
-  auto left = io.unixEventPort.onSignal(SIGTERM).then([&](siginfo_t) { LeaveToNext(&supervisor, store); });
-  left = left.eagerlyEvaluate(nullptr);
+  auto left =
+      io.unixEventPort.onSignal(SIGTERM).then([&](siginfo_t) { return supervisor.SaveLivingWorkers(); });
+  left = left.then([store] { LeaveToNext(store); }).eagerlyEvaluate(nullptr);
   auto told = io.unixEventPort.onSignal(SIGINT).then([&](siginfo_t info) {
     sd_notify(0, "STOPPING=1");
     supervisor.Stop(strsignal(info.si_signo));

@@ -451,7 +451,7 @@ void Supervisor::EndTakeover() {
   if (!journal_.active()) StartFresh();
   std::unique_ptr<Takeover> takeover = std::move(takeover_);  // from now on the journal is written
   PushAll(*takeover);
-  SaveLivingWorkers();
+  tasks_.add(SaveLivingWorkers());
   Generation trial = takeover->state.machine.trial_generation;
   if (trial != 0 && (!resumes || trial != owner->generation)) {
     WorkerProcess* tried = Find(trial);
@@ -547,25 +547,20 @@ void Supervisor::SaveWorker(const WorkerProcess& worker) {
                        .retired = worker.retired});
 }
 
-// On a thread: a disk takes milliseconds, in which a new worker waits for us.
-void Supervisor::SaveLivingWorkers() {
-  living_changed_ = true;
-  if (takeover_ != nullptr || living_saving_) return;
-  living_saving_ = true;
-  living_changed_ = false;
-  auto saved = Offload<absl::Status>([path = WorkersPath(options_.state_dir), living = LivingWorkers()] {
-    return WriteLivingWorkers(path, living);
-  });
-  tasks_.add(saved.then([this](kj::Own<absl::Status>&& status) {
+// One write after the other, on a thread: a disk takes milliseconds, in which a new worker waits for us.
+kj::Promise<void> Supervisor::SaveLivingWorkers() {
+  if (takeover_ != nullptr) return kj::READY_NOW;  // it ends with this
+  auto write = [this] {
+    return Offload<absl::Status>([path = WorkersPath(options_.state_dir), living = LivingWorkers()] {
+      return WriteLivingWorkers(path, living);
+    });
+  };
+  auto told = [](kj::Own<absl::Status>&& status) {
     LOG_IF(ERROR, !status->ok()) << "event=workers_file error=" << LogValue(status->ToString());
-    living_saving_ = false;
-    if (living_changed_) SaveLivingWorkers();
-  }));
-}
-
-void Supervisor::SaveLivingWorkersNow() {
-  if (takeover_ == nullptr)
-    WriteLivingWorkers(WorkersPath(options_.state_dir), LivingWorkers()).IgnoreError();
+  };
+  auto saved = living_saved_.then(kj::mv(write)).then(kj::mv(told)).fork();
+  living_saved_ = saved.addBranch();
+  return saved.addBranch();
 }
 
 std::vector<LivingWorker> Supervisor::LivingWorkers() const {

@@ -444,7 +444,7 @@ kj::Promise<void> Supervisor::Serve(WorkerProcess* worker) {
 template <typename Results>
 kj::Promise<std::string> Supervisor::Judged(capnp::RemotePromise<Results> verdict) {
   auto summary = [](auto&& results) { return std::string(results.getSummary().cStr()); };
-  return verdict.then(summary, [this](kj::Exception&& exception) -> std::string {
+  return verdict.then(kj::mv(summary), [this](kj::Exception&& exception) -> std::string {
     auto lives = [this](Generation generation) {
       WorkerProcess* worker = Find(generation);
       return worker != nullptr && worker->dead_since_boot_nanos == 0;
@@ -570,7 +570,7 @@ void Supervisor::OnExit(Generation generation) {
   // Not in this callback: it belongs to what is destroyed.
   tasks_.add(kj::evalLater([this, generation] { workers_.erase(generation); }));
   Dispatch({.type = EventType::kExited, .generation = generation, .reason = reason});
-  SaveLivingWorkers();
+  tasks_.add(SaveLivingWorkers());
 }
 
 WorkerProcess* Supervisor::Find(Generation generation) {
@@ -630,7 +630,7 @@ void Supervisor::Register(Generation generation, schema::Hello::Reader hello,
   bool verifiable = (common & kVerifiable) == kVerifiable;
   tasks_.add(kj::evalLast([this, generation, verifiable] {
     Dispatch({.type = EventType::kRegistered, .generation = generation, .verifiable = verifiable});
-    SaveLivingWorkers();
+    tasks_.add(SaveLivingWorkers());
   }));
 }
 

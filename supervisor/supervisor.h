@@ -130,8 +130,8 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   kj::Promise<void> Run();
   // Takes all mounts out of the tree (what is in use lives on as long as its server), ends the workers.
   void Stop(const std::string& reason);
-  // Before the process leaves all to the next one.
-  void SaveLivingWorkersNow();
+  // For the next supervisor. Resolves when the file has all of them.
+  kj::Promise<void> SaveLivingWorkers();
   // Last: kills what is left.
   void KillRemaining();
 
@@ -188,7 +188,6 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void StoreWorker(const WorkerProcess& worker);
   void SaveMachine();
   void SaveWorker(const WorkerProcess& worker);
-  void SaveLivingWorkers();
   std::vector<LivingWorker> LivingWorkers() const;
   void WatchExit(WorkerProcess* worker);
   void WatchThread(WorkerProcess* worker, pid_t thread);
@@ -302,7 +301,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   uint64_t hangs_ = 0, pings_ = 0;
   uint64_t crashes_ = 0, swaps_ = 0, carried_over_total_ = 0;
   bool upgrade_busy_ = false, stopping_ = false;
-  bool living_changed_ = false, living_saving_ = false;  // the workers' file
+  kj::Promise<void> living_saved_ = kj::READY_NOW;  // by the last write of the workers' file
   kj::Maybe<kj::Own<kj::PromiseFulfiller<void>>> upgrade_waiter_;
   kj::Own<kj::PromiseFulfiller<void>> stopped_;
   kj::TaskSet tasks_;  // last: cancelled first

@@ -18,8 +18,8 @@ import time
 
 SUPPRESSIONS = pathlib.Path(__file__).resolve().parent.parent / "tsan.supp"
 OPTIONS = {
-    # The worker's threads end with it, nobody joins them.
-    "TSAN_OPTIONS": f"halt_on_error=1:report_thread_leaks=0:suppressions={SUPPRESSIONS}",
+    # A long history: a report whose other stack is lost matches no suppression. The worker ends with its threads unjoined.
+    "TSAN_OPTIONS": f"halt_on_error=1:history_size=7:report_thread_leaks=0:suppressions={SUPPRESSIONS}",
     "ASAN_OPTIONS": "",
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     "LSAN_OPTIONS": "",

@@ -28,15 +28,35 @@ namespace {
 // A copy of it.
 schema::Descriptor::Client Fd(int fd) { return MakeDescriptor(DupFd(fd).value_or(UniqueFd())); }
 
+// What one thread notes and another reads.
+template <typename T>
+class Noted {
+ public:
+  Noted& operator=(T value) {
+    std::lock_guard lock(mutex_);
+    value_ = std::move(value);
+    return *this;
+  }
+  // Until the next note.
+  const T& Get() const {
+    std::lock_guard lock(mutex_);
+    return value_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  T value_;
+};
+
 // What the fake supervisor saw, and what it is to answer.
 struct Script {
   int device = -1;
-  uint64_t mounts = 0;
-  bool refuse_token = false;
+  std::atomic<uint64_t> mounts{0};
+  std::atomic<bool> refuse_token{false};
   std::atomic<uint64_t> drained{0};
   std::promise<void> registered;
-  std::string control_socket;  // of the welcome
-  uint64_t capabilities = 3;   // of the welcome
+  Noted<std::string> control_socket;      // of the welcome
+  std::atomic<uint64_t> capabilities{3};  // of the welcome
   std::atomic<uint64_t> announced{0}, mounts_asked_after{0};
   kj::Maybe<schema::Worker::Client> worker;
   kj::Maybe<schema::WorkerAdmin::Client> admin;
@@ -55,8 +75,8 @@ class FakeSupervisor final : public schema::Supervisor::Server {
     script_.announced = hello.getCapabilities();
     auto welcome = context.getResults().initWelcome();
     welcome.setCapabilities(script_.capabilities & hello.getCapabilities());
-    welcome.setControlSocket(script_.control_socket.c_str());
-    if (!script_.control_socket.empty()) welcome.setState(Fd(script_.device));
+    welcome.setControlSocket(script_.control_socket.Get().c_str());
+    if (!script_.control_socket.Get().empty()) welcome.setState(Fd(script_.device));
     welcome.setGeneration(7);
     const kj::byte id[] = {0xab, 0x01};
     welcome.setVaultId(kj::arrayPtr(id, 2));
@@ -112,7 +132,7 @@ class FakeControl final : public schema::Control::Server {
     std::string token;
     uint64_t generation = 0;
     bool holds_metadata = false;
-    ino_t state_inode = 0;
+    std::atomic<ino_t> state_inode{0};  // the last to be written
   };
   FakeControl(Script* script, Seen* seen, kj::Maybe<kj::Exception> refusal)
       : script_(*script), seen_(*seen), refusal_(kj::mv(refusal)) {}
@@ -189,26 +209,6 @@ ino_t InodeOf(int fd) {
   EXPECT_EQ(fstat(fd, &st), 0);
   return st.st_ino;
 }
-
-// What one thread notes and another reads.
-template <typename T>
-class Noted {
- public:
-  Noted& operator=(T value) {
-    std::lock_guard lock(mutex_);
-    value_ = std::move(value);
-    return *this;
-  }
-  // Until the next note.
-  const T& Get() const {
-    std::lock_guard lock(mutex_);
-    return value_;
-  }
-
- private:
-  mutable std::mutex mutex_;
-  T value_;
-};
 
 class RecordingWorker final : public WorkerActions, public AdminActions {
  public:
@@ -309,7 +309,7 @@ class RecordingWorker final : public WorkerActions, public AdminActions {
 
   std::atomic<bool> serving{false}, trial_ended{false}, reattach{false}, distrust_waits{false};
   std::atomic<bool> served_urgently{false}, ended_urgently{false};
-  ServeOrder order;
+  Noted<ServeOrder> order;
   std::atomic<uint64_t> exited{0}, distrusted{0};
   std::atomic<int> prepared{0}, attempts{0}, losses{0};
   std::atomic<ino_t> touched_inode{0};
@@ -476,8 +476,8 @@ TEST_F(SupervisorLinkTest, ATrialBringsItsLogAndEndsWhenTold) {
     request.setTouched(Fd(script_.device));
     return request.send().ignoreResult();
   });
-  EXPECT_TRUE(worker_.order.trial);
-  EXPECT_EQ(InodeOf(worker_.order.touched.get()), InodeOf(device_.get()));
+  EXPECT_TRUE(worker_.order.Get().trial);
+  EXPECT_EQ(InodeOf(worker_.order.Get().touched.get()), InodeOf(device_.get()));
   end_->Call([&] { return KJ_ASSERT_NONNULL(script_.worker).endTrialRequest().send().ignoreResult(); });
   EXPECT_TRUE(worker_.trial_ended);
 }
@@ -519,8 +519,8 @@ TEST_F(SupervisorLinkTest, ACallToServeBringsTheLedgersUnlessThereAreMore) {
     });
   };
   serve(false);
-  ASSERT_TRUE(worker_.order.takeover.has_value());
-  const Takeover& takeover = *worker_.order.takeover;
+  ASSERT_TRUE(worker_.order.Get().takeover.has_value());
+  const Takeover& takeover = *worker_.order.Get().takeover;
   EXPECT_EQ(takeover.last_mount, 70u);
   ASSERT_EQ(takeover.ledgers.size(), 2u);
   EXPECT_EQ(takeover.ledgers[1].generation, 6u);
@@ -530,7 +530,7 @@ TEST_F(SupervisorLinkTest, ACallToServeBringsTheLedgersUnlessThereAreMore) {
   ASSERT_EQ(takeover.ledgers[0].pipes.size(), 1u);
   EXPECT_TRUE(takeover.ledgers[0].pipes[0].write_end.valid());
   serve(true);
-  EXPECT_FALSE(worker_.order.takeover.has_value());
+  EXPECT_FALSE(worker_.order.Get().takeover.has_value());
 }
 
 TEST_F(SupervisorLinkTest, PrepareSamplesReplayAndPrivateMountsTravelWhole) {
@@ -663,7 +663,7 @@ class ReattachTest : public SupervisorLinkTest {
       listener_ = UniqueFd(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
       sockaddr_un address{};
       address.sun_family = AF_UNIX;
-      strncpy(address.sun_path, script_.control_socket.c_str(), sizeof address.sun_path - 1);
+      strncpy(address.sun_path, script_.control_socket.Get().c_str(), sizeof address.sun_path - 1);
       EXPECT_EQ(bind(listener_.get(), reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
       EXPECT_EQ(listen(listener_.get(), 4), 0);
     }
@@ -696,10 +696,10 @@ TEST_F(ReattachTest, AWorkerThatLostItsSupervisorFindsTheNextAndGoesOnAsIfItWere
   EXPECT_EQ(link_->ListMounts(0).status().code(), absl::StatusCode::kUnavailable);
   std::unique_ptr<FakeEnd> next = NextSupervisor();
   EXPECT_EQ(Get(worker_.reattached), "cd02");
+  EXPECT_EQ(seen_.state_inode, InodeOf(device_.get()));
   EXPECT_EQ(seen_.token, "secret");
   EXPECT_EQ(seen_.generation, 7u);
   EXPECT_TRUE(seen_.holds_metadata);
-  EXPECT_EQ(seen_.state_inode, InodeOf(device_.get()));
   EXPECT_FALSE(link_->lost());
   auto mounts = link_->ListMounts(0);
   ASSERT_TRUE(mounts.ok()) << mounts.status();

@@ -12,7 +12,8 @@
 // How it fails: the kernel refuses it without CAP_SYS_NICE (or RLIMIT_RTPRIO), and in control groups that
 // have no real-time budget (CONFIG_RT_GROUP_SCHED). Then everything goes on in ordinary threads, on a busy
 // machine later. To give up urgency is never refused. A thread that spins in spite of all gets 95 % of a
-// processor (kernel.sched_rt_runtime_us), until the turn of UrgentTime's thread comes.
+// processor (kernel.sched_rt_runtime_us), until the turn of UrgentTime's thread comes; one that made itself
+// urgent, until its process is replaced because its loop does not answer.
 #pragma once
 
 #include <sys/types.h>

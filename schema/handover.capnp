@@ -90,9 +90,10 @@ struct OldLedger {
 
 struct Takeover {
   # What a worker that is to serve would ask for first, as it was when it was told so: reads need not wait for the asking.
-  lastMount @0 :UInt64;         # no live or detached mount has a higher id: whoever knows them up to here knows all
-  ledgers @1 :List(OldLedger);  # the first page of oldLedgers
-  moreLedgers @2 :Bool;         # and there are more: ask
+  lastMount @0 :UInt64;         # no live or detached mount has a higher id. Whoever asked for mounts before may lack one with a lower id,
+                                # which was being made then: ask for all when a ledger names it, and soon in any case
+  ledgers @1 :List(OldLedger);  # as from oldLedgers, if they fit into one page
+  moreLedgers @2 :Bool;         # they do not: ask
 }
 
 struct SampleRequest {

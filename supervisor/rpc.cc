@@ -320,8 +320,9 @@ void FillPipes(const Ledger& ledger, capnp::List<schema::PipePair>::Builder out)
 void FillTakeover(const Vault& vault, const LedgerStore& ledgers, uint64_t worker,
                   schema::Takeover::Builder out) {
   bool more = false;
-  FillLedgers(ledgers.Page(0, worker, kLedgersPerPage, &more), true, out);
+  const std::vector<Ledger*> page = ledgers.Page(0, worker, kLedgersPerPage, &more);
   out.setMoreLedgers(more);
+  if (!more) FillLedgers(page, true, out);
   for (const auto& [id, mount] : vault.all()) {
     if (mount.state != MountState::kMounting) out.setLastMount(id);
   }

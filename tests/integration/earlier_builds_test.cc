@@ -125,7 +125,7 @@ void SwapThereAndBack(const std::string& supervisor, const std::string& first, c
     node.Reconnect();
     EXPECT_EQ(OwnerExecutable(node), leg.digest) << "one death must not change the build";
     Mounted(&node, *warm_parent, "default/11/killed-" + leg.name);
-    EXPECT_FALSE(cold_readers.finished()) << "nothing was read during all that";
+    EXPECT_FALSE(cold_readers.finished()) << "the reads were over before they could be disturbed";
     registry.SetBlackHole(false);
     cold_readers.Wait();
     EXPECT_EQ(cold_readers.wrong(), 0u) << cold_readers.first_error();

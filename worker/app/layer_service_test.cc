@@ -71,7 +71,7 @@ class FakeFuseServer final : public fuse::FuseServer {
   absl::Status BeginTrial(UniqueFd) override { return absl::OkStatus(); }
   void EndTrial() override {}
   absl::StatusOr<uint64_t> ForgetCached(UniqueFd) override { return 0; }
-  std::vector<fuse::Sample> Samples(size_t) override { return {}; }
+  std::vector<fuse::Sample> Samples(size_t, uint64_t) override { return {}; }
   absl::StatusOr<std::string> Replay(uint64_t, std::string_view) override { return std::string(); }
   std::vector<uint64_t> HeldBack() const override { return {}; }
   fuse::ServerStats stats() const override { return {}; }

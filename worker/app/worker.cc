@@ -26,11 +26,11 @@ using std::chrono::milliseconds;
 
 constexpr milliseconds kHousekeeping{200};
 constexpr milliseconds kUrgentServing{200};
-constexpr uint64_t kSyncEveryRefresh = 15;
+constexpr uint64_t kSyncEveryRefresh = 150;  // every 5 minutes
 constexpr uint64_t kFlushEveryNanos = 5'000'000'000;
 constexpr uint64_t kMetadataLockWaitNanos = 5'000'000'000;
-constexpr milliseconds kDrainLimit{570'000};         // short of the supervisor's limit of 10 minutes
-constexpr uint64_t kSampleNanos = 200'000'000;       // a swap waits for it, but no reader
+constexpr milliseconds kDrainLimit{570'000};    // short of the supervisor's limit of 10 minutes
+constexpr uint64_t kSampleNanos = 500'000'000;  // of requests, and of files; a swap waits for it, no reader
 constexpr uint64_t kOpenAheadNanos = 1'000'000'000;  // nobody waits for a worker that prepares
 constexpr int kReservedDescriptors = 4096;           // for 1,000 mounts, one and two a layer; 33 KiB
 constexpr size_t kHeldMountsPerPage = 200, kHeldLedgersPerPage = 7;  // 253 descriptors a message
@@ -213,6 +213,10 @@ absl::Status Worker::BuildFuse(handover::Welcome* welcome) {
   options.trace = &trace_;
   options.watch = &watch_;
   options.faults = faults_;
+  options.find_mounts = [this] {
+    absl::Status synced = SyncMounts();
+    LOG_IF(ERROR, !synced.ok()) << "worker.mounts_not_asked error=" << LogValue(FromAbsl(synced.message()));
+  };
   handover::OldLedger own;
   own.generation = generation_;
   own.memory = std::move(welcome->ledger);
@@ -288,7 +292,7 @@ absl::Status Worker::AdoptLedgers(std::vector<handover::OldLedger> ledgers) {
   size_t failed = 0;
   for (handover::OldLedger& ledger : ledgers) {
     const uint64_t generation = ledger.generation;
-    const bool exited = ledger.owner_exited;
+    const bool exited = ledger.owner_exited || ExitWasTold(generation);
     absl::Status kept = may_reattach_ ? Keep(ledger) : absl::OkStatus();
     LOG_IF(ERROR, !kept.ok()) << "worker.ledger_not_kept generation=" << generation << " error=" << kept;
     absl::StatusOr<uint64_t> taken = server_->AdoptLedger(
@@ -394,7 +398,7 @@ absl::StatusOr<handover::SampleSet> Worker::Samples(uint32_t limit) {
   HF_RETURN_IF_ERROR(PassFault(faults_, "worker.samples"));
   const uint64_t begin = clock_->BootNanos();
   handover::SampleSet set;
-  for (fuse::Sample& sample : server_->Samples(limit)) {
+  for (fuse::Sample& sample : server_->Samples(limit, begin + kSampleNanos)) {
     set.requests.push_back({sample.mount_id, std::move(sample.request), std::move(sample.reply_digest)});
   }
   set.files = layers_->Samples(limit, clock_->BootNanos() + kSampleNanos);
@@ -455,12 +459,20 @@ absl::Status Worker::Distrust(uint64_t generation, UniqueFd touched, const std::
   return forgotten.status();
 }
 
+bool Worker::ExitWasTold(uint64_t generation) {
+  MutexLock lock(&mutex_);
+  return told_exits_.contains(generation);
+}
+
 absl::Status Worker::OwnerExited(uint64_t generation) {
   bool hung = false;
   {
     MutexLock lock(&mutex_);
     auto it = old_ledgers_.find(generation);
-    if (it == old_ledgers_.end()) return absl::OkStatus();  // its ledger was never ours to empty
+    if (it == old_ledgers_.end()) {  // its ledger is not ours to empty, or not yet
+      told_exits_.insert(generation);
+      return absl::OkStatus();
+    }
     hung = it->second.hung;
     if (auto held = held_ledgers_.find(generation); held != held_ledgers_.end())
       held->second.owner_exited = true;
@@ -534,7 +546,9 @@ absl::Status Worker::Resume() {
   TraceSpan span(&trace_, "worker.resume", "generation=" + std::to_string(generation_));
   HF_RETURN_IF_ERROR(PassFault(faults_, "worker.resume"));
   content_->SetWriting(cache::ContentStore::Writing::kTrusted);
+  if (options_.urgency != nullptr) options_.urgency->Begin(kUrgentAtMost).IgnoreError();
   server_->Resume();  // first of all: readers wait
+  if (options_.urgency != nullptr) options_.urgency->EndIn(kUrgentServing);
   parked_ = false;
   trial_ = false;
   MayWrite();

@@ -138,6 +138,7 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   void Housekeeping();
   void EndIfUnneeded();
   void Refresh();
+  bool ExitWasTold(uint64_t generation);
   void Ready();
   void ReportDrained();
 
@@ -184,6 +185,7 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
     bool hung = false;
   };
   std::map<uint64_t, OldLedgerState> old_ledgers_ ABSL_GUARDED_BY(mutex_);  // by generation
+  std::set<uint64_t> told_exits_ ABSL_GUARDED_BY(mutex_);  // of generations whose ledger we had not got
   bool service_started_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status service_status_ ABSL_GUARDED_BY(mutex_);
   bool ready_ ABSL_GUARDED_BY(mutex_) = false;  // prepared or serving

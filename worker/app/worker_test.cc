@@ -106,6 +106,7 @@ struct Vault {
   std::atomic<bool> lost{false};
   std::atomic<bool> asked_urgently{false};  // the last who asked for mounts
   std::atomic<int> ledgers_asked{0};
+  std::optional<handover::OldLedger> with_requests ABSL_GUARDED_BY(mutex);  // given out once
   UniqueFd device;
 
   handover::MountEntry Entry(uint64_t id) {
@@ -160,6 +161,7 @@ class FakeLink final : public handover::SupervisorLink {
     std::vector<handover::OldLedger> ledgers;
     MutexLock lock(&vault_.mutex);
     for (uint64_t generation : vault_.old_ledgers) ledgers.push_back(MakeLedger(generation));
+    if (vault_.with_requests) ledgers.push_back(*std::exchange(vault_.with_requests, std::nullopt));
     return ledgers;
   }
   absl::Status Drained(uint64_t) override { return absl::OkStatus(); }
@@ -375,6 +377,54 @@ TEST_F(WorkerTest, AMountWithALowIdThatAppearsAfterPrepareIsServedAllTheSame) {
   vault_.Put(3, 3);
   ASSERT_TRUE(worker_->Serve({}).ok());
   EXPECT_TRUE(WaitUntil([&] { return Held() == std::vector<uint64_t>({3, 5, 6, 7, 8, 9}); }));
+}
+
+TEST_F(WorkerTest, ARequestOfAMountThatAppearedWithALowIdIsNotDropped) {
+  for (const bool handed : {true, false}) {
+    SCOPED_TRACE(handed);
+    vault_.Put(5, 9);
+    Start();
+    ASSERT_TRUE(worker_->Prepare().ok());
+    vault_.Put(3,
+               3);  // it was being made when Prepare asked, and a READ of it waits in a dead worker's ledger
+    handover::OldLedger ledger = MakeLedger(1);
+    hf_record record{};
+    record.state = HF_RECORD_PENDING;
+    record.owner_generation = 1;
+    record.mount_id = 3;
+    record.unique = 42;
+    record.nodeid = 1;
+    record.size = 4096;
+    record.crc = fuse::RecordCrc(record);
+    EXPECT_TRUE(PwriteFull(ledger.memory.get(), &record, sizeof record, HF_LEDGER_RECORD_OFFSET).ok());
+    const uint32_t high_water = 1;
+    EXPECT_TRUE(PwriteFull(ledger.memory.get(), &high_water, sizeof high_water,
+                           offsetof(hf_ledger_header, record_high_water))
+                    .ok());
+    handover::ServeOrder order;
+    if (handed) {
+      order.takeover.emplace().last_mount = 9;
+      order.takeover->ledgers.push_back(std::move(ledger));
+    } else {
+      MutexLock lock(&vault_.mutex);
+      vault_.with_requests = std::move(ledger);
+    }
+    ASSERT_TRUE(worker_->Serve(std::move(order)).ok());
+    auto ledgers = worker_->HeldLedgers(0);
+    ASSERT_TRUE(ledgers.ok()) << ledgers.status();
+    const int own = ledgers->elements.back().memory.get();
+    EXPECT_TRUE(WaitUntil([&] {
+      uint64_t answered = 0;
+      return PreadFull(own, &answered, sizeof answered, offsetof(hf_ledger_header, requests_answered)).ok() &&
+             answered == 1;
+    })) << "with EIO, for there is no such layer; not thrown away";
+    EXPECT_EQ(Held(), std::vector<uint64_t>({3, 5, 6, 7, 8, 9}));
+    worker_.reset();
+    unlink((dir_.path() + "/snapshotter.sock").c_str());
+    MutexLock lock(&vault_.mutex);
+    vault_.asked_after.clear();
+    vault_.mounts.clear();
+  }
 }
 
 TEST_F(WorkerTest, AWorkerThatWaitsToServeTakesNewMountsAsTheyCome) {

@@ -136,12 +136,15 @@ uint32_t StrikesOf(hf_slot* slot, bool hung_in) {
 absl::StatusOr<uint64_t> ServerCore::AdoptLedger(uint64_t generation, LedgerHandle handle, bool final_walk,
                                                  bool owner_hung) {
   if (generation == options_.generation) return InvalidArgument("a worker does not adopt its own ledger");
-  Walk walk(this);
   uint64_t start = options_.clock->BootNanos(), taken = 0;
+  HF_ASSIGN_OR_RETURN(std::shared_ptr<OldLedger> old, OpenOldLedger(generation, std::move(handle)));
+  // What cannot be said whose it is would be dropped, and whoever asked would wait for ever.
+  if (options_.find_mounts && NamesUnknownMount(*old->view)) options_.find_mounts();
+  Walk walk(this);
   {
     Gate gate(this);
     if (!gate) return FailedPrecondition("parked");
-    HF_ASSIGN_OR_RETURN(taken, Claim(generation, std::move(handle), final_walk, owner_hung));
+    taken = Claim(*old, final_walk, owner_hung);
   }
   uint64_t nanos = options_.clock->BootNanos() - start;
   LOG(INFO) << "fuse.adopted generation=" << generation << " final=" << final_walk << " hung=" << owner_hung
@@ -155,27 +158,41 @@ absl::StatusOr<uint64_t> ServerCore::AdoptLedger(uint64_t generation, LedgerHand
   return taken;
 }
 
-absl::StatusOr<uint64_t> ServerCore::Claim(uint64_t generation, LedgerHandle handle, bool final_walk,
-                                           bool owner_hung) {
-  std::shared_ptr<OldLedger> old;
+absl::StatusOr<std::shared_ptr<ServerCore::OldLedger>> ServerCore::OpenOldLedger(uint64_t generation,
+                                                                                 LedgerHandle handle) {
   {
     MutexLock lock(&old_mutex_);
     auto it = old_.find(generation);
-    if (it != old_.end()) old = it->second;
+    if (it != old_.end()) return it->second;
   }
-  if (old == nullptr) {
-    old = std::make_shared<OldLedger>();
-    HF_ASSIGN_OR_RETURN(old->view, LedgerView::Map(std::move(handle), generation));
-    MutexLock lock(&old_mutex_);
-    old_[generation] = old;
-    drained_.erase(generation);
+  auto old = std::make_shared<OldLedger>();
+  HF_ASSIGN_OR_RETURN(old->view, LedgerView::Map(std::move(handle), generation));
+  MutexLock lock(&old_mutex_);
+  old_[generation] = old;
+  drained_.erase(generation);
+  return old;
+}
+
+bool ServerCore::NamesUnknownMount(const LedgerView& view) const {
+  std::set<uint64_t> named;
+  for (uint32_t i = 0; i < view.slot_count(); i++) {
+    if (Shared(view.slot(i)->state).load() != HF_SLOT_FREE)
+      named.insert(Shared(view.slot(i)->mount_id).load());
   }
-  uint64_t taken = ClaimRecords(old->view, final_walk);
-  taken += ClaimSlots(*old, final_walk, owner_hung);
+  for (uint32_t i = 0, used = view.high_water(); i < used; i++) {
+    if (LoadState(view.record(i)).state == HF_RECORD_PENDING)
+      named.insert(Shared(view.record(i)->mount_id).load());
+  }
+  return std::any_of(named.begin(), named.end(), [this](uint64_t id) { return FindMount(id) == nullptr; });
+}
+
+uint64_t ServerCore::Claim(OldLedger& old, bool final_walk, bool owner_hung) {
+  uint64_t taken = ClaimRecords(old.view, final_walk);
+  taken += ClaimSlots(old, final_walk, owner_hung);
   std::stable_sort(claimed_requests_.begin(), claimed_requests_.end(),
                    [](const auto& a, const auto& b) { return Order(a) < Order(b); });
   MutexLock lock(&old_mutex_);
-  if (final_walk) old->walked_finally = true;
+  if (final_walk) old.walked_finally = true;
   return taken;
 }
 

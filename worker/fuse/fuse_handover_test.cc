@@ -314,7 +314,7 @@ TEST_F(FuseTakeUpTest, ASlowTakeUpIsSeenAndMakesNoReadLateThatWaitsBehindIt) {
   std::string root = bench_.Mount().path;
   ServerSetup setup = NewSetup(1);
   setup.prepare = nullptr;
-  setup.options.miss_timeout_nanos = 1'000'000'000;
+  setup.options.miss_timeout_nanos = 3'000'000'000;
   auto first = Start(setup, true);
   auto stored = Reader([&] { return CheckFile(root + "/stored", kStored, 0, 4096, true); });
   ASSERT_TRUE(Eventually([&] { return first->Number("waiting 100") == 1; }));
@@ -325,7 +325,7 @@ TEST_F(FuseTakeUpTest, ASlowTakeUpIsSeenAndMakesNoReadLateThatWaitsBehindIt) {
     return NanosSince(0) > Shared(bench_.ledgers[1]->record(record)->deadline_ns).load();
   };
   setup = NewSetup(2);
-  setup.options.miss_timeout_nanos = 1'000'000'000;
+  setup.options.miss_timeout_nanos = 3'000'000'000;
   setup.faults = "fuse.before_reply=block;fuse.before_take_up=block@3";
   auto second = Start(setup);
   EXPECT_EQ(second->Call("hold 100 1"), "ok");

@@ -35,7 +35,9 @@ class ServerImpl final : public FuseServer {
   absl::StatusOr<uint64_t> ForgetCached(UniqueFd touched) override {
     return core_->ForgetCached(std::move(touched));
   }
-  std::vector<Sample> Samples(size_t limit) override { return core_->Samples(limit); }
+  std::vector<Sample> Samples(size_t limit, uint64_t deadline_boot_nanos) override {
+    return core_->Samples(limit, deadline_boot_nanos);
+  }
   absl::StatusOr<std::string> Replay(uint64_t mount_id, std::string_view request) override {
     return core_->Replay(mount_id, request);
   }

@@ -49,8 +49,8 @@ struct MountSpec {
   // Read from AddMount on, also before Start: a private mount on which a candidate is tried. The others stay
   // unread.
   bool serve_now = false;
-  // Opens the layer on the mount's first request; called once, off no lock, on a thread of the server or in
-  // Start. Other requests of the mount wait for it, so it must not wait for the network.
+  // Opens the layer on the mount's first request, on a thread of the server or in Start. Other requests of
+  // the mount wait for it, and walks of ledgers may, so it must not wait for the network.
   // An error makes the mount answer EIO (logged once) and is tried again after a second.
   std::function<absl::StatusOr<std::shared_ptr<layer::Layer>>()> open_layer;
 };
@@ -64,6 +64,9 @@ struct ServerOptions {
   uint64_t entry_ttl_seconds = 86400;
   std::string drop_caches = "/proc/sys/vm/drop_caches";  // for ForgetCached
   const Clock* clock = Clock::Real();
+  // AdoptLedger met a mount that is not here: adds it, if it exists. Called on no lock. A mount that was
+  // still being made when others with a higher id were listed comes like that.
+  std::function<void()> find_mounts;
   TraceRing* trace = nullptr;
   LoopWatch* watch = nullptr;     // sees whether adopted requests are taken up
   FaultPoints* faults = nullptr;  // fuse.*, see docs/FAILURES.md
@@ -107,10 +110,9 @@ class FuseServer {
   // (`final_walk`): nothing can be left behind by a thread of the dying worker. Returns how many were taken.
   // Requests of unknown mounts or with a bad CRC are dropped, logged and counted, never guessed at. A request
   // that was executed when its worker crashed, or for more than a second when its worker was killed because
-  // it hung
-  // (`owner_hung`), has a strike. Requests with strikes are executed one at a time and with nothing beside
-  // them: in Start before anything is read, by a started server after the others. With two strikes they get
-  // EIO. The deadline of a READ that waits to be taken up is put off while others are.
+  // it hung (`owner_hung`), has a strike. Requests with strikes are executed one at a time and with nothing
+  // beside them: in Start before anything is read, by a started server after the others. With two strikes
+  // they get EIO. The deadline of a READ that waits to be taken up is put off while others are.
   virtual absl::StatusOr<uint64_t> AdoptLedger(uint64_t generation, LedgerHandle ledger, bool final_walk,
                                                bool owner_hung) = 0;
   // Nothing unanswered is left in that generation's ledger, and nothing can come: it was walked finally, too.
@@ -145,7 +147,7 @@ class FuseServer {
   // Up to `limit` requests with the digests of their answers, spread over mounts, the most recent of each
   // first: those the kernel sent, and then some made up from the indexes. Only such as can be answered from
   // this disk; nothing is fetched. Reads what it digests: not for an event loop.
-  virtual std::vector<Sample> Samples(size_t limit) = 0;
+  virtual std::vector<Sample> Samples(size_t limit, uint64_t deadline_boot_nanos) = 0;
   // Executes a request as if the kernel had sent it, answers nobody and returns the digest of the answer. In
   // every state, also before Start and parked. NotFound: unknown mount. Unavailable: its content is not on
   // this disk (nothing is fetched, no record is made). InvalidArgument: not a request that Samples returns.

@@ -146,7 +146,7 @@ absl::StatusOr<std::string> ServerCore::Replay(uint64_t mount_id, std::string_vi
   return Replay(mount, request, &error);
 }
 
-std::vector<Sample> ServerCore::Samples(size_t limit) {
+std::vector<Sample> ServerCore::Samples(size_t limit, uint64_t deadline_boot_nanos) {
   std::vector<Sample> samples;
   std::set<std::string> known;
   Unhurried unhurried;
@@ -165,10 +165,11 @@ std::vector<Sample> ServerCore::Samples(size_t limit) {
   std::map<uint64_t, std::vector<Sampler::Kept>> by_mount;
   for (Sampler::Kept& kept : all) by_mount[kept.mount_id].push_back(std::move(kept));
   size_t from_kernel = limit - limit / 4;
+  const auto in_time = [&] { return options_.clock->BootNanos() < deadline_boot_nanos; };
   for (size_t round = 0, left = 1; left > 0 && samples.size() < from_kernel; round++) {
     left = 0;
     for (auto& [mount_id, kept] : by_mount) {
-      if (round >= kept.size() || samples.size() >= from_kernel) continue;
+      if (round >= kept.size() || samples.size() >= from_kernel || !in_time()) continue;
       left++;
       if (std::shared_ptr<Mount> mount = FindMount(mount_id)) add(mount, std::move(kept[round].request));
     }
@@ -178,7 +179,8 @@ std::vector<Sample> ServerCore::Samples(size_t limit) {
   std::vector<std::shared_ptr<Mount>> mounts = AllMounts();
   std::mt19937_64 random(options_.clock->BootNanos());
   std::shuffle(mounts.begin(), mounts.end(), random);
-  for (size_t tries = 0; !mounts.empty() && tries < 4 * limit && samples.size() < limit; tries++) {
+  for (size_t tries = 0; !mounts.empty() && tries < 4 * limit && samples.size() < limit && in_time();
+       tries++) {
     const auto& mount = mounts[tries % mounts.size()];
     absl::StatusOr<std::shared_ptr<layer::Layer>> layer = mount->GetLayer(*options_.clock);
     if (layer.ok()) add(mount, MakeUp((*layer)->index(), random));

@@ -250,7 +250,7 @@ TEST(ReplayTest, SamplesAreWhatTheKernelAskedAndTheRestIsMadeUp) {
   }
   build.Send(ReadOf(FUSE_READ, kMissing, 0, 4096));  // waits: it has no answer on this disk
   ASSERT_TRUE(Eventually([&] { return build.server->stats().pending == 1; }));
-  std::vector<Sample> samples = build.server->Samples(40);
+  std::vector<Sample> samples = build.server->Samples(40, ~uint64_t{0});
   EXPECT_LE(samples.size(), 40u);
   std::set<std::string> asked;
   for (const Sample& sample : samples) {
@@ -261,9 +261,10 @@ TEST(ReplayTest, SamplesAreWhatTheKernelAskedAndTheRestIsMadeUp) {
   }
   for (const std::string& request : Requests()) EXPECT_TRUE(asked.contains(request));
   EXPECT_GT(samples.size(), Requests().size()) << "nothing was made up";
-  EXPECT_LE(build.server->Samples(5).size(), 5u);
+  EXPECT_LE(build.server->Samples(5, ~uint64_t{0}).size(), 5u);
+  EXPECT_TRUE(build.server->Samples(40, 1).empty()) << "the time is over";
   EXPECT_EQ(build.server->stats().pending, 1u);
-  EXPECT_FALSE(candidate.server->Samples(10).empty()) << "nothing was ever asked of it";
+  EXPECT_FALSE(candidate.server->Samples(10, ~uint64_t{0}).empty()) << "nothing was ever asked of it";
 }
 
 TEST(SamplerTest, ABusyMountLeavesRoomForTheOthersAndReadsForNames) {

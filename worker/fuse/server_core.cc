@@ -152,19 +152,18 @@ void ServerCore::Resume() {
     HoldBack(*mount, false);
   }
   records_.Rebuild();
-  parked_ = false;
   {
-    MutexLock lock(&park_mutex_);
-    park_changed_.SignalAll();
-  }
-  {
+    // Still parked: nobody makes or answers records meanwhile.
     Walk walk(this);
-    Gate gate(this);
-    if (!gate) return;
     claimed_reads_.clear();
     suspect_records_.clear();
     ClaimRecords(ledger_, false);
     for (const auto& view : OldLedgers()) ClaimRecords(view, false);
+  }
+  parked_ = false;
+  {
+    MutexLock lock(&park_mutex_);
+    park_changed_.SignalAll();
   }
   Start();
 }

@@ -69,7 +69,7 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   absl::Status BeginTrial(UniqueFd touched);
   void EndTrial();
   absl::StatusOr<uint64_t> ForgetCached(UniqueFd touched);
-  std::vector<Sample> Samples(size_t limit);
+  std::vector<Sample> Samples(size_t limit, uint64_t deadline_boot_nanos);
   absl::StatusOr<std::string> Replay(uint64_t mount_id, std::string_view request);
   std::vector<uint64_t> HeldBack() const;
   ServerStats stats() const;
@@ -143,8 +143,8 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   };
   struct OldLedger {
     std::shared_ptr<LedgerView> view;
-    std::map<uint32_t, uint64_t>
-        taken_slots;  // slot -> unique that was executed while its owner might still live
+    // slot -> unique that was executed while its owner might still live
+    std::map<uint32_t, uint64_t> taken_slots;
     bool walked_finally = false;
     bool slots_of_the_dead = false;  // its slots were walked after its owner's exit
   };
@@ -212,7 +212,10 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   bool WrongBytes(bool captured) const;
 
   // adopt.cc
-  absl::StatusOr<uint64_t> Claim(uint64_t generation, LedgerHandle handle, bool final_walk, bool owner_hung)
+  // The older ledger, mapped when it is new here.
+  absl::StatusOr<std::shared_ptr<OldLedger>> OpenOldLedger(uint64_t generation, LedgerHandle handle);
+  bool NamesUnknownMount(const LedgerView& view) const;
+  uint64_t Claim(OldLedger& old, bool final_walk, bool owner_hung)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
   uint64_t ClaimRecords(const std::shared_ptr<LedgerView>& view, bool final_walk)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(adopt_mutex_);
@@ -270,8 +273,8 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   std::deque<ClaimedRead> claimed_reads_ ABSL_GUARDED_BY(adopt_mutex_);
   std::deque<RecoveredRequest> suspects_ ABSL_GUARDED_BY(adopt_mutex_);
   std::deque<SuspectRecord> suspect_records_ ABSL_GUARDED_BY(adopt_mutex_);
-  bool taking_up_ ABSL_GUARDED_BY(adopt_mutex_) =
-      false;  // the thread has not looked at the lists for the last time
+  // The thread has not looked at the lists for the last time.
+  bool taking_up_ ABSL_GUARDED_BY(adopt_mutex_) = false;
   std::thread take_up_thread_ ABSL_GUARDED_BY(adopt_mutex_);
   std::unique_ptr<LoopWatch::Loop> take_up_loop_;
   uint64_t next_renewal_nanos_ ABSL_GUARDED_BY(adopt_mutex_) = 0;

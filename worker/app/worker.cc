@@ -26,7 +26,6 @@ using std::chrono::milliseconds;
 
 constexpr milliseconds kHousekeeping{200};
 constexpr milliseconds kUrgentServing{200};
-constexpr uint64_t kSyncEveryRefresh = 150;  // every 5 minutes
 constexpr uint64_t kFlushEveryNanos = 5'000'000'000;
 constexpr uint64_t kMetadataLockWaitNanos = 5'000'000'000;
 constexpr milliseconds kDrainLimit{570'000};    // short of the supervisor's limit of 10 minutes
@@ -751,7 +750,7 @@ void Worker::Refresh() {
   layers_->LetGoOfEvicted();
   if (!prepared_ || served_) return;
   // New ones cost nothing to ask for. Now and then all: one that went just as it was added is let go of.
-  absl::Status known = ++refreshes_ % kSyncEveryRefresh == 0 ? SyncMounts() : AddNewMounts();
+  absl::Status known = ++refreshes_ % options_.sync_every_refresh == 0 ? SyncMounts() : AddNewMounts();
   if (known.ok()) layers_->OpenAhead(kOpenAheadNanos);  // else the supervisor is gone
 }
 

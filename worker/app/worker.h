@@ -59,9 +59,9 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
     std::string build;       // what the live probe answers
     // A worker that waits for a supervisor and serves no mount ends after this.
     uint64_t orphan_limit_nanos = 10'000'000'000;
-    // How often a worker that waits to serve looks for new mounts (and, less often, for those that are gone),
-    // and every worker for evicted content.
+    // How often a worker that waits to serve looks for new mounts, and every worker for evicted content.
     uint64_t refresh_nanos = 2'000'000'000;
+    uint64_t sync_every_refresh = 150;  // then also for mounts that are gone
     // How long the snapshots API waits with its start for Prepare or Serve, which usually follow at once.
     int64_t api_wait_nanos = 100'000'000;
     std::string oom_score_file = "/proc/self/oom_score_adj";  // set to 0 when told to serve

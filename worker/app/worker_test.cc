@@ -385,8 +385,8 @@ TEST_F(WorkerTest, ARequestOfAMountThatAppearedWithALowIdIsNotDropped) {
     vault_.Put(5, 9);
     Start();
     ASSERT_TRUE(worker_->Prepare().ok());
-    vault_.Put(3,
-               3);  // it was being made when Prepare asked, and a READ of it waits in a dead worker's ledger
+    // It was being made when Prepare asked, and a READ of it waits in a dead worker's ledger.
+    vault_.Put(3, 3);
     handover::OldLedger ledger = MakeLedger(1);
     hf_record record{};
     record.state = HF_RECORD_PENDING;
@@ -441,6 +441,7 @@ TEST_F(WorkerTest, AWorkerThatWaitsToServeTakesNewMountsAsTheyCome) {
 
 TEST_F(WorkerTest, AWorkerThatWaitsToServeLetsGoOfAMountThatWentAsItWasAdded) {
   options_.refresh_nanos = 1;
+  options_.sync_every_refresh = 3;
   vault_.Put(1, 3);
   Start();
   ASSERT_TRUE(worker_->Prepare().ok());

@@ -454,7 +454,9 @@ class WorkerServer final : public schema::Worker::Server {
     uint64_t generation = context.getParams().getGeneration();
     c_.exited.push_back(generation);
     auto it = c_.old_ledgers.find(generation);
-    if (it != c_.old_ledgers.end() && it->second.base != nullptr) c_.server->Adopt(it->second);
+    // Not got yet: serve is under way, and will find it.
+    if (it == c_.old_ledgers.end() || it->second.base == nullptr) return kj::READY_NOW;
+    c_.server->Adopt(it->second);
     auto drained = c_.link().drainedRequest();
     drained.setGeneration(generation);
     return drained.send().ignoreResult();

@@ -51,7 +51,8 @@ absl::StatusOr<std::string> WriteCopy(int source, const std::string& path, Unhur
 
 absl::StatusOr<std::shared_ptr<const Executable>> ExecutableStore::Add(const std::string& path,
                                                                        Unhurried* unhurried) const {
-  HF_ASSIGN_OR_RETURN(UniqueFd source, OpenFile(path, O_RDONLY));
+  // A FIFO without a writer must not be waited for.
+  HF_ASSIGN_OR_RETURN(UniqueFd source, OpenFile(path, O_RDONLY | O_NONBLOCK));
   HF_RETURN_IF_ERROR(CheckProgram(source.get()));
   auto executable = std::make_shared<Executable>();
   HF_ASSIGN_OR_RETURN(executable->sha256, Sha256OfFile(source.get(), unhurried));

@@ -32,6 +32,8 @@ TEST(ExecutableStoreTest, WhatIsNoProgramIsRefusedWithTheReason) {
   ExecutableStore store(dir.path() + "/bin", "worker");
   EXPECT_FALSE(store.Add(dir.path() + "/missing").ok());
   EXPECT_FALSE(store.Add(dir.path()).ok());
+  ASSERT_EQ(mkfifo((dir.path() + "/fifo").c_str(), 0755), 0);
+  EXPECT_FALSE(store.Add(dir.path() + "/fifo").ok());
   ASSERT_TRUE(WriteFileAtomic(dir.path() + "/plain", "x", 0644).ok());
   EXPECT_EQ(store.Add(dir.path() + "/plain").status().code(), absl::StatusCode::kPermissionDenied);
 }

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <sstream>
 #include <utility>
 
@@ -23,6 +24,7 @@ namespace {
 
 constexpr uint64_t kWaitStepMillis = 2;
 constexpr uint64_t kFetchMillis = 5'000;
+constexpr size_t kLivingWorkersBytes = 4'096;
 constexpr uint64_t kFetchPauseMillis = 200;
 constexpr int kFetchTries = 12;
 constexpr uint64_t kUnmountMillis = 10'000;
@@ -53,11 +55,13 @@ absl::Status WriteLivingWorkers(const std::string& path, const std::vector<Livin
   for (const LivingWorker& worker : workers) {
     text << worker.pid << " " << worker.start_ticks << " " << worker.generation << "\n";
   }
-  std::string temporary = path + ".new";
-  HF_ASSIGN_OR_RETURN(UniqueFd file, OpenFile(temporary, O_WRONLY | O_CREAT | O_TRUNC));
-  HF_RETURN_IF_ERROR(PwriteFull(file.get(), text.str().data(), text.str().size(), 0));
-  if (rename(temporary.c_str(), path.c_str()) != 0) return ErrnoStatus(errno, "rename to " + path);
-  return absl::OkStatus();
+  // In place and always as long: it must not fail because the disk is full. One write, so that whoever kills
+  // us leaves the old text or the new one.
+  std::string page = text.str();
+  page.resize(std::max(page.size(), kLivingWorkersBytes), '\n');
+  HF_RETURN_IF_ERROR(MakeDirs(std::filesystem::path(path).parent_path()));
+  HF_ASSIGN_OR_RETURN(UniqueFd file, OpenFile(path, O_WRONLY | O_CREAT));
+  return PwriteFull(file.get(), page.data(), page.size(), 0);
 }
 
 std::vector<LivingWorker> ReadLivingWorkers(const std::string& path) {
@@ -566,7 +570,8 @@ kj::Promise<void> Supervisor::SaveLivingWorkers() {
 std::vector<LivingWorker> Supervisor::LivingWorkers() const {
   std::vector<LivingWorker> living;
   for (const auto& [generation, worker] : workers_) {
-    bool comes_back = (worker->capabilities & schema::CAP_REATTACH) != 0;
+    // One that has not registered yet may serve before we can write again.
+    bool comes_back = worker->client == nullptr || (worker->capabilities & schema::CAP_REATTACH) != 0;
     if (comes_back && !worker->exited && !worker->killed && !worker->retired) {
       living.push_back({generation, worker->start_ticks, worker->pid});
     }

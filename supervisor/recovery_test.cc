@@ -281,6 +281,18 @@ TEST_P(EveryStepTest, Yielding) { DieAt({"yielding=kill", true, true}); }
 TEST_P(EveryStepTest, Committing) { DieAt({"committing=kill@2", false, false}); }
 TEST_P(EveryStepTest, Running) { DieAt({"running=kill@2", false, false}); }
 
+TEST_P(RecoveryTest, TheWorkerDiesAndThenTheSupervisorWhenTheNextOneServes) {
+  harness_.SetFaults("supervisor.phase.committing=kill@2");
+  harness_.Start();
+  MountView mount = harness_.Mount("a");
+  ASSERT_EQ(kill(harness_.Status().Worker("owner").pid, SIGKILL), 0);
+  ASSERT_EQ(harness_.WaitEnd(), -SIGKILL) << "the fault happened";
+  EXPECT_GT(Stat(mount.path).Result(), 0) << "read while there is no supervisor";
+  harness_.SetFaults("");
+  harness_.StartAgain();
+  ExpectHealthy({mount});
+}
+
 TEST_P(RecoveryTest, TheNextSupervisorMayDieInTheTakeoverToo) {
   harness_.Start();
   MountView mount = harness_.Mount("a");

@@ -197,6 +197,23 @@ TEST(RestoreMountsTest, OnlyWhatHasADeviceIsServed) {
   EXPECT_TRUE(restored.paths.empty());
 }
 
+TEST(LivingWorkersTest, TheFileIsMadeWithItsFolderAndThenNeedsNoMoreSpace) {
+  TempDir dir;
+  const std::string path = dir.path() + "/supervisor/workers";
+  const uint64_t ticks = ProcessStartTicks(getpid()).value();
+  ASSERT_TRUE(WriteLivingWorkers(path, {}).ok());
+  struct stat first, second;
+  ASSERT_EQ(stat(path.c_str(), &first), 0);
+  ASSERT_TRUE(WriteLivingWorkers(path, {{1, ticks, getpid()}, {2, ticks, getpid()}}).ok());
+  EXPECT_EQ(ReadLivingWorkers(path).size(), 2u);
+  ASSERT_TRUE(WriteLivingWorkers(path, {{3, ticks, getpid()}}).ok());
+  ASSERT_EQ(stat(path.c_str(), &second), 0);
+  EXPECT_EQ(first.st_ino, second.st_ino);
+  EXPECT_EQ(first.st_blocks, second.st_blocks);
+  ASSERT_EQ(ReadLivingWorkers(path).size(), 1u);
+  EXPECT_EQ(ReadLivingWorkers(path)[0].generation, 3u);
+}
+
 TEST(LivingWorkersTest, OnlyProcessesThatStillRunAreListed) {
   TempDir dir;
   std::string path = dir.path() + "/workers";

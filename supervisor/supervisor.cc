@@ -288,6 +288,7 @@ void Supervisor::SpawnWorker(Generation generation, Binary binary) {
   LOG(INFO) << "event=spawned generation=" << generation << " pid=" << worker->pid
             << " executable=" << worker->executable->sha256 << " candidate=" << upgrade;
   workers_[generation] = std::move(worker);
+  tasks_.add(SaveLivingWorkers());
 }
 
 // It ends by itself, but for builds that know nothing of it, and those that come to nothing.

@@ -203,8 +203,10 @@ void Supervisor::NotePhase(Phase from, Phase to) {
   bool begins = to == Phase::kStarting && state_.upgrade;
   bool forward = begins || (to > from && (to <= Phase::kCommitting || from == Phase::kCommitting) &&
                             to <= Phase::kRunning);
+  // After the step that failed there are no more, also where the owner is replaced after that.
+  forward = forward && !step_failed_;
+  step_failed_ = !forward;
   EndStep(forward);
-  // After the step that failed there are no more.
   if (auto step = kSteps.find(to); forward && step != kSteps.end()) BeginStep(step->second);
   // Whoever watches would wake up and take the processor from the workers, for which reads wait.
   if (to != Phase::kParking && to != Phase::kServing) TellProgress();
@@ -676,6 +678,7 @@ void Supervisor::ClaimSwap(kj::Maybe<schema::Progress::Client> progress) {
   if (stopping_) Throw(Unavailable("the supervisor is shutting down"));
   upgrade_busy_ = true;
   steps_.clear();
+  step_failed_ = false;
   progress_due_.clear();
   progress_ = kj::mv(progress);
 }

@@ -295,6 +295,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   Swap swap_;
   std::string swap_kind_;        // of the one asked for
   std::vector<SwapStep> steps_;  // of it; the last one is under way
+  bool step_failed_ = false;
   kj::Maybe<schema::Progress::Client> progress_;
   std::vector<std::pair<SwapStep, bool>> progress_due_;  // begun or (true) done, not told yet
   uint64_t reads_stopped_boot_nanos_ = 0;                // 0: somebody reads

@@ -208,6 +208,14 @@ TEST(SwapReportTest, AFailureSaysWhatToDo) {
   EXPECT_NE(died.find("tried by hand: c.toml:3: unknown key"), std::string::npos) << died;
   EXPECT_NE(advice("rehearse", "different").find("a bad build"), std::string::npos);
   EXPECT_NE(advice("probe", "different").find("rolled back"), std::string::npos);
+  for (const char* step : {"rehearse", "probe"}) {
+    EXPECT_NE(advice(step, "the verifier died").find("holdfast-verifier is installed"), std::string::npos);
+    EXPECT_NE(advice(step, "it took too long (phase rehearsing)").find("not judged to the end"),
+              std::string::npos);
+    EXPECT_NE(advice(step, "the running worker died while").find("no fault was found"), std::string::npos);
+  }
+  EXPECT_NE(advice("", "a worker is being replaced or started already").find("just being started"),
+            std::string::npos);
   EXPECT_NE(advice("commit", "no space").find("could not take the metadata"), std::string::npos);
   EXPECT_NE(SwapAdvice({"rollback", "none is kept", "", "", ""}).find("--worker PATH"), std::string::npos);
   StepLog log;

@@ -33,6 +33,9 @@ std::string RefusedAdvice(const SwapFailure& failure) {
     return "another swap is under way and goes on; `holdfastctl status` shows its step. Try again when it is "
            "over";
   }
+  if (Has(failure.message, "taking over") || Has(failure.message, "being replaced")) {
+    return "a worker is just being started; `holdfastctl status` shows when one runs. Try again then";
+  }
   if (Has(failure.message, "probation")) {
     return "the running build is still in probation; `holdfastctl status` says for how long. Wait until it "
            "is over, or "
@@ -54,6 +57,29 @@ std::string StartAdvice(const SwapFailure& failure) {
       "the new worker died, or did not register, while it started; the old one serves on and was not touched";
   if (!failure.verdict.empty()) out += "\n  tried by hand: " + failure.verdict;
   return out + "\n  its log lines: journalctl -u holdfast (or the supervisor's standard error)";
+}
+
+// Where the reason says that nobody has found a fault with the build; else "".
+std::string NotJudgedAdvice(const SwapFailure& failure) {
+  if (Has(failure.message, "the running worker died")) {
+    return "no fault was found with this build: the running worker died meanwhile, and is replaced. "
+           "`holdfastctl status` shows by what; try again";
+  }
+  if (Has(failure.message, "verifier") || Has(failure.message, "Connection reset")) {
+    return "no fault was found with this build: the verifier did not work, so nothing could be said of it. "
+           "The old "
+           "worker serves\n"
+           "  see that holdfast-verifier is installed beside holdfast-supervisor (or where --verifier says), "
+           "then "
+           "try again";
+  }
+  if (Has(failure.message, "took too long")) {
+    return "no wrong answer was seen, but it was not judged to the end. The old worker serves\n"
+           "  try again when the machine is less busy; if it happens again, look for its log lines: "
+           "journalctl -u "
+           "holdfast";
+  }
+  return "";
 }
 
 }  // namespace
@@ -97,6 +123,9 @@ std::string SwapAdvice(const SwapFailure& failure) {
   if (step == "prepare") {
     return "the new worker could not load what this node serves; the old one serves on and was not touched\n"
            "  do not use this build before its log lines are explained: journalctl -u holdfast";
+  }
+  if (step == "rehearse" || step == "probe") {
+    if (std::string advice = NotJudgedAdvice(failure); !advice.empty()) return advice;
   }
   if (step == "rehearse") {
     return "a bad build: it does not answer as the running one does. No container saw it; the old one serves "

@@ -204,6 +204,14 @@ class WorkerTest : public ::testing::Test {
   }
   ~WorkerTest() override { worker_.reset(); }
 
+  // So that another can be started in its place.
+  void End() {
+    worker_.reset();
+    unlink((dir_.path() + "/snapshotter.sock").c_str());
+    MutexLock lock(&vault_.mutex);
+    vault_.asked_after.clear();
+    vault_.mounts.clear();
+  }
   void Start(uint64_t capabilities = kAll) {
     ASSERT_NO_FATAL_FAILURE(Connect(capabilities));
     absl::Status running = worker_->Run(std::move(link_));
@@ -292,12 +300,8 @@ TEST_F(WorkerTest, APreparedWorkerAsksOnlyForWhatIsNewWhenItIsToldToServe) {
     // A mount that was being made when Prepare asked got an id below others: a full walk follows.
     ASSERT_TRUE(WaitUntil([&] { return vault_.Asked().size() >= 3; }));
     EXPECT_EQ(vault_.Asked()[2], 0u);
-    worker_.reset();
-    unlink((dir_.path() + "/snapshotter.sock").c_str());
+    End();
     ASSERT_TRUE(WriteFileAtomic(options_.oom_score_file, "-900").ok());
-    MutexLock lock(&vault_.mutex);
-    vault_.asked_after.clear();
-    vault_.mounts.clear();
   }
 }
 
@@ -320,11 +324,7 @@ TEST_F(WorkerTest, WhatComesWithTheCallToServeIsNotAskedFor) {
     auto ledgers = worker_->HeldLedgers(0);
     ASSERT_TRUE(ledgers.ok()) << ledgers.status();
     EXPECT_EQ(ledgers->elements.size(), 2u) << "that one, and its own";
-    worker_.reset();
-    unlink((dir_.path() + "/snapshotter.sock").c_str());
-    MutexLock lock(&vault_.mutex);
-    vault_.asked_after.clear();
-    vault_.mounts.clear();
+    End();
   }
 }
 
@@ -419,11 +419,7 @@ TEST_F(WorkerTest, ARequestOfAMountThatAppearedWithALowIdIsNotDropped) {
              answered == 1;
     })) << "with EIO, for there is no such layer; not thrown away";
     EXPECT_EQ(Held(), std::vector<uint64_t>({3, 5, 6, 7, 8, 9}));
-    worker_.reset();
-    unlink((dir_.path() + "/snapshotter.sock").c_str());
-    MutexLock lock(&vault_.mutex);
-    vault_.asked_after.clear();
-    vault_.mounts.clear();
+    End();
   }
 }
 

@@ -86,15 +86,15 @@ UniqueFd OpenIfAlive(pid_t pid, uint64_t start_ticks) {
 uint64_t ChooseOwner(const SavedState& state, const std::set<uint64_t>& alive) {
   auto fit = [&](uint64_t generation) {
     auto it = state.workers.find(generation);
-    return it != state.workers.end() && alive.count(generation) != 0 && !it->second.killed &&
-           !it->second.retired && (it->second.capabilities & schema::CAP_REATTACH) != 0;
+    return it != state.workers.end() && alive.count(generation) != 0 && !it->second->getKilled() &&
+           !it->second->getRetired() && (it->second->getCapabilities() & schema::CAP_REATTACH) != 0;
   };
-  const SavedMachine& machine = state.machine;
-  bool owner_holds = machine.holders.count(machine.owner) != 0;
+  uint64_t owner = state.machine->getOwner(), successor = state.machine->getSuccessor();
+  std::set<uint64_t> holders;
+  for (uint64_t generation : state.machine->getHolders()) holders.insert(generation);
   // The commit was under way: the old worker has yielded.
-  bool successor_holds = machine.holders.count(machine.successor) != 0;
-  if (!owner_holds && successor_holds && fit(machine.successor)) return machine.successor;
-  return fit(machine.owner) ? machine.owner : 0;
+  if (holders.count(owner) == 0 && holders.count(successor) != 0 && fit(successor)) return successor;
+  return fit(owner) ? owner : 0;
 }
 
 bool HasAllDescriptors(const SavedState& state, const StoredFds& fds) {
@@ -158,20 +158,20 @@ absl::Status Supervisor::AdoptState(DurableMap map, const char* source, Generati
   takeover_->source = bringer;
   state_source_ = source;
   journal_.Use(std::move(map));
-  const SavedMachine& saved = takeover_->state.machine;
-  vault_id_ = saved.vault_id;
-  restarts_ = saved.restarts + 1;
-  crashes_ = saved.crashes;
-  hangs_ = saved.hangs;
-  swaps_ = saved.swaps;
-  carried_over_total_ = saved.carried_over;
-  running_build_ = saved.running_build;
-  auto running = KeptExecutable(saved.running);
-  auto previous = KeptExecutable(saved.previous);
+  const schema::SavedMachine::Reader saved = *takeover_->state.machine;
+  vault_id_ = String(saved.getVaultId());
+  restarts_ = saved.getRestarts() + 1;
+  crashes_ = saved.getCrashes();
+  hangs_ = saved.getHangs();
+  swaps_ = saved.getSwaps();
+  carried_over_total_ = saved.getCarriedOver();
+  running_build_ = saved.getRunningBuild().cStr();
+  auto running = KeptExecutable(saved.getRunning().cStr());
+  auto previous = KeptExecutable(saved.getPrevious().cStr());
   if (running != nullptr) running_ = std::move(running);
   if (previous != nullptr) previous_ = std::move(previous);
   AdoptWorkers();
-  LOG(INFO) << "event=state_adopted source=" << LogValue(source) << " phase=" << saved.phase
+  LOG(INFO) << "event=state_adopted source=" << LogValue(source) << " phase=" << saved.getPhase().cStr()
             << " mounts=" << takeover_->state.mounts.size() << " owner=" << takeover_->owner;
   return absl::OkStatus();
 }
@@ -191,29 +191,30 @@ void Supervisor::AdoptWorkers() {
     last_generation_ = std::max(last_generation_, generation);
     auto worker = std::make_unique<WorkerProcess>();
     worker->pidfd = TakeOne(&takeover_->fds, FdName(FdKind::kWorker, generation));
-    if (!worker->pidfd.valid()) worker->pidfd = OpenIfAlive(saved.pid, saved.start_ticks);
+    if (!worker->pidfd.valid())
+      worker->pidfd = OpenIfAlive(static_cast<pid_t>(saved->getPid()), saved->getStartTicks());
     if (!worker->pidfd.valid() || HasExited(worker->pidfd.get())) {
       journal_.ForgetWorker(generation);
       continue;
     }
     alive.insert(generation);
     worker->generation = generation;
-    worker->executable = KeptExecutable(saved.executable);
+    worker->executable = KeptExecutable(saved->getExecutable().cStr());
     if (worker->executable == nullptr) worker->executable = running_;
-    worker->token = saved.token;
-    worker->pid = saved.pid;
-    worker->start_ticks = saved.start_ticks;
-    worker->build = saved.build;
-    worker->capabilities = saved.capabilities;
-    worker->started_wall_nanos = saved.started_wall_nanos;
-    worker->killed = saved.killed;
-    worker->retired = saved.retired;
+    worker->token = saved->getToken().cStr();
+    worker->pid = static_cast<pid_t>(saved->getPid());
+    worker->start_ticks = saved->getStartTicks();
+    worker->build = saved->getBuild().cStr();
+    worker->capabilities = saved->getCapabilities();
+    worker->started_wall_nanos = saved->getStartedWallNanos();
+    worker->killed = saved->getKilled();
+    worker->retired = saved->getRetired();
     if (worker->retired) LimitRetirement(generation);
     WatchExit(worker.get());
     workers_[generation] = std::move(worker);
   }
   takeover_->owner = ChooseOwner(takeover_->state, alive);
-  for (Generation generation : takeover_->state.machine.holders) {
+  for (Generation generation : takeover_->state.machine->getHolders()) {
     if (alive.count(generation) != 0) state_.holders.insert(generation);
   }
   KillOthers(takeover_->source);
@@ -253,7 +254,8 @@ absl::Status Supervisor::AdoptBroughtState(Generation generation, pid_t pid, con
   HF_ASSIGN_OR_RETURN(DurableMap map, DurableMap::Open(state));
   HF_ASSIGN_OR_RETURN(SavedState saved, DecodeState(map));
   auto it = saved.workers.find(generation);
-  if (it == saved.workers.end() || it->second.token != token) return PermissionDenied("wrong token");
+  if (it == saved.workers.end() || token != it->second->getToken().cStr())
+    return PermissionDenied("wrong token");
   return AdoptState(std::move(map), "worker", generation);
 }
 
@@ -412,10 +414,12 @@ kj::Promise<void> Supervisor::RestoreVault() {
 void Supervisor::RestoreLedgers() {
   for (const auto& [generation, saved] : takeover_->state.ledgers) {
     last_generation_ = std::max(last_generation_, generation);
+    std::vector<uint64_t> inodes;
+    for (uint64_t inode : saved->getPipeInodes()) inodes.push_back(inode);
     auto pipes = takeover_->fds.extract(FdName(FdKind::kPipes, generation));
-    auto ledger = Ledger::Restore(generation, TakeOne(&takeover_->fds, FdName(FdKind::kLedger, generation)),
-                                  saved.pipe_inodes,
-                                  pipes.empty() ? std::vector<UniqueFd>() : std::move(pipes.mapped()));
+    auto ledger =
+        Ledger::Restore(generation, TakeOne(&takeover_->fds, FdName(FdKind::kLedger, generation)), inodes,
+                        pipes.empty() ? std::vector<UniqueFd>() : std::move(pipes.mapped()));
     if (!ledger.ok()) {
       LOG(ERROR) << "event=ledger_not_restored generation=" << generation
                  << " error=" << LogValue(ledger.status().ToString());
@@ -423,8 +427,8 @@ void Supervisor::RestoreLedgers() {
       continue;
     }
     WorkerProcess* owner = Find(generation);
-    (*ledger)->owner_exited = saved.owner_exited || owner == nullptr || owner->exited;
-    (*ledger)->owner_hung = saved.owner_hung;
+    (*ledger)->owner_exited = saved->getOwnerExited() || owner == nullptr || owner->exited;
+    (*ledger)->owner_hung = saved->getOwnerHung();
     ledgers_.Restore(std::move(*ledger));
   }
 }
@@ -456,7 +460,7 @@ void Supervisor::EndTakeover() {
   std::unique_ptr<Takeover> takeover = std::move(takeover_);  // from now on the journal is written
   PushAll(*takeover);
   tasks_.add(SaveLivingWorkers());
-  Generation trial = takeover->state.machine.trial_generation;
+  Generation trial = takeover->adopted ? takeover->state.machine->getTrialGeneration() : 0;
   if (trial != 0 && (!resumes || trial != owner->generation)) {
     WorkerProcess* tried = Find(trial);
     state_.tainted = trial;
@@ -520,35 +524,43 @@ void Supervisor::StoreWorker(const WorkerProcess& worker) {
 void Supervisor::SaveMachine() {
   if (takeover_ != nullptr) return;  // what is saved is still the truth
   bool answers = state_.trial != 0 && state_.phase >= Phase::kServing;
-  journal_.SaveMachine({.phase = PhaseName(state_.phase),
-                        .running = running_->sha256,
-                        .previous = previous_ == nullptr ? "" : previous_->sha256,
-                        .last_good = last_good_ == nullptr ? "" : last_good_->sha256,
-                        .running_build = running_build_,
-                        .vault_id = vault_id_,
-                        .owner = state_.owner,
-                        .successor = state_.successor,
-                        .trial_generation = answers ? state_.trial : state_.tainted,
-                        .holders = state_.holders,
-                        .probation = state_.probation,
-                        .restarts = restarts_,
-                        .crashes = crashes_,
-                        .hangs = hangs_,
-                        .swaps = swaps_,
-                        .carried_over = carried_over_total_});
+  capnp::MallocMessageBuilder record;
+  auto out = record.initRoot<schema::SavedMachine>();
+  out.setPhase(PhaseName(state_.phase));
+  out.setOwner(state_.owner);
+  out.setSuccessor(state_.successor);
+  auto holders = out.initHolders(static_cast<unsigned>(state_.holders.size()));
+  unsigned i = 0;
+  for (Generation generation : state_.holders) holders.set(i++, generation);
+  out.setRunning(running_->sha256.c_str());
+  if (previous_ != nullptr) out.setPrevious(previous_->sha256.c_str());
+  if (last_good_ != nullptr) out.setLastGood(last_good_->sha256.c_str());
+  out.setTrialGeneration(answers ? state_.trial : state_.tainted);
+  out.setProbation(state_.probation);
+  out.setVaultId(Bytes(vault_id_));
+  out.setRestarts(restarts_);
+  out.setCrashes(crashes_);
+  out.setHangs(hangs_);
+  out.setSwaps(swaps_);
+  out.setCarriedOver(carried_over_total_);
+  out.setRunningBuild(running_build_.c_str());
+  journal_.SaveMachine(&record);
 }
 
 void Supervisor::SaveWorker(const WorkerProcess& worker) {
-  journal_.SaveWorker({.generation = worker.generation,
-                       .start_ticks = worker.start_ticks,
-                       .capabilities = worker.capabilities,
-                       .pid = worker.pid,
-                       .token = worker.token,
-                       .executable = worker.executable->sha256,
-                       .build = worker.build,
-                       .started_wall_nanos = worker.started_wall_nanos,
-                       .killed = worker.killed,
-                       .retired = worker.retired});
+  capnp::MallocMessageBuilder record;
+  auto out = record.initRoot<schema::SavedWorker>();
+  out.setGeneration(worker.generation);
+  out.setPid(static_cast<uint32_t>(worker.pid));
+  out.setStartTicks(worker.start_ticks);
+  out.setToken(worker.token.c_str());
+  out.setExecutable(worker.executable->sha256.c_str());
+  out.setBuild(worker.build.c_str());
+  out.setCapabilities(worker.capabilities);
+  out.setStartedWallNanos(worker.started_wall_nanos);
+  out.setKilled(worker.killed);
+  out.setRetired(worker.retired);
+  journal_.SaveWorker(worker.generation, &record);
 }
 
 // One write after the other, on a thread: a disk takes milliseconds, in which a new worker waits for us.

@@ -17,6 +17,7 @@
 #include "absl/strings/str_split.h"
 #include "common/io.h"
 #include "gtest/gtest.h"
+#include "schema/rpc.h"
 #include "schema/vault_state.capnp.h"
 #include "supervisor/state_journal.h"
 
@@ -41,6 +42,12 @@ Rows Golden(const std::string& file) {
   return rows;
 }
 
+std::vector<uint64_t> Numbers(capnp::List<uint64_t>::Reader list) {
+  std::vector<uint64_t> numbers;
+  for (uint64_t number : list) numbers.push_back(number);
+  return numbers;
+}
+
 absl::StatusOr<SavedState> Decode(const Rows& rows) {
   DurableMap map = DurableMap::Create("golden").value();
   for (const auto& [key, value] : rows) EXPECT_TRUE(map.Put(key, value).ok()) << key;
@@ -53,22 +60,22 @@ TEST(StateGoldenTest, RowsOfTheFirstReleaseStillMeanWhatTheyMeant) {
   absl::StatusOr<SavedState> state = Decode(rows);
   ASSERT_TRUE(state.ok()) << state.status();
 
-  EXPECT_EQ(state->machine.phase, "committing");
-  EXPECT_EQ(state->machine.owner, 3u);
-  EXPECT_EQ(state->machine.successor, 4u);
-  EXPECT_EQ(state->machine.holders, (std::set<uint64_t>{3, 4}));
-  EXPECT_EQ(state->machine.running, "abc");
-  EXPECT_EQ(state->machine.previous, "def");
-  EXPECT_EQ(state->machine.last_good, "ghi");
-  EXPECT_EQ(state->machine.trial_generation, 4u);
-  EXPECT_TRUE(state->machine.probation);
-  EXPECT_EQ(state->machine.vault_id, std::string("\0\1\xff", 3) + std::string(13, '\2'));
-  EXPECT_EQ(state->machine.restarts, 11u);
-  EXPECT_EQ(state->machine.crashes, 12u);
-  EXPECT_EQ(state->machine.hangs, 13u);
-  EXPECT_EQ(state->machine.swaps, 14u);
-  EXPECT_EQ(state->machine.carried_over, 15u);
-  EXPECT_EQ(state->machine.running_build, "worker 1");
+  EXPECT_STREQ(state->machine->getPhase().cStr(), "committing");
+  EXPECT_EQ(state->machine->getOwner(), 3u);
+  EXPECT_EQ(state->machine->getSuccessor(), 4u);
+  EXPECT_EQ(Numbers(state->machine->getHolders()), (std::vector<uint64_t>{3, 4}));
+  EXPECT_STREQ(state->machine->getRunning().cStr(), "abc");
+  EXPECT_STREQ(state->machine->getPrevious().cStr(), "def");
+  EXPECT_STREQ(state->machine->getLastGood().cStr(), "ghi");
+  EXPECT_EQ(state->machine->getTrialGeneration(), 4u);
+  EXPECT_TRUE(state->machine->getProbation());
+  EXPECT_EQ(String(state->machine->getVaultId()), std::string("\0\1\xff", 3) + std::string(13, '\2'));
+  EXPECT_EQ(state->machine->getRestarts(), 11u);
+  EXPECT_EQ(state->machine->getCrashes(), 12u);
+  EXPECT_EQ(state->machine->getHangs(), 13u);
+  EXPECT_EQ(state->machine->getSwaps(), 14u);
+  EXPECT_EQ(state->machine->getCarriedOver(), 15u);
+  EXPECT_STREQ(state->machine->getRunningBuild().cStr(), "worker 1");
 
   ASSERT_EQ(state->mounts.size(), 4u);
   const Mount& live = state->mounts.at(9);
@@ -85,26 +92,63 @@ TEST(StateGoldenTest, RowsOfTheFirstReleaseStillMeanWhatTheyMeant) {
   EXPECT_EQ(state->mounts.at(12).state, MountState::kDetached);
 
   ASSERT_EQ(state->workers.size(), 2u);
-  const SavedWorker& worker = state->workers.at(3);
-  EXPECT_EQ(worker.generation, 3u);
-  EXPECT_EQ(worker.pid, 42);
-  EXPECT_EQ(worker.start_ticks, 7u);
-  EXPECT_EQ(worker.token, "secret");
-  EXPECT_EQ(worker.executable, "abc");
-  EXPECT_EQ(worker.build, "worker 1");
-  EXPECT_EQ(worker.capabilities, 0x8000'0000'0000'0021u);
-  EXPECT_EQ(worker.started_wall_nanos, -5);
-  EXPECT_TRUE(worker.killed);
-  EXPECT_TRUE(worker.retired);
-  EXPECT_FALSE(state->workers.at(4).killed);
-  EXPECT_FALSE(state->workers.at(4).retired);
+  const schema::SavedWorker::Reader worker = *state->workers.at(3);
+  EXPECT_EQ(worker.getGeneration(), 3u);
+  EXPECT_EQ(worker.getPid(), 42u);
+  EXPECT_EQ(worker.getStartTicks(), 7u);
+  EXPECT_STREQ(worker.getToken().cStr(), "secret");
+  EXPECT_STREQ(worker.getExecutable().cStr(), "abc");
+  EXPECT_STREQ(worker.getBuild().cStr(), "worker 1");
+  EXPECT_EQ(worker.getCapabilities(), 0x8000'0000'0000'0021u);
+  EXPECT_EQ(worker.getStartedWallNanos(), -5);
+  EXPECT_TRUE(worker.getKilled());
+  EXPECT_TRUE(worker.getRetired());
+  EXPECT_FALSE(state->workers.at(4)->getKilled());
+  EXPECT_FALSE(state->workers.at(4)->getRetired());
 
   ASSERT_EQ(state->ledgers.size(), 1u);
-  const SavedLedger& ledger = state->ledgers.at(3);
-  EXPECT_EQ(ledger.generation, 3u);
-  EXPECT_EQ(ledger.pipe_inodes, (std::vector<uint64_t>{1001, 1002, 0xffff'ffff'ffff'fff0}));
-  EXPECT_TRUE(ledger.owner_exited);
-  EXPECT_TRUE(ledger.owner_hung);
+  const schema::SavedLedger::Reader ledger = *state->ledgers.at(3);
+  EXPECT_EQ(ledger.getGeneration(), 3u);
+  EXPECT_EQ(Numbers(ledger.getPipeInodes()), (std::vector<uint64_t>{1001, 1002, 0xffff'ffff'ffff'fff0}));
+  EXPECT_TRUE(ledger.getOwnerExited());
+  EXPECT_TRUE(ledger.getOwnerHung());
+}
+
+// Everything that could be refused when it is read: texts, data, lists.
+size_t ReadPointers(const SavedState& state) {
+  auto machine = *state.machine;
+  size_t bytes = machine.getPhase().size() + machine.getRunning().size() + machine.getPrevious().size() +
+                 machine.getLastGood().size() + machine.getRunningBuild().size() +
+                 machine.getVaultId().size() + Numbers(machine.getHolders()).size();
+  for (const auto& [generation, worker] : state.workers)
+    bytes += worker->getToken().size() + worker->getExecutable().size() + worker->getBuild().size();
+  for (const auto& [generation, ledger] : state.ledgers) bytes += Numbers(ledger->getPipeInodes()).size();
+  return bytes;
+}
+
+TEST(StateGoldenTest, AFlippedBitIsDataLossOrAnotherValueThatCanBeReadButNeverAnException) {
+  const Rows rows = Golden("1.txt");
+  DurableMap map = DurableMap::Create("flipped").value();
+  for (const auto& [key, value] : rows) ASSERT_TRUE(map.Put(key, value).ok()) << key;
+  size_t refused = 0, read = 0;
+  for (const auto& [key, value] : rows) {
+    for (size_t bit = 0; bit < value.size() * 8; ++bit) {
+      std::string flipped = value;
+      flipped[bit / 8] = static_cast<char>(flipped[bit / 8] ^ (1 << bit % 8));
+      ASSERT_TRUE(map.Put(key, flipped).ok());
+      absl::StatusOr<SavedState> state = DecodeState(map);
+      if (!state.ok()) {
+        ASSERT_EQ(state.status().code(), absl::StatusCode::kDataLoss) << key << " bit " << bit;
+        ASSERT_NE(state.status().message().find(key), std::string::npos) << state.status();
+        ++refused;
+        continue;
+      }
+      ASSERT_NO_THROW(read += ReadPointers(*state)) << key << " bit " << bit;
+    }
+    ASSERT_TRUE(map.Put(key, value).ok());
+  }
+  EXPECT_GT(refused, 100u);
+  EXPECT_GT(read, 100u);
 }
 
 // Names of the fields that are not at their default in one of these rows.

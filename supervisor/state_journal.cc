@@ -1,6 +1,5 @@
 #include "supervisor/state_journal.h"
 
-#include <capnp/message.h>
 #include <capnp/serialize.h>
 
 #include <cstring>
@@ -9,7 +8,7 @@
 #include "absl/strings/numbers.h"
 #include "common/log.h"
 #include "glog/logging.h"
-#include "schema/vault_state.capnp.h"
+#include "schema/rpc.h"
 
 namespace holdfast::supervisor {
 namespace {
@@ -17,26 +16,6 @@ namespace {
 constexpr char kMachineKey[] = "machine";
 
 std::string Key(char kind, uint64_t number) { return std::string(1, kind) + "/" + std::to_string(number); }
-
-kj::ArrayPtr<const kj::byte> Bytes(const std::string& text) {
-  return kj::arrayPtr(reinterpret_cast<const kj::byte*>(text.data()), text.size());
-}
-
-std::string String(capnp::Data::Reader data) {
-  return {reinterpret_cast<const char*>(data.begin()), data.size()};
-}
-
-std::string Encode(capnp::MallocMessageBuilder& message) {
-  auto words = capnp::messageToFlatArray(message);
-  auto bytes = words.asBytes();
-  return {reinterpret_cast<const char*>(bytes.begin()), bytes.size()};
-}
-
-template <typename List, typename Range>
-void FillNumbers(List list, const Range& numbers) {
-  unsigned i = 0;
-  for (uint64_t number : numbers) list.set(i++, number);
-}
 
 schema::SavedMount::State Convert(const Mount& mount) {
   if (mount.unmounting) return schema::SavedMount::State::UNMOUNTING;
@@ -60,62 +39,23 @@ Mount Decode(schema::SavedMount::Reader in) {
   return mount;
 }
 
-SavedWorker Decode(schema::SavedWorker::Reader in) {
-  return {.generation = in.getGeneration(),
-          .start_ticks = in.getStartTicks(),
-          .capabilities = in.getCapabilities(),
-          .pid = static_cast<pid_t>(in.getPid()),
-          .token = in.getToken().cStr(),
-          .executable = in.getExecutable().cStr(),
-          .build = in.getBuild().cStr(),
-          .started_wall_nanos = in.getStartedWallNanos(),
-          .killed = in.getKilled(),
-          .retired = in.getRetired()};
-}
-
-SavedLedger Decode(schema::SavedLedger::Reader in) {
-  SavedLedger ledger{
-      .generation = in.getGeneration(), .owner_exited = in.getOwnerExited(), .owner_hung = in.getOwnerHung()};
-  for (uint64_t inode : in.getPipeInodes()) ledger.pipe_inodes.push_back(inode);
-  return ledger;
-}
-
-SavedMachine Decode(schema::SavedMachine::Reader in) {
-  SavedMachine machine{.phase = in.getPhase().cStr(),
-                       .running = in.getRunning().cStr(),
-                       .previous = in.getPrevious().cStr(),
-                       .last_good = in.getLastGood().cStr(),
-                       .running_build = in.getRunningBuild().cStr(),
-                       .vault_id = String(in.getVaultId()),
-                       .owner = in.getOwner(),
-                       .successor = in.getSuccessor(),
-                       .trial_generation = in.getTrialGeneration(),
-                       .probation = in.getProbation(),
-                       .restarts = in.getRestarts(),
-                       .crashes = in.getCrashes(),
-                       .hangs = in.getHangs(),
-                       .swaps = in.getSwaps(),
-                       .carried_over = in.getCarriedOver()};
-  for (uint64_t generation : in.getHolders()) machine.holders.insert(generation);
-  return machine;
-}
-
-// Cap'n Proto checks every pointer; what is wrong is thrown.
+// A copy of its own. Cap'n Proto checks a field when it is read, and throws: so all are read here.
 template <typename Schema>
-auto DecodeValue(const std::string& value) {
+kj::Own<typename Schema::Reader> Read(const std::string& value) {
   auto words = kj::heapArray<capnp::word>(value.size() / sizeof(capnp::word));  // aligned
   memcpy(words.begin(), value.data(), words.asBytes().size());
-  capnp::FlatArrayMessageReader reader(words);
-  return Decode(reader.getRoot<Schema>());
+  auto record = capnp::clone(capnp::FlatArrayMessageReader(words).getRoot<Schema>());
+  kj::str(*record);
+  return record;
 }
 
 void DecodeRecord(const std::string& key, const std::string& value, SavedState* state) {
-  if (key == kMachineKey) state->machine = DecodeValue<schema::SavedMachine>(value);
+  if (key == kMachineKey) state->machine = Read<schema::SavedMachine>(value);
   uint64_t number = 0;
   if (key.size() < 3 || key[1] != '/' || !absl::SimpleAtoi(key.substr(2), &number)) return;
-  if (key[0] == 'm') state->mounts[number] = DecodeValue<schema::SavedMount>(value);
-  if (key[0] == 'w') state->workers[number] = DecodeValue<schema::SavedWorker>(value);
-  if (key[0] == 'l') state->ledgers[number] = DecodeValue<schema::SavedLedger>(value);
+  if (key[0] == 'm') state->mounts[number] = Decode(*Read<schema::SavedMount>(value));
+  if (key[0] == 'w') state->workers[number] = Read<schema::SavedWorker>(value);
+  if (key[0] == 'l') state->ledgers[number] = Read<schema::SavedLedger>(value);
 }
 
 }  // namespace
@@ -140,8 +80,10 @@ absl::StatusOr<SavedState> DecodeState(const DurableMap& map) {
   return state;
 }
 
-void StateJournal::Put(const std::string& key, std::string_view value) {
-  absl::Status status = map_ ? map_->Put(key, value) : absl::OkStatus();
+void StateJournal::Put(const std::string& key, capnp::MessageBuilder* record) {
+  auto words = capnp::messageToFlatArray(*record);
+  auto value = words.asChars();
+  absl::Status status = map_ ? map_->Put(key, {value.begin(), value.size()}) : absl::OkStatus();
   if (!status.ok()) LOG(ERROR) << "event=state key=" << key << " error=" << LogValue(status.ToString());
 }
 
@@ -166,7 +108,7 @@ void StateJournal::SaveMount(const Mount& mount) {
   out.setInitRequest(Bytes(mount.init_request));
   out.setInitReply(Bytes(mount.init_reply));
   out.setCaller(mount.caller);
-  Put(Key('m', mount.id), Encode(message));
+  Put(Key('m', mount.id), &message);
 }
 
 void StateJournal::ForgetMount(uint64_t mount_id) {
@@ -179,10 +121,11 @@ void StateJournal::SaveLedger(const Ledger& ledger, bool is_new) {
   auto out = message.initRoot<schema::SavedLedger>();
   auto inodes = ledger.PipeInodes();
   out.setGeneration(ledger.generation());
-  FillNumbers(out.initPipeInodes(static_cast<unsigned>(inodes.size())), inodes);
+  auto list = out.initPipeInodes(static_cast<unsigned>(inodes.size()));
+  for (unsigned i = 0; i < list.size(); ++i) list.set(i, inodes[i]);
   out.setOwnerExited(ledger.owner_exited);
   out.setOwnerHung(ledger.owner_hung);
-  Put(Key('l', ledger.generation()), Encode(message));
+  Put(Key('l', ledger.generation()), &message);
   if (is_new) PushLedger(ledger, store_);
 }
 
@@ -202,20 +145,8 @@ void StateJournal::ForgetLedger(uint64_t generation) {
   store_->Remove(FdName(FdKind::kPipes, generation));
 }
 
-void StateJournal::SaveWorker(const SavedWorker& worker) {
-  capnp::MallocMessageBuilder message;
-  auto out = message.initRoot<schema::SavedWorker>();
-  out.setGeneration(worker.generation);
-  out.setPid(static_cast<uint32_t>(worker.pid));
-  out.setStartTicks(worker.start_ticks);
-  out.setToken(worker.token.c_str());
-  out.setExecutable(worker.executable.c_str());
-  out.setBuild(worker.build.c_str());
-  out.setCapabilities(worker.capabilities);
-  out.setStartedWallNanos(worker.started_wall_nanos);
-  out.setKilled(worker.killed);
-  out.setRetired(worker.retired);
-  Put(Key('w', worker.generation), Encode(message));
+void StateJournal::SaveWorker(uint64_t generation, capnp::MessageBuilder* record) {
+  Put(Key('w', generation), record);
 }
 
 void StateJournal::ForgetWorker(uint64_t generation) {
@@ -223,27 +154,7 @@ void StateJournal::ForgetWorker(uint64_t generation) {
   store_->Remove(FdName(FdKind::kWorker, generation));
 }
 
-void StateJournal::SaveMachine(const SavedMachine& machine) {
-  capnp::MallocMessageBuilder message;
-  auto out = message.initRoot<schema::SavedMachine>();
-  out.setPhase(machine.phase.c_str());
-  out.setOwner(machine.owner);
-  out.setSuccessor(machine.successor);
-  FillNumbers(out.initHolders(static_cast<unsigned>(machine.holders.size())), machine.holders);
-  out.setRunning(machine.running.c_str());
-  out.setPrevious(machine.previous.c_str());
-  out.setLastGood(machine.last_good.c_str());
-  out.setTrialGeneration(machine.trial_generation);
-  out.setProbation(machine.probation);
-  out.setVaultId(Bytes(machine.vault_id));
-  out.setRestarts(machine.restarts);
-  out.setCrashes(machine.crashes);
-  out.setHangs(machine.hangs);
-  out.setSwaps(machine.swaps);
-  out.setCarriedOver(machine.carried_over);
-  out.setRunningBuild(machine.running_build.c_str());
-  Put(kMachineKey, Encode(message));
-}
+void StateJournal::SaveMachine(capnp::MessageBuilder* record) { Put(kMachineKey, record); }
 
 void StateJournal::PushState() {
   auto file = map_ ? DupFd(map_->file()) : absl::StatusOr<UniqueFd>(NotFound("no state"));

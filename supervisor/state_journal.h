@@ -3,17 +3,16 @@
 // it speaks of. Main thread only. A write that fails (no memory left) is logged; this process goes on.
 #pragma once
 
-#include <sys/types.h>
+#include <capnp/message.h>
 
 #include <cstdint>
 #include <map>
 #include <optional>
-#include <set>
 #include <string>
-#include <vector>
 
 #include "common/durable_map.h"
 #include "common/fd_store.h"
+#include "schema/vault_state.capnp.h"
 #include "supervisor/vault.h"
 
 namespace holdfast::supervisor {
@@ -25,33 +24,12 @@ inline constexpr char kControlFd[] = "ctl";
 enum class FdKind : char { kMount = 'm', kLedger = 'l', kPipes = 'p', kWorker = 'w' };
 std::string FdName(FdKind kind, uint64_t number);
 
-// SavedWorker, SavedLedger, SavedMachine of schema/vault_state.capnp.
-struct SavedWorker {
-  uint64_t generation = 0, start_ticks = 0, capabilities = 0;
-  pid_t pid = 0;
-  std::string token{}, executable{}, build{};
-  int64_t started_wall_nanos = 0;
-  bool killed = false, retired = false;
-};
-
-struct SavedLedger {
-  uint64_t generation = 0;
-  std::vector<uint64_t> pipe_inodes{};
-  bool owner_exited = false, owner_hung = false;
-};
-
-struct SavedMachine {
-  std::string phase{}, running{}, previous{}, last_good{}, running_build{}, vault_id{};
-  uint64_t owner = 0, successor = 0, trial_generation = 0;
-  std::set<uint64_t> holders{};
-  bool probation = false;
-  uint64_t restarts = 0, crashes = 0, hangs = 0, swaps = 0, carried_over = 0;
-};
-
+// What an earlier supervisor wrote; each reader owns its record. All fields have been read once, so none
+// throws later. `machine` is set by DecodeState.
 struct SavedState {
-  SavedMachine machine;
-  std::map<uint64_t, SavedWorker> workers;
-  std::map<uint64_t, SavedLedger> ledgers;
+  kj::Own<schema::SavedMachine::Reader> machine;
+  std::map<uint64_t, kj::Own<schema::SavedWorker::Reader>> workers;
+  std::map<uint64_t, kj::Own<schema::SavedLedger::Reader>> ledgers;
   std::map<uint64_t, Mount> mounts;  // without devices
 };
 
@@ -72,15 +50,16 @@ class StateJournal final : public VaultRecorder {
   void ForgetMount(uint64_t mount_id) override;
   void SaveLedger(const Ledger& ledger, bool is_new) override;
   void ForgetLedger(uint64_t generation) override;
-  void SaveWorker(const SavedWorker& worker);
+  // `record`: filled in, as schema/vault_state.capnp has it.
+  void SaveMachine(capnp::MessageBuilder* record);
+  void SaveWorker(uint64_t generation, capnp::MessageBuilder* record);
   void ForgetWorker(uint64_t generation);
-  void SaveMachine(const SavedMachine& machine);
   // Everything that a fresh fd store shall keep, besides the listeners.
   void PushState();
   static void PushLedger(const Ledger& ledger, FdStore* store);
 
  private:
-  void Put(const std::string& key, std::string_view value);
+  void Put(const std::string& key, capnp::MessageBuilder* record);
   void Erase(const std::string& key);
 
   FdStore* const store_;

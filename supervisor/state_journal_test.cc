@@ -4,10 +4,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <functional>
+
 #include "absl/strings/escaping.h"
 #include "common/process.h"
 #include "gtest/gtest.h"
 #include "schema/handover.capnp.h"
+#include "schema/rpc.h"
 #include "supervisor/recovery.h"
 
 namespace holdfast::supervisor {
@@ -33,34 +36,34 @@ Mount SomeMount(uint64_t id) {
           .init_reply = "reply"};
 }
 
-SavedWorker SomeWorker(uint64_t generation) {
-  return {.generation = generation,
-          .start_ticks = 7,
-          .capabilities = schema::CAP_REATTACH,
-          .pid = 42,
-          .token = "secret",
-          .executable = "abc",
-          .build = "worker 1",
-          .started_wall_nanos = -5};
+void FillWorker(uint64_t generation, schema::SavedWorker::Builder out) {
+  out.setGeneration(generation);
+  out.setPid(42);
+  out.setStartTicks(7);
+  out.setToken("secret");
+  out.setExecutable("abc");
+  out.setBuild("worker 1");
+  out.setCapabilities(schema::CAP_REATTACH);
+  out.setStartedWallNanos(-5);
 }
 
-SavedMachine SomeMachine() {
-  return {.phase = "running",
-          .running = "abc",
-          .previous = "def",
-          .last_good = "ghi",
-          .running_build = "worker 1",
-          .vault_id = std::string(16, '\1'),
-          .owner = 3,
-          .successor = 4,
-          .trial_generation = 4,
-          .holders = {3},
-          .probation = true,
-          .restarts = 1,
-          .crashes = 2,
-          .hangs = 1,
-          .swaps = 5,
-          .carried_over = 6};
+void FillMachine(schema::SavedMachine::Builder out) {
+  out.setPhase("running");
+  out.setOwner(3);
+  out.setSuccessor(4);
+  out.initHolders(1).set(0, 3);
+  out.setRunning("abc");
+  out.setPrevious("def");
+  out.setLastGood("ghi");
+  out.setTrialGeneration(4);
+  out.setProbation(true);
+  out.setVaultId(Bytes(std::string(16, '\1')));
+  out.setRestarts(1);
+  out.setCrashes(2);
+  out.setHangs(1);
+  out.setSwaps(5);
+  out.setCarriedOver(6);
+  out.setRunningBuild("worker 1");
 }
 
 class StateJournalTest : public ::testing::Test {
@@ -69,7 +72,14 @@ class StateJournalTest : public ::testing::Test {
     DurableMap map = DurableMap::Create("test").value();
     file_ = DupFd(map.file()).value();
     journal_.Use(std::move(map));
-    journal_.SaveMachine(SomeMachine());
+    capnp::MallocMessageBuilder record;
+    FillMachine(record.initRoot<schema::SavedMachine>());
+    journal_.SaveMachine(&record);
+  }
+  void SaveWorker(uint64_t generation) {
+    capnp::MallocMessageBuilder record;
+    FillWorker(generation, record.initRoot<schema::SavedWorker>());
+    journal_.SaveWorker(generation, &record);
   }
   SavedState Load() { return DecodeState(DurableMap::Open(file_.get()).value()).value(); }
 
@@ -86,7 +96,7 @@ TEST_F(StateJournalTest, WhatWasSavedIsWhatTheNextSupervisorFinds) {
   Mount mounting = SomeMount(4);
   mounting.state = MountState::kMounting;
   for (const Mount& mount : {SomeMount(1), detached, unmounting, mounting}) journal_.SaveMount(mount);
-  journal_.SaveWorker(SomeWorker(3));
+  SaveWorker(3);
   auto ledger = Ledger::Create(3).value();
   journal_.SaveLedger(*ledger, true);
   SavedState state = Load();
@@ -97,13 +107,16 @@ TEST_F(StateJournalTest, WhatWasSavedIsWhatTheNextSupervisorFinds) {
   EXPECT_EQ(state.mounts.at(2).state, MountState::kDetached);
   EXPECT_TRUE(state.mounts.at(3).unmounting);
   EXPECT_EQ(state.mounts.at(4).state, MountState::kMounting);
-  EXPECT_EQ(state.workers.at(3).token, "secret");
-  EXPECT_EQ(state.workers.at(3).pid, 42);
-  EXPECT_EQ(state.workers.at(3).started_wall_nanos, -5);
-  EXPECT_EQ(state.ledgers.at(3).pipe_inodes, ledger->PipeInodes());
-  EXPECT_EQ(state.machine.holders, std::set<uint64_t>{3});
-  EXPECT_EQ(state.machine.vault_id, std::string(16, '\1'));
-  EXPECT_EQ(state.machine.carried_over, 6u);
+  EXPECT_STREQ(state.workers.at(3)->getToken().cStr(), "secret");
+  EXPECT_EQ(state.workers.at(3)->getPid(), 42u);
+  EXPECT_EQ(state.workers.at(3)->getStartedWallNanos(), -5);
+  std::vector<uint64_t> inodes;
+  for (uint64_t inode : state.ledgers.at(3)->getPipeInodes()) inodes.push_back(inode);
+  EXPECT_EQ(inodes, ledger->PipeInodes());
+  ASSERT_EQ(state.machine->getHolders().size(), 1u);
+  EXPECT_EQ(state.machine->getHolders()[0], 3u);
+  EXPECT_EQ(String(state.machine->getVaultId()), std::string(16, '\1'));
+  EXPECT_EQ(state.machine->getCarriedOver(), 6u);
   journal_.ForgetMount(1);
   journal_.ForgetWorker(3);
   journal_.ForgetLedger(3);
@@ -118,7 +131,7 @@ TEST_F(StateJournalTest, WhatWasSavedIsWhatTheNextSupervisorFinds) {
 // The bytes of released records: this build must read them for ever, whatever it writes itself.
 TEST_F(StateJournalTest, GoldenBytesOfEveryRecord) {
   journal_.SaveMount(SomeMount(9));
-  journal_.SaveWorker(SomeWorker(3));
+  SaveWorker(3);
   DurableMap map = DurableMap::Open(file_.get()).value();
   EXPECT_EQ(absl::BytesToHexString(map.all().at("m/9")),
             "000000000d00000000000000030004000900000000000000010000000000000003000000000000000d00000082000000"
@@ -154,12 +167,28 @@ TEST(FdNameTest, NamesAreShortAndDiffer) {
   EXPECT_LE(FdName(FdKind::kPipes, 78'364'164'095).size(), 8u);
 }
 
-SavedState StateWith(uint64_t owner, uint64_t successor, std::set<uint64_t> holders) {
+using FillSavedWorker = std::function<void(schema::SavedWorker::Builder)>;
+
+kj::Own<schema::SavedWorker::Reader> SomeWorker(uint64_t generation, const FillSavedWorker& change = {}) {
+  capnp::MallocMessageBuilder record;
+  auto worker = record.initRoot<schema::SavedWorker>();
+  FillWorker(generation, worker);
+  if (change) change(worker);
+  return capnp::clone(worker.asReader());
+}
+
+// Of workers 1 and 2. `change`: what is special about worker 1.
+SavedState StateWith(uint64_t owner, uint64_t successor, const std::vector<uint64_t>& holders,
+                     const FillSavedWorker& change = {}) {
+  capnp::MallocMessageBuilder record;
+  auto machine = record.initRoot<schema::SavedMachine>();
+  machine.setOwner(owner);
+  machine.setSuccessor(successor);
+  machine.setHolders(kj::arrayPtr(holders.data(), holders.size()));
   SavedState state;
-  state.machine.owner = owner;
-  state.machine.successor = successor;
-  state.machine.holders = std::move(holders);
-  for (uint64_t generation : {1, 2}) state.workers[generation] = SomeWorker(generation);
+  state.machine = capnp::clone(machine.asReader());
+  state.workers[1] = SomeWorker(1, change);
+  state.workers[2] = SomeWorker(2);
   return state;
 }
 
@@ -172,15 +201,12 @@ TEST(ChooseOwnerTest, TheHolderOfTheMetadataElseTheOwnerAndOnlyOneThatCanComeBac
   EXPECT_EQ(ChooseOwner(StateWith(0, 2, {1}), {1, 2}), 0u) << "a crash, the dying one still there";
   EXPECT_EQ(ChooseOwner(StateWith(0, 2, {2}), {2}), 2u) << "a crash, the new one commits";
   EXPECT_EQ(ChooseOwner(StateWith(1, 0, {1}), {}), 0u);
-  SavedState old_build = StateWith(1, 0, {1});
-  old_build.workers[1].capabilities = schema::CAP_SERVE_READS;
-  EXPECT_EQ(ChooseOwner(old_build, {1}), 0u);
-  SavedState killed = StateWith(1, 0, {1});
-  killed.workers[1].killed = true;
-  EXPECT_EQ(ChooseOwner(killed, {1}), 0u);
-  SavedState retired = StateWith(1, 0, {1});
-  retired.workers[1].retired = true;
-  EXPECT_EQ(ChooseOwner(retired, {1}), 0u);
+  auto old_build = [](auto worker) { worker.setCapabilities(schema::CAP_SERVE_READS); };
+  EXPECT_EQ(ChooseOwner(StateWith(1, 0, {1}, old_build), {1}), 0u);
+  auto killed = [](auto worker) { worker.setKilled(true); };
+  EXPECT_EQ(ChooseOwner(StateWith(1, 0, {1}, killed), {1}), 0u);
+  auto retired = [](auto worker) { worker.setRetired(true); };
+  EXPECT_EQ(ChooseOwner(StateWith(1, 0, {1}, retired), {1}), 0u);
 }
 
 TEST(RestoreMountsTest, OnlyWhatHasADeviceIsServed) {

@@ -77,8 +77,15 @@ class Stepper {
     s_.phase = Phase::kStarting;
     s_.successor = s_.next_generation++;
     s_.upgrade = binary == Binary::kCandidate;
-    Timer(limits_.register_ms);
+    Timer(Patience(limits_.register_ms));
     actions_.push_back({.type = Type::kSpawn, .generation = s_.successor, .binary = binary});
+  }
+
+  // Of a worker that is not prepared. Reads wait for the first one after a crash, which a sound machine
+  // starts in milliseconds; a slow machine gets there with the next one.
+  uint64_t Patience(uint64_t limit) const {
+    bool first = s_.owner == 0 && !s_.upgrade && s_.quick_deaths == 1;
+    return first ? std::min(limit, limits_.first_ms) : limit;
   }
 
   // No worker is left: the spare takes over, or the running binary is started again.
@@ -99,7 +106,7 @@ class Stepper {
     if (s_.spare_ready) {
       s_.successor = std::exchange(s_.spare, 0);
       s_.spare_ready = false;
-      return Enter(Phase::kServing, s_.successor, Call::kServe, limits_.spare_serve_ms);
+      return Enter(Phase::kServing, s_.successor, Call::kServe, limits_.prepared_serve_ms);
     }
     if (wait == 0 || binary == Binary::kLastGood) return SpawnSuccessor(binary);
     EnterTimed(Phase::kBackoff, wait);
@@ -122,7 +129,10 @@ class Stepper {
     BeginParking();
   }
   void BeginParking() { Enter(Phase::kParking, s_.owner, Call::kPark, limits_.park_ms); }
-  void BeginServing() { Enter(Phase::kServing, s_.successor, Call::kServe, limits_.serve_ms); }
+  void BeginServing() {
+    uint64_t limit = s_.trial != 0 ? limits_.prepared_serve_ms : Patience(limits_.serve_ms);
+    Enter(Phase::kServing, s_.successor, Call::kServe, limit);
+  }
 
   void AfterServing() {
     if (s_.trial != 0) return Enter(Phase::kProbing, s_.successor, Call::kProbe, limits_.probe_ms);
@@ -362,11 +372,18 @@ class Stepper {
       Do(Type::kKill, s_.owner);
       return EnterTimed(Phase::kStopKilling, limits_.stop_kill_ms);
     }
-    bool waiting =
-        std::any_of(kWaits.begin(), kWaits.end(), [&](const Wait& wait) { return wait.phase == s_.phase; });
-    if (waiting || s_.phase == Phase::kStarting) {
-      StepFailed(std::string("it took too long (phase ") + PhaseName(s_.phase) + ")");
+    std::string why = std::string("it took too long (phase ") + PhaseName(s_.phase) + ")";
+    // What was late may be the verifier.
+    if (s_.phase == Phase::kRehearsing || s_.phase == Phase::kProbing) return StepFailed(why);
+    if (s_.phase == Phase::kStopYielding) return RetireOwner();
+    if (s_.phase == Phase::kStarting) return KillHung(s_.successor, why);
+    for (const Wait& wait : kWaits) {
+      if (wait.phase == s_.phase) return KillHung(wait.of_owner ? s_.owner : s_.successor, why);
     }
+  }
+  // The phase stays until the death is told; what is answered until then counts.
+  void KillHung(Generation generation, const std::string& reason) {
+    actions_.push_back({.type = Type::kKillHung, .generation = generation, .reason = reason});
   }
 
   void OnUpgrade(bool proven) {

@@ -66,19 +66,21 @@ const char* CallName(Call call);
 
 enum class Binary { kRunning, kCandidate, kLastGood };
 
-// How long each step may take before its worker counts as hung. Milliseconds.
+// How long each step may take before its worker counts as hung. Milliseconds. Where reads wait they are
+// short, for what took longer would be a hang to the readers: a worker that is only slow loses nothing when
+// it is replaced.
 struct Limits {
   uint64_t register_ms = 20'000;
   uint64_t prepare_ms = 60'000;
   uint64_t rehearse_ms = 30'000;
   uint64_t probe_ms = 10'000;
   uint64_t serve_ms = 20'000;
-  uint64_t spare_serve_ms =
-      5'000;  // it is prepared: one that does not answer soon has gone bad while it waited
-  uint64_t park_ms = 5'000;
+  uint64_t first_ms = 5'000;           // register and serve of the first worker after a crash, instead
+  uint64_t prepared_serve_ms = 3'000;  // serve of a candidate or spare, instead: it is prepared
+  uint64_t park_ms = 3'000;
   uint64_t yield_ms = 10'000;
   uint64_t take_ms = 120'000;
-  uint64_t resume_ms = 10'000;
+  uint64_t resume_ms = 5'000;
   uint64_t retired_ms = 600'000;  // for a retired worker's old calls; the supervisor's affair
   uint64_t metadata_retry_ms = 5'000;
   uint64_t stable_ms = 1'000;      // a worker that ran this long did not die quickly
@@ -146,6 +148,7 @@ enum class ActionType {
   kCall,        // call `call` of `generation`
   kTellExited,  // tell `generation` that the exit of `subject` is proven
   kKill,        // SIGKILL `generation`
+  kKillHung,    // the same, after its traces are kept: `reason`. Its death is told when it is killed
   kTimer,       // arm the only timer (`milliseconds`); replaces an earlier one
   kStopTimer,
   kSwapDone,  // the swap under way succeeded; `generation` owns everything and its binary is the running one

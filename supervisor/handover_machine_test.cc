@@ -57,6 +57,8 @@ class Machine {
         return "exited " + std::to_string(action.subject) + " to" + who;
       case ActionType::kKill:
         return "kill" + who;
+      case ActionType::kKillHung:
+        return "kill hung" + who;
       case ActionType::kTimer:
         return "timer " + std::to_string(action.milliseconds);
       case ActionType::kStopTimer:
@@ -326,10 +328,10 @@ TEST(HandoverMachineTest, TheTable) {
       {P::kCommitting, E::kReplied, kNew, Call::kTake, P::kRunning, {"retire 7", "endTrial 8", "done 8"}},
       // The new worker dies, fails or hangs.
       {P::kStarting, E::kDied, kNew, {}, P::kRunning, {"failed"}},
-      {P::kStarting, E::kTimer, 0, {}, P::kRunning, {"kill 8", "failed"}},
+      {P::kStarting, E::kTimer, 0, {}, P::kStarting, {"kill hung 8"}},
       {P::kPreparing, E::kDied, kNew, {}, P::kRunning, {"failed"}},
       {P::kPreparing, E::kFailed, kNew, Call::kPrepare, P::kRunning, {"kill 8", "failed"}},
-      {P::kPreparing, E::kTimer, 0, {}, P::kRunning, {"kill 8", "failed"}},
+      {P::kPreparing, E::kTimer, 0, {}, P::kPreparing, {"kill hung 8"}},
       {P::kRehearsing, E::kDied, kNew, {}, P::kRunning, {"failed"}},
       {P::kRehearsing, E::kFailed, kNew, Call::kRehearse, P::kRunning, {"kill 8", "failed"}},
       {P::kRehearsing, E::kTimer, 0, {}, P::kRunning, {"kill 8", "failed"}},
@@ -337,7 +339,7 @@ TEST(HandoverMachineTest, TheTable) {
       // Once it has served, its failure is told only when what it did is taken back.
       {P::kServing, E::kDied, kNew, {}, P::kResuming, {"resume 7"}},
       {P::kServing, E::kFailed, kNew, Call::kServe, P::kResuming, {"kill 8", "resume 7"}},
-      {P::kServing, E::kTimer, 0, {}, P::kResuming, {"kill 8", "resume 7"}},
+      {P::kServing, E::kTimer, 0, {}, P::kServing, {"kill hung 8"}},
       {P::kProbing, E::kDied, kNew, {}, P::kResuming, {"resume 7"}},
       {P::kProbing, E::kFailed, kNew, Call::kProbe, P::kResuming, {"kill 8", "resume 7"}},
       {P::kProbing, E::kTimer, 0, {}, P::kResuming, {"kill 8", "resume 7"}},
@@ -345,7 +347,7 @@ TEST(HandoverMachineTest, TheTable) {
       {P::kAwaitingExit, E::kDied, kNew, {}, P::kResuming, {"resume 7"}},
       {P::kCommitting, E::kDied, kNew, {}, P::kResuming, {"resume 7"}},
       {P::kCommitting, E::kFailed, kNew, Call::kTake, P::kResuming, {"kill 8", "resume 7"}},
-      {P::kCommitting, E::kTimer, 0, {}, P::kResuming, {"kill 8", "resume 7"}},
+      {P::kCommitting, E::kTimer, 0, {}, P::kCommitting, {"kill hung 8"}},
       // The running worker dies, fails or hangs during the swap.
       {P::kStarting, E::kDied, kOld, {}, P::kStarting, {"kill 8", "failed", "spawn 9"}},
       {P::kPreparing, E::kDied, kOld, {}, P::kStarting, {"kill 8", "failed", "spawn 9"}},
@@ -353,12 +355,12 @@ TEST(HandoverMachineTest, TheTable) {
       {P::kProbing, E::kDied, kOld, {}, P::kProbing, {}},
       {P::kParking, E::kDied, kOld, {}, P::kServing, {"serve 8"}},
       {P::kParking, E::kFailed, kOld, Call::kPark, P::kResuming, {"kill 8", "failed", "resume 7"}},
-      {P::kParking, E::kTimer, 0, {}, P::kResuming, {"kill 8", "failed", "resume 7"}},
+      {P::kParking, E::kTimer, 0, {}, P::kParking, {"kill hung 7"}},
       {P::kServing, E::kDied, kOld, {}, P::kServing, {}},
       {P::kYielding, E::kDied, kOld, {}, P::kAwaitingExit, {}},
       {P::kYielding, E::kExited, kOld, {}, P::kCommitting, {"takeMetadata 8"}},
       {P::kYielding, E::kFailed, kOld, Call::kYield, P::kResuming, {"kill 8", "resume 7"}},
-      {P::kYielding, E::kTimer, 0, {}, P::kResuming, {"kill 8", "resume 7"}},
+      {P::kYielding, E::kTimer, 0, {}, P::kYielding, {"kill hung 7"}},
       {P::kCommitting, E::kDied, kOld, {}, P::kCommitting, {}},
       // Waiting for the proof.
       {P::kAwaitingExit, E::kExited, kDead, {}, P::kCommitting, {"exited 5 to 8", "takeMetadata 8"}},
@@ -368,10 +370,10 @@ TEST(HandoverMachineTest, TheTable) {
       // After a rollback.
       {P::kResuming, E::kReplied, kOld, Call::kResume, P::kRunning, {}},
       {P::kResuming, E::kFailed, kOld, Call::kResume, P::kStarting, {"kill 7", "spawn 9"}},
-      {P::kResuming, E::kTimer, 0, {}, P::kStarting, {"kill 7", "spawn 9"}},
+      {P::kResuming, E::kTimer, 0, {}, P::kResuming, {"kill hung 7"}},
       {P::kReclaiming, E::kReplied, kOld, Call::kTake, P::kRunning, {}},
       {P::kReclaiming, E::kFailed, kOld, Call::kTake, P::kNoMetadata, {}},
-      {P::kReclaiming, E::kTimer, 0, {}, P::kStarting, {"kill 7", "spawn 9"}},
+      {P::kReclaiming, E::kTimer, 0, {}, P::kReclaiming, {"kill hung 7"}},
       {P::kNoMetadata, E::kTimer, 0, {}, P::kReclaiming, {"takeMetadata 7"}},
       {P::kRunning, E::kReplied, kOld, Call::kYield, P::kReclaiming, {"takeMetadata 7"}},
       // Deaths outside a swap.
@@ -483,6 +485,49 @@ TEST(HandoverMachineTest, AVerifiableCandidateIsComparedBeforeTheOwnerParks) {
   EXPECT_EQ(m.phase(), Phase::kPreparing);
   EXPECT_TRUE(m.Did("prepare 8"));
   EXPECT_FALSE(m.Did("park 7"));
+}
+
+TEST(HandoverMachineTest, AnOwnerThatHangsInASwapCostsTheCandidateNothing) {
+  Machine parking(In(Phase::kParking));
+  parking.On(EventType::kTimer);
+  EXPECT_EQ(parking.actions(), std::vector<std::string>{"kill hung 7"}) << "the phase waits for its death";
+  parking.On(EventType::kDied, kOld);
+  EXPECT_EQ(parking.actions(), (std::vector<std::string>{"timer 3000", "serve 8"}));
+  EXPECT_EQ(parking.state().trial, kNew) << "it is probed all the same";
+  parking.On(EventType::kReplied, kNew, Call::kServe).On(EventType::kReplied, kNew, Call::kProbe);
+  EXPECT_EQ(parking.phase(), Phase::kAwaitingExit);
+  parking.On(EventType::kExited, kOld).On(EventType::kReplied, kNew, Call::kTake);
+  EXPECT_TRUE(parking.Did("done 8"));
+
+  Machine yielding(In(Phase::kYielding));
+  yielding.On(EventType::kTimer).On(EventType::kDied, kOld);
+  EXPECT_EQ(yielding.phase(), Phase::kAwaitingExit) << "the limit proves nothing: the metadata waits";
+  yielding.On(EventType::kExited, kOld);
+  EXPECT_TRUE(yielding.Did("takeMetadata 8"));
+}
+
+TEST(HandoverMachineTest, AnAnswerThatComesBeforeTheDeathOfWhoWasLateStillCounts) {
+  Machine m(In(Phase::kParking));
+  m.On(EventType::kTimer).On(EventType::kReplied, kOld, Call::kPark);
+  EXPECT_EQ(m.phase(), Phase::kServing);
+  m.On(EventType::kDied, kOld);
+  EXPECT_EQ(m.phase(), Phase::kServing);
+  EXPECT_EQ(m.state().owner, 0u);
+}
+
+TEST(HandoverMachineTest, OnlyWhereReadsWaitIsTheFirstWorkerAfterACrashGivenLittleTime) {
+  Machine boot;
+  boot.On(EventType::kStart);
+  EXPECT_TRUE(boot.Did("timer 20000")) << "nobody reads yet, and the disk is cold";
+  Machine m(In(Phase::kRunning));
+  m.On(EventType::kTimer).On(EventType::kDied, kOld);
+  EXPECT_TRUE(m.Did("timer 5000"));
+  m.On(EventType::kRegistered, 9);
+  EXPECT_TRUE(m.Did("timer 5000"));
+  m.On(EventType::kTimer).On(EventType::kDied, 9);
+  EXPECT_TRUE(m.Did("timer 20000")) << "this machine may be slow";
+  m.On(EventType::kRegistered, 10);
+  EXPECT_TRUE(m.Did("timer 20000"));
 }
 
 TEST(HandoverMachineTest, TwoDeathsInProbationBringLastGoodBackAndItsOwnDeathBlamesTheData) {
@@ -600,9 +645,9 @@ TEST(HandoverMachineTest, WhenBothDieTheRunningBinaryIsStartedAgain) {
 
 TEST(HandoverMachineTest, AFailedUpgradeIsNotToldAsDoneWhenTheOldWorkerIsReplacedMeanwhile) {
   Machine m(In(Phase::kYielding));
-  m.On(EventType::kTimer).On(EventType::kExited, kNew);
+  m.On(EventType::kExited, kNew);
   EXPECT_EQ(m.phase(), Phase::kResuming);
-  m.On(EventType::kTimer).On(EventType::kExited, kOld);  // it answers nothing at all
+  m.On(EventType::kTimer).On(EventType::kDied, kOld).On(EventType::kExited, kOld);  // it answers nothing
   EXPECT_EQ(m.phase(), Phase::kStarting);
   const Generation next = m.state().successor;
   m.On(EventType::kRegistered, next).On(EventType::kReplied, next).On(EventType::kReplied, next, Call::kTake);

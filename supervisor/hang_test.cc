@@ -3,10 +3,13 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <filesystem>
 #include <fstream>
+#include <thread>
 
+#include "absl/strings/str_split.h"
 #include "common/io.h"
 #include "gtest/gtest.h"
 #include "supervisor/testing/harness.h"
@@ -132,6 +135,100 @@ TEST_P(SlowTest, AWorkerThatIsOnlySlowIsLeftAlone) {
   ExpectLeftAlone();
 }
 INSTANTIATE_TEST_SUITE_P(Builds, SlowTest, ::testing::Values("good", "old"));
+
+// A worker stops for good in a step of a swap. Somebody reads all the time.
+class HangInSwapTest : public HangTest {
+ protected:
+  // The upgrade's failure, or "", and the longest read of it.
+  std::string Upgrade(const std::string& stops_at, const std::vector<std::string>& limits = {}) {
+    harness_.Start(limits);
+    harness_.WaitPhase("running");
+    mount_ = harness_.Mount("a");
+    before_ = harness_.Status();
+    for (absl::string_view at : absl::StrSplit(stops_at, ' ')) Make("stop-" + std::string(at));
+    bool changed = false;
+    std::string error;
+    ReadMeanwhile([&] { error = harness_.Upgrade(harness_.MakeWorker("good"), false, &changed); });
+    for (absl::string_view at : absl::StrSplit(stops_at, ' '))
+      EXPECT_FALSE(PathExists(File("stop-" + std::string(at)))) << "nobody stopped there";
+    return error;
+  }
+  void ReadMeanwhile(const std::function<void()>& action) {
+    std::atomic<bool> over{false};
+    std::thread reader([&] {
+      while (!over) {
+        auto begin = steady_clock::now();
+        EXPECT_GT(Stat(mount_.path).Result(), 0);
+        longest_ = std::max(longest_, steady_clock::now() - begin);
+      }
+    });
+    action();
+    over = true;
+    reader.join();
+  }
+  void ExpectCounted(uint64_t hangs) {
+    StatusView after = harness_.WaitPhase("running");
+    EXPECT_EQ(after.hangs, hangs);
+    EXPECT_EQ(after.crashes, hangs);
+    EXPECT_TRUE(Eventually([&] { return harness_.Status().workers.size() == 1; }));
+    EXPECT_NE(Report().find(": T (stopped), wchan "), std::string::npos);
+  }
+  uint64_t OldGeneration() const { return before_.Worker("owner").generation; }
+
+  steady_clock::duration longest_{};
+};
+
+TEST_F(HangInSwapTest, AnOwnerThatDoesNotParkIsReplacedByTheCandidateItself) {
+  EXPECT_EQ(Upgrade("park"), "");
+  EXPECT_LT(longest_, kDetected);
+  EXPECT_GT(longest_, std::chrono::seconds(2)) << "it did not hang";
+  ExpectCounted(1);
+  StatusView after = harness_.Status();
+  EXPECT_EQ(after.swap_result, "done");
+  EXPECT_EQ(after.Worker("owner").generation, OldGeneration() + 1);
+  EXPECT_GT(after.pause_nanos, 2'500'000'000u);
+  for (const testing::StepView& step : after.steps)
+    EXPECT_EQ(step.detail.find("the running worker hung") == 0, step.name == "park") << step.detail;
+}
+
+TEST_F(HangInSwapTest, AnOwnerThatDoesNotYieldCostsNoReaderAnything) {
+  EXPECT_EQ(Upgrade("yield", {"--limits", "yield=2500"}), "");
+  EXPECT_LT(longest_, std::chrono::seconds(2));
+  ExpectCounted(1);
+  StatusView after = harness_.Status();
+  EXPECT_EQ(after.swap_result, "done");
+  EXPECT_EQ(after.Worker("owner").generation, OldGeneration() + 1);
+  EXPECT_LT(after.pause_nanos, 2'000'000'000u);
+}
+
+TEST_F(HangInSwapTest, ACandidateThatDoesNotServeIsGivenUpSoon) {
+  EXPECT_NE(Upgrade("serve").find("it took too long (phase serving)"), std::string::npos);
+  EXPECT_LT(longest_, kDetected);
+  ExpectCounted(0);
+  StatusView after = harness_.Status();
+  EXPECT_EQ(after.Worker("owner").generation, OldGeneration());
+  EXPECT_GT(after.pause_nanos, 2'500'000'000u) << "readers waited, though nothing was taken over";
+}
+
+TEST_F(HangInSwapTest, WhenBothHangAFreshWorkerServes) {
+  EXPECT_NE(Upgrade("serve resume", {"--limits", "prepared=500,resume=500"}), "");
+  EXPECT_LT(longest_, kDetected);
+  ExpectCounted(1);
+  EXPECT_GT(harness_.Status().Worker("owner").generation, OldGeneration() + 1);
+}
+
+TEST_F(HangInSwapTest, TheFirstWorkerAfterACrashIsGivenUpSoonerThanTheNext) {
+  Start();
+  Make("stop-serve");
+  ReadMeanwhile([&] {
+    kill(before_.Worker("owner").pid, SIGKILL);
+    EXPECT_TRUE(Eventually([&] { return harness_.Status().hangs == 1; }));
+  });
+  EXPECT_LT(longest_, std::chrono::seconds(7));
+  StatusView after = harness_.WaitPhase("running");
+  EXPECT_EQ(after.swap_result, "done");
+  EXPECT_EQ(after.Worker("owner").generation, OldGeneration() + 2);
+}
 
 }  // namespace
 }  // namespace holdfast::supervisor

@@ -1,5 +1,5 @@
 // The supervisor's look at the worker that reads, twice a second, and what follows a verdict (README.md,
-// "Hangs").
+// "Hangs"), also where the swap machine's time limits gave it.
 #include <poll.h>
 
 #include <memory>
@@ -55,7 +55,7 @@ void Supervisor::LookAt(WorkerProcess* worker) {
     if (worker->calls == 0) sample.loop_age_ns = watch.loop_age_ns;
   }
   auto verdict = watch.monitor.Tick(sample);
-  if (verdict) OnHang(worker, *verdict);
+  if (verdict) KillHung(worker->generation, *verdict);
 }
 
 // At most one is under way.
@@ -98,14 +98,20 @@ void Supervisor::FindOverdue(Generation generation, HangSample* sample) const {
   }
 }
 
-void Supervisor::OnHang(WorkerProcess* worker, const HangVerdict& verdict) {
-  Generation generation = worker->generation;
+// Also for what the machine finds: a step that its worker does not end. Those that it does not know any more
+// have died, which was told.
+void Supervisor::KillHung(Generation generation, const HangVerdict& verdict) {
+  WorkerProcess* worker = Find(generation);
+  if (worker == nullptr || !worker->hung.empty() || worker->dead_since_boot_nanos != 0) return;
   worker->hung = "hung: " + verdict.what;
   LOG(ERROR) << "event=hang generation=" << generation << " pid=" << worker->pid
              << " seen=" << LogValue(verdict.what);
-  ledgers_.Find(generation)->owner_hung = true;
+  if (Ledger* ledger = ledgers_.Find(generation)) ledger->owner_hung = true;
+  if (upgrade_busy_ && generation == state_.owner && !steps_.empty())
+    steps_.back().detail = "the running worker " + worker->hung;
   // Reads stopped when it began, not now.
-  if (reads_stopped_boot_nanos_ == 0) reads_stopped_boot_nanos_ = clock_->BootNanos() - verdict.age_ns;
+  if (worker->reading && reads_stopped_boot_nanos_ == 0)
+    reads_stopped_boot_nanos_ = clock_->BootNanos() - verdict.age_ns;
   using Saved = absl::StatusOr<std::string>;
   auto saved = Offload<Saved>(
       [folder = options_.state_dir + "/supervisor/hangs", pid = worker->pid, generation, what = verdict.what,

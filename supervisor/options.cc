@@ -42,7 +42,8 @@ absl::Status ParseLimits(const std::string& text, Limits* limits) {
       {"rehearse", &limits->rehearse_ms}, {"park", &limits->park_ms},
       {"serve", &limits->serve_ms},       {"probe", &limits->probe_ms},
       {"yield", &limits->yield_ms},       {"take", &limits->take_ms},
-      {"resume", &limits->resume_ms},     {"retired", &limits->retired_ms}};
+      {"resume", &limits->resume_ms},     {"retired", &limits->retired_ms},
+      {"first", &limits->first_ms},       {"prepared", &limits->prepared_serve_ms}};
   for (absl::string_view item : absl::StrSplit(text, ',', absl::SkipEmpty())) {
     std::pair<std::string, std::string> parts = absl::StrSplit(item, absl::MaxSplits('=', 1));
     auto limit = known.find(parts.first);

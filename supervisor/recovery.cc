@@ -476,6 +476,7 @@ void Supervisor::EndTakeover() {
   }
   state_.phase = Phase::kResuming;
   state_.owner = owner->generation;
+  owner->reading = true;  // also if it was parked: its supervisor was gone
   if (takeover->holds_metadata) state_.holders.insert(owner->generation);
   if (!takeover->holds_metadata) state_.holders.erase(owner->generation);
   AdoptRunningBinary();

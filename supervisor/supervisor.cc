@@ -157,6 +157,8 @@ void Supervisor::Do(const Action& action) {
       return TellExited(action.generation, action.subject);
     case ActionType::kKill:
       return KillWorker(action.generation);
+    case ActionType::kKillHung:
+      return KillHung(action.generation, {.what = action.reason});
     case ActionType::kTimer:
       return ArmTimer(action.milliseconds);
     case ActionType::kStopTimer:
@@ -491,14 +493,14 @@ void Supervisor::RemoveCanaries() {
 
 void Supervisor::OnCallDone(Generation generation, Call call) {
   if (IsLost(generation)) return;
-  if (call == Call::kServe && reads_stopped_boot_nanos_ != 0) {
-    swap_.pause_nanos = clock_->BootNanos() - reads_stopped_boot_nanos_;
-    carried_over_total_ += swap_.carried_over;
-    LOG(INFO) << "event=reads_taken_over generation=" << generation << " pause_ns=" << swap_.pause_nanos
-              << " requests_carried_over=" << swap_.carried_over;
-  }
   if (call == Call::kServe || call == Call::kResume) {
-    reads_stopped_boot_nanos_ = 0;
+    // A rollback is a second pause of the same swap.
+    if (reads_stopped_boot_nanos_ != 0) {
+      swap_.pause_nanos += clock_->BootNanos() - std::exchange(reads_stopped_boot_nanos_, 0);
+      if (call == Call::kServe) carried_over_total_ += swap_.carried_over;
+      LOG(INFO) << "event=reads_taken_over generation=" << generation << " pause_ns=" << swap_.pause_nanos
+                << " requests_carried_over=" << swap_.carried_over;
+    }
     if (WorkerProcess* worker = Find(generation)) worker->reading = true;
   }
   // Parked: it writes there no more. The owner, which retires at the end, was never parked.
@@ -524,7 +526,7 @@ void Supervisor::KillWorker(Generation generation) {
   if (worker->dead_since_boot_nanos == 0) worker->dead_since_boot_nanos = clock_->BootNanos();
   syscall(SYS_pidfd_send_signal, worker->pidfd.get(), SIGKILL, nullptr, 0);
   LOG(INFO) << "event=killed generation=" << generation << " pid=" << worker->pid;
-  if (state_.owner == 0 && reads_stopped_boot_nanos_ == 0) reads_stopped_boot_nanos_ = clock_->BootNanos();
+  if (worker->reading && reads_stopped_boot_nanos_ == 0) reads_stopped_boot_nanos_ = clock_->BootNanos();
 }
 
 void Supervisor::ArmTimer(uint64_t milliseconds) {
@@ -543,9 +545,11 @@ void Supervisor::NoteDeath(WorkerProcess* worker, const std::string& reason) {
   // In a swap it is the swap's affair.
   if (reading && !worker->retired && !upgrade_busy_) BeginSwap(worker->hung.empty() ? "crash" : "hang");
   if (worker->retired) return;
-  if (!worker->hung.empty()) ++hangs_;
   bool candidate = state_.upgrade && worker->generation == state_.successor;
-  if (!candidate && worker->generation != state_.spare) ++crashes_;
+  if (!candidate && worker->generation != state_.spare) {
+    ++crashes_;
+    if (!worker->hung.empty()) ++hangs_;
+  }
   LOG(ERROR) << "event=worker_died generation=" << worker->generation << " pid=" << worker->pid
              << " reason=" << LogValue(worker->hung.empty() ? reason : worker->hung)
              << " phase=" << PhaseName(state_.phase);

@@ -253,7 +253,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void LookAt(WorkerProcess* worker);
   void Ping(WorkerProcess* worker);
   void FindOverdue(Generation generation, HangSample* sample) const;
-  void OnHang(WorkerProcess* worker, const HangVerdict& verdict);
+  void KillHung(Generation generation, const HangVerdict& verdict);
 
   void NotifyGone(const std::vector<uint64_t>& ids);
   kj::Promise<void> UnmountAll();

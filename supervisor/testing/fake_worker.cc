@@ -3,7 +3,8 @@
 // ("HFMODE:<mode>\n"), so that a test makes differently behaving builds by appending to a copy. Files in the
 // state folder steer a running one: while "hold" exists a request taken is left in its slot, with "hold-pipe"
 // in its pipe; with "stuck" the reading thread never ends executing it, with "slow" only after two seconds,
-// with "deaf" it reads nothing; with "held-back" ping says that it does so on purpose.
+// with "deaf" it reads nothing; with "held-back" ping says that it does so on purpose; "stop-start" and
+// "stop-<call>" stop the whole process there, the first one that comes by.
 #include <capnp/rpc-twoparty.h>
 #include <dirent.h>
 #include <errno.h>
@@ -424,11 +425,16 @@ kj::Promise<void> WalkLedgers(Context& c, uint64_t after) {
       });
 }
 
+void StopIfAsked(const Context& c, const std::string& where) {
+  if (unlink((c.state_dir + "/stop-" + where).c_str()) == 0) kill(getpid(), SIGSTOP);
+}
+
 class WorkerServer final : public schema::Worker::Server {
  public:
   explicit WorkerServer(Context* context) : c_(*context) {}
 
   kj::Promise<void> serve(ServeContext context) override {
+    StopIfAsked(c_, "serve");
     auto takeover = context.getParams().getTakeover();
     c_.calls.push_back(std::string(context.getParams().getTrial() ? "serve trial" : "serve") + " last " +
                        std::to_string(takeover.getLastMount()) + " ledgers " +
@@ -462,6 +468,7 @@ class WorkerServer final : public schema::Worker::Server {
     return drained.send().ignoreResult();
   }
   kj::Promise<void> takeMetadata(TakeMetadataContext) override {
+    StopIfAsked(c_, "take");
     if (c_.mode == "fail-take") KJ_FAIL_REQUIRE("this build cannot read the metadata");
     if (c_.mode == "die-take") _exit(3);
     c_.metadata =
@@ -471,16 +478,19 @@ class WorkerServer final : public schema::Worker::Server {
     return WalkMounts(c_, 0);
   }
   kj::Promise<void> park(ParkContext) override {
+    StopIfAsked(c_, "park");
     if (c_.mode == "fail-park") KJ_FAIL_REQUIRE("this build does not park");
     if (c_.mode == "die-park") _exit(3);
     c_.server->SetReading(false);
     return kj::READY_NOW;
   }
   kj::Promise<void> resume(ResumeContext) override {
+    StopIfAsked(c_, "resume");
     c_.server->AdoptOwn();
     return WalkLedgers(c_, 0).then([this] { c_.server->SetReading(true); });
   }
   kj::Promise<void> yieldMetadata(YieldMetadataContext) override {
+    StopIfAsked(c_, "yield");
     if (c_.mode == "die-yield") _exit(3);
     c_.metadata.Reset();
     return kj::READY_NOW;

@@ -133,9 +133,9 @@ std::string SwapAdvice(const SwapFailure& failure) {
            "  do not use it; keep the message above for a bug report";
   }
   if (step == "park") {
-    return "the old worker did not stop in time; it serves on. Look at `holdfastctl inflight` and the "
-           "journal, then try "
-           "again";
+    return "the old worker could not stop reading, or the new one died meanwhile (see above). The old one "
+           "serves on\n"
+           "  try again; if it happens again, look for their log lines: journalctl -u holdfast";
   }
   if (step == "serve" || step == "probe") {
     return "rolled back: the new worker failed under the live mounts. The old one serves again, what the new "
@@ -144,9 +144,9 @@ std::string SwapAdvice(const SwapFailure& failure) {
            "  do not use this build before its log lines are explained: journalctl -u holdfast";
   }
   if (step == "yield") {
-    return "rolled back: the old worker could not close its metadata in time, and serves on. Snapshot calls "
-           "were under "
-           "way for too long, or the disk is slow; try again";
+    return "rolled back: the old worker could not close its metadata, or the new one died meanwhile (see "
+           "above). The old one serves on\n"
+           "  try again; if it happens again, look for their log lines: journalctl -u holdfast";
   }
   if (step == "await-exit" || step == "commit") {
     return "rolled back: the new worker could not take the metadata, e.g. because the disk is full. "

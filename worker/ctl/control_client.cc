@@ -7,6 +7,7 @@
 #include <linux/fuse.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -47,6 +48,12 @@ absl::Status FromException(const kj::Exception& exception) {
   return FailedPrecondition(message);
 }
 
+// The socket's mode keeps others out, and where that was changed the supervisor hangs up on them.
+absl::Status NotRoot(const std::string& path) {
+  return PermissionDenied("the supervisor at " + path + " answers only root, and this is user " +
+                          std::to_string(geteuid()));
+}
+
 absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
@@ -56,6 +63,7 @@ absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path) {
   if (!fd.valid()) return ErrnoStatus(errno, "socket");
   if (connect(fd.get(), static_cast<const sockaddr*>(static_cast<const void*>(&address)), sizeof address) !=
       0) {
+    if (errno == EACCES && geteuid() != 0) return NotRoot(path);
     return Unavailable("no supervisor at " + path + ": " + strerror(errno));
   }
   return fd;
@@ -419,7 +427,9 @@ class ClientImpl final : public ControlClient {
 absl::StatusOr<std::unique_ptr<ControlClient>> ControlClient::Connect(const std::string& socket_path) {
   HF_ASSIGN_OR_RETURN(UniqueFd socket, ConnectUnix(socket_path));
   try {
-    return std::unique_ptr<ControlClient>(new ClientImpl(std::move(socket)));
+    std::unique_ptr<ControlClient> client(new ClientImpl(std::move(socket)));
+    if (geteuid() != 0 && absl::IsUnavailable(client->Status().status())) return NotRoot(socket_path);
+    return client;
   } catch (const kj::Exception& exception) {
     return FromException(exception);
   }

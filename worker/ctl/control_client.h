@@ -1,5 +1,6 @@
 // holdfastctl's end of schema/control.capnp as plain structs. Blocking, single-threaded.
-// Errors: Unavailable when nothing answers on the socket (exit code 3); else what the supervisor said.
+// Errors: Unavailable when nothing answers on the socket, PermissionDenied when it is not for this user (both
+// exit code 3); else what the supervisor said.
 #pragma once
 
 #include <cstdint>

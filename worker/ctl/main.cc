@@ -82,7 +82,7 @@ int Session::Fail(const absl::Status& status, const std::string& advice) {
   if (options_.json) std::cout << ErrorJson(command_, message, advice);
   std::cerr << "holdfastctl " << command_ << ": " << message << "\n";
   if (!advice.empty()) std::cerr << "  " << advice << "\n";
-  return status.code() == absl::StatusCode::kUnavailable ? kNotReachable : kFailed;
+  return absl::IsUnavailable(status) || absl::IsPermissionDenied(status) ? kNotReachable : kFailed;
 }
 
 int Session::Status() {
@@ -185,11 +185,12 @@ int Session::Drill() {
 
 int Session::Run() {
   auto client = ControlClient::Connect(options_.socket);
+  if (absl::IsPermissionDenied(client.status()))
+    return Fail(client.status(), "run it as root, for example: sudo holdfastctl " + command_);
   if (!client.ok()) {
     return Fail(
         client.status(),
-        "is holdfast-supervisor running (systemctl status holdfast), does --socket name its socket, and are "
-        "you root?");
+        "is holdfast-supervisor running (systemctl status holdfast), and does --socket name its socket?");
   }
   client_ = std::move(*client);
   if (command_ == "status") return Status();

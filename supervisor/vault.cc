@@ -3,26 +3,16 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <utility>
 
-#include "common/sealed_memory.h"
-
 namespace holdfast::supervisor {
 namespace {
 
-constexpr size_t kOpcodeOffset = 4;  // in the kernel's request header
-constexpr int kPipeBytes = 65'536;   // 16 buffers: the 32 KiB of a slot, however the kernel splits them
-
-template <typename T>
-T Load(const void* address) {
-  return __atomic_load_n(static_cast<const T*>(address), __ATOMIC_ACQUIRE);
-}
+constexpr int kPipeBytes = 65'536;  // 16 buffers: the 32 KiB of a slot, however the kernel splits them
 
 absl::StatusOr<Pipe> MakePipe() {
   int ends[2];
@@ -30,20 +20,6 @@ absl::StatusOr<Pipe> MakePipe() {
   Pipe pipe{std::make_shared<UniqueFd>(ends[0]), std::make_shared<UniqueFd>(ends[1])};
   if (fcntl(ends[0], F_SETPIPE_SZ, kPipeBytes) < 0) return ErrnoStatus(errno, "F_SETPIPE_SZ");
   return pipe;
-}
-
-void FillHeader(hf_ledger_header* header, uint64_t generation) {
-  header->magic = HF_LEDGER_MAGIC;
-  header->version = HF_LEDGER_VERSION;
-  header->header_size = sizeof(hf_ledger_header);
-  header->total_size = HF_LEDGER_TOTAL_SIZE;
-  header->generation = generation;
-  header->slot_count = HF_LEDGER_SLOTS;
-  header->slot_stride = HF_LEDGER_SLOT_STRIDE;
-  header->slot_offset = HF_LEDGER_SLOT_OFFSET;
-  header->record_count = HF_LEDGER_RECORDS;
-  header->record_stride = sizeof(hf_record);
-  header->record_offset = HF_LEDGER_RECORD_OFFSET;
 }
 
 }  // namespace
@@ -117,17 +93,10 @@ std::vector<uint64_t> Vault::TakeGone() {
   return gone;
 }
 
-absl::StatusOr<std::unique_ptr<Ledger>> Ledger::Map(uint64_t generation, SharedFd memory) {
-  void* base = mmap(nullptr, HF_LEDGER_TOTAL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, memory->get(), 0);
-  if (base == MAP_FAILED) return ErrnoStatus(errno, "mapping a ledger");
-  return std::unique_ptr<Ledger>(new Ledger(generation, std::move(memory), static_cast<char*>(base)));
-}
-
 absl::StatusOr<std::unique_ptr<Ledger>> Ledger::Create(uint64_t generation) {
-  HF_ASSIGN_OR_RETURN(UniqueFd memory, MakeSealedMemory("holdfast-ledger", HF_LEDGER_TOTAL_SIZE));
-  HF_ASSIGN_OR_RETURN(std::unique_ptr<Ledger> ledger,
-                      Map(generation, std::make_shared<UniqueFd>(std::move(memory))));
-  FillHeader(reinterpret_cast<hf_ledger_header*>(ledger->base_), generation);
+  HF_ASSIGN_OR_RETURN(UniqueFd memory, LedgerMap::Make(generation));
+  HF_ASSIGN_OR_RETURN(LedgerMap map, LedgerMap::MapMade(memory.get(), generation));
+  std::unique_ptr<Ledger> ledger(new Ledger(std::move(memory), std::move(map)));
   for (uint32_t i = 0; i < HF_LEDGER_SLOTS; ++i) {
     HF_ASSIGN_OR_RETURN(Pipe pipe, MakePipe());
     ledger->pipes_.push_back(std::move(pipe));
@@ -138,17 +107,12 @@ absl::StatusOr<std::unique_ptr<Ledger>> Ledger::Create(uint64_t generation) {
 absl::StatusOr<std::unique_ptr<Ledger>> Ledger::Restore(uint64_t generation, UniqueFd memory,
                                                         const std::vector<uint64_t>& pipe_inodes,
                                                         std::vector<UniqueFd> pipe_ends) {
-  struct stat info;
-  int seals = fcntl(memory.get(), F_GET_SEALS);
-  if (fstat(memory.get(), &info) != 0 || info.st_size != HF_LEDGER_TOTAL_SIZE || seals < 0 ||
-      (seals & F_SEAL_SHRINK) == 0) {
-    return DataLoss("it is no ledger");
-  }
-  HF_ASSIGN_OR_RETURN(std::unique_ptr<Ledger> ledger,
-                      Map(generation, std::make_shared<UniqueFd>(std::move(memory))));
+  HF_ASSIGN_OR_RETURN(LedgerMap map, LedgerMap::MapMade(memory.get(), generation));
+  std::unique_ptr<Ledger> ledger(new Ledger(std::move(memory), std::move(map)));
   if (pipe_inodes.size() != HF_LEDGER_SLOTS) return DataLoss("it is not known which pipes belong to it");
   ledger->pipes_.resize(HF_LEDGER_SLOTS);
   for (UniqueFd& end : pipe_ends) {
+    struct stat info;
     if (fstat(end.get(), &info) != 0 || !S_ISFIFO(info.st_mode)) continue;
     auto slot = std::find(pipe_inodes.begin(), pipe_inodes.end(), info.st_ino);
     if (slot == pipe_inodes.end()) continue;
@@ -172,67 +136,34 @@ std::vector<uint64_t> Ledger::PipeInodes() const {
   return inodes;
 }
 
-Ledger::~Ledger() { munmap(base_, HF_LEDGER_TOTAL_SIZE); }
-
-const char* Ledger::SlotAt(uint32_t index) const {
-  return base_ + HF_LEDGER_SLOT_OFFSET + size_t{index} * HF_LEDGER_SLOT_STRIDE;
-}
-
-const char* Ledger::RecordAt(uint32_t index) const {
-  return base_ + HF_LEDGER_RECORD_OFFSET + size_t{index} * sizeof(hf_record);
-}
-
-uint32_t Ledger::RecordsUsed() const {
-  return std::min(Load<uint32_t>(base_ + offsetof(hf_ledger_header, record_high_water)), HF_LEDGER_RECORDS);
-}
-
-bool Ledger::SlotIsUnanswered(uint32_t index) const {
-  const char* slot = SlotAt(index);
-  auto state = Load<uint32_t>(slot + offsetof(hf_slot, state));
-  if (state == HF_SLOT_EXECUTING) return true;
-  if (state != HF_SLOT_RECEIVING) return false;
-  int in_pipe = 0;
-  ioctl(pipes_[index].read_end->get(), FIONREAD, &in_pipe);
-  return in_pipe > 0 || Load<uint32_t>(slot + offsetof(hf_slot, request)) != 0;
-}
-
 uint64_t Ledger::CountUnanswered() const {
   uint64_t count = 0;
-  for (uint32_t i = 0; i < HF_LEDGER_SLOTS; ++i) count += SlotIsUnanswered(i) ? 1 : 0;
-  for (uint32_t i = 0, used = RecordsUsed(); i < used; ++i) {
-    count += Load<uint32_t>(RecordAt(i) + offsetof(hf_record, state)) == HF_RECORD_PENDING ? 1 : 0;
+  for (uint32_t i = 0; i < map_.slot_count(); ++i) {
+    count += map_.SlotIsUnanswered(i, pipes_[i].read_end->get()) ? 1 : 0;
   }
+  map_.VisitPending([&](const hf_record*) { ++count; });
   return count;
 }
 
 std::vector<ExecutingSlot> Ledger::ExecutingSlots() const {
   std::vector<ExecutingSlot> slots;
-  for (uint32_t i = 0; i < HF_LEDGER_SLOTS; ++i) {
-    const char* slot = SlotAt(i);
-    if (Load<uint32_t>(slot + offsetof(hf_slot, state)) != HF_SLOT_EXECUTING) continue;
-    slots.push_back({i, Load<uint32_t>(slot + offsetof(hf_slot, request) + kOpcodeOffset),
-                     Load<uint64_t>(slot + offsetof(hf_slot, received_ns)),
-                     Load<uint64_t>(slot + offsetof(hf_slot, mount_id))});
-  }
+  map_.VisitExecuting([&](uint32_t index, const hf_slot* slot) {
+    slots.push_back({index, RequestHeader(*slot).opcode, Load(slot->received_ns), Load(slot->mount_id)});
+  });
   return slots;
 }
 
 uint64_t Ledger::OverdueDeadline(uint64_t generation, uint64_t now, uint64_t* mount) const {
   uint64_t earliest = 0;
-  for (uint32_t i = 0, used = RecordsUsed(); i < used; ++i) {
-    const char* record = RecordAt(i);
-    if (Load<uint32_t>(record + offsetof(hf_record, state)) != HF_RECORD_PENDING) continue;
-    auto owner = Load<uint32_t>(record + offsetof(hf_record, owner_generation));
-    auto deadline = Load<uint64_t>(record + offsetof(hf_record, deadline_ns));
-    if (owner != static_cast<uint32_t>(generation) || deadline >= now) continue;
-    if (earliest != 0 && deadline >= earliest) continue;
+  map_.VisitPending([&](const hf_record* record) {
+    const uint64_t deadline = Load(record->deadline_ns);
+    if (Load(record->owner_generation) != static_cast<uint32_t>(generation) || deadline >= now) return;
+    if (earliest != 0 && deadline >= earliest) return;
     earliest = deadline;
-    *mount = Load<uint64_t>(record + offsetof(hf_record, mount_id));
-  }
+    *mount = Load(record->mount_id);
+  });
   return earliest;
 }
-
-uint64_t Ledger::Counter(size_t offset) const { return Load<uint64_t>(base_ + offset); }
 
 absl::StatusOr<Ledger*> LedgerStore::Create(uint64_t generation) {
   HF_ASSIGN_OR_RETURN(auto ledger, Ledger::Create(generation));

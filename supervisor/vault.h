@@ -1,6 +1,6 @@
 // The vault, what the supervisor holds across workers: every mount with what a worker needs to serve it, and
 // the request ledgers (schema/ledger.h). Pure bookkeeping: interprets neither INIT bytes nor blobs, and reads
-// what workers write into a ledger as numbers only, never as an index.
+// what workers write into a ledger (LedgerMap::MapMade) as numbers only, never as an index.
 //
 // Used on the main thread only. A descriptor is shared by everything that may still send it; it is closed
 // when its mount or ledger is gone and nobody sends it any more.
@@ -15,7 +15,7 @@
 #include "common/id_file.h"
 #include "common/io.h"
 #include "common/status.h"
-#include "schema/ledger.h"
+#include "schema/ledger_map.h"
 #include "supervisor/hang_monitor.h"
 
 namespace holdfast::supervisor {
@@ -89,22 +89,19 @@ class Ledger {
   static absl::StatusOr<std::unique_ptr<Ledger>> Restore(uint64_t generation, UniqueFd memory,
                                                          const std::vector<uint64_t>& pipe_inodes,
                                                          std::vector<UniqueFd> pipe_ends);
-  ~Ledger();
-  Ledger(const Ledger&) = delete;
-  Ledger& operator=(const Ledger&) = delete;
 
-  uint64_t generation() const { return generation_; }
+  uint64_t generation() const { return map_.generation(); }
   const SharedFd& memory() const { return memory_; }
   const std::vector<Pipe>& pipes() const { return pipes_; }  // one a slot, O_NONBLOCK
   std::vector<uint64_t> PipeInodes() const;
 
   // Requests that a successor would have to answer now.
   uint64_t CountUnanswered() const;
-  uint64_t received() const { return Counter(offsetof(hf_ledger_header, requests_received)); }
-  uint64_t answered() const { return Counter(offsetof(hf_ledger_header, requests_answered)); }
+  uint64_t received() const { return Load(map_.header()->requests_received); }
+  uint64_t answered() const { return Load(map_.header()->requests_answered); }
 
   // For the hang monitor. heartbeat: of the pool, 0 when that build has none.
-  uint64_t heartbeat() const { return Counter(offsetof(hf_ledger_header, loop_heartbeat_ns)); }
+  uint64_t heartbeat() const { return Load(map_.header()->loop_heartbeat_ns); }
   std::vector<ExecutingSlot> ExecutingSlots() const;
   // The earliest deadline, if before `now`, of a pending record that `generation` must answer; else 0.
   uint64_t OverdueDeadline(uint64_t generation, uint64_t now, uint64_t* mount) const;
@@ -113,18 +110,11 @@ class Ledger {
   bool owner_hung = false;  // it was killed because it hung
 
  private:
-  Ledger(uint64_t generation, SharedFd memory, char* base)
-      : generation_(generation), memory_(std::move(memory)), base_(base) {}
-  static absl::StatusOr<std::unique_ptr<Ledger>> Map(uint64_t generation, SharedFd memory);
-  bool SlotIsUnanswered(uint32_t index) const;
-  uint64_t Counter(size_t offset) const;
-  uint32_t RecordsUsed() const;
-  const char* SlotAt(uint32_t index) const;
-  const char* RecordAt(uint32_t index) const;
+  Ledger(UniqueFd memory, LedgerMap map)
+      : memory_(std::make_shared<UniqueFd>(std::move(memory))), map_(std::move(map)) {}
 
-  const uint64_t generation_;
   const SharedFd memory_;
-  char* const base_;
+  const LedgerMap map_;
   std::vector<Pipe> pipes_;
 };
 

@@ -16,7 +16,6 @@
 
 #include "common/clock.h"
 #include "common/crc32c.h"
-#include "schema/ledger.h"
 #include "tests/fault/process.h"
 
 namespace holdfast::test {
@@ -37,15 +36,11 @@ unsigned ConnectionOf(pid_t pid, int fd) {
   return at == std::string::npos ? 0 : static_cast<unsigned>(atoi(info->c_str() + at + strlen(kKey)));
 }
 
-absl::StatusOr<char*> MapLedger(pid_t pid, uint64_t generation) {
+absl::StatusOr<LedgerMap> MapLedger(pid_t pid, uint64_t generation) {
   for (int fd : DescriptorsTo(pid, "/memfd:")) {
     HF_ASSIGN_OR_RETURN(UniqueFd memory, Borrow(pid, fd));
-    hf_ledger_header header{};
-    if (!PreadFull(memory.get(), &header, sizeof header, 0).ok()) continue;
-    if (header.magic != HF_LEDGER_MAGIC || header.generation != generation) continue;
-    void* at = mmap(nullptr, HF_LEDGER_TOTAL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, memory.get(), 0);
-    if (at == MAP_FAILED) return ErrnoStatus(errno, "map ledger");
-    return static_cast<char*>(at);
+    auto map = LedgerMap::MapGiven(memory.get(), PROT_READ | PROT_WRITE);
+    if (map.ok() && map->generation() == generation) return map;
   }
   return NotFound("no ledger of generation " + std::to_string(generation));
 }
@@ -54,9 +49,8 @@ absl::StatusOr<char*> MapLedger(pid_t pid, uint64_t generation) {
 
 absl::StatusOr<DyingThread> DyingThread::Of(pid_t pid, uint64_t generation,
                                             const std::vector<ctl::MountInfo>& mounts) {
-  DyingThread thread;
-  thread.generation_ = generation;
-  HF_ASSIGN_OR_RETURN(thread.ledger_, MapLedger(pid, generation));
+  HF_ASSIGN_OR_RETURN(LedgerMap ledger, MapLedger(pid, generation));
+  DyingThread thread(std::move(ledger));
   std::map<unsigned, uint64_t> ids;  // by connection
   // Not by stat: perhaps nobody answers just now.
   std::ifstream table("/proc/self/mountinfo");
@@ -79,17 +73,6 @@ absl::StatusOr<DyingThread> DyingThread::Of(pid_t pid, uint64_t generation,
   return thread;
 }
 
-DyingThread::DyingThread(DyingThread&& other) noexcept
-    : generation_(other.generation_),
-      devices_(std::move(other.devices_)),
-      ledger_(std::exchange(other.ledger_, nullptr)),
-      slot_(std::exchange(other.slot_, nullptr)),
-      what_(std::move(other.what_)) {}
-
-DyingThread::~DyingThread() {
-  if (ledger_ != nullptr) munmap(ledger_, HF_LEDGER_TOTAL_SIZE);
-}
-
 absl::Status DyingThread::TakeOne(int seconds) {
   int ends[2];
   if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0) return ErrnoStatus(errno, "pipe");
@@ -102,12 +85,11 @@ absl::Status DyingThread::TakeOne(int seconds) {
     if (poll(polls.data(), polls.size(), 100) <= 0) continue;
     for (size_t i = 0; i < polls.size(); ++i) {
       if ((polls[i].revents & POLLIN) == 0) continue;
-      auto* slot =
-          reinterpret_cast<hf_slot*>(ledger_ + HF_LEDGER_SLOT_OFFSET + index * HF_LEDGER_SLOT_STRIDE);
+      hf_slot* slot = ledger_.slot(index);
       if (slot->state != HF_SLOT_FREE) return FailedPrecondition("the slot is in use");
-      Publish(reinterpret_cast<uint32_t*>(slot->request), 0u);
+      Publish(&LengthWord(slot), 0u);
       slot->mount_id = devices_[i].first;
-      slot->owner_generation = static_cast<uint32_t>(generation_);
+      slot->owner_generation = static_cast<uint32_t>(ledger_.generation());
       slot->strikes = slot->marks = 0;
       slot->received_ns = Clock::Real()->BootNanos();
       Publish(&slot->state, static_cast<uint32_t>(HF_SLOT_RECEIVING));
@@ -121,10 +103,10 @@ absl::Status DyingThread::TakeOne(int seconds) {
       slot->crc = Crc32c(slot->request, slot->length);
       Publish(&slot->state, static_cast<uint32_t>(HF_SLOT_EXECUTING));
       slot_ = slot;
-      const auto* header = reinterpret_cast<const fuse_in_header*>(slot->request);
-      what_ = "opcode " + std::to_string(header->opcode);
-      const bool expects_answer = header->opcode != FUSE_FORGET && header->opcode != FUSE_BATCH_FORGET &&
-                                  header->opcode != FUSE_INTERRUPT;
+      const uint32_t opcode = RequestHeader(*slot).opcode;
+      what_ = "opcode " + std::to_string(opcode);
+      const bool expects_answer =
+          opcode != FUSE_FORGET && opcode != FUSE_BATCH_FORGET && opcode != FUSE_INTERRUPT;
       if (expects_answer) return absl::OkStatus();
       if (index-- == 0) return FailedPrecondition("nothing but FORGETs");
     }
@@ -132,9 +114,6 @@ absl::Status DyingThread::TakeOne(int seconds) {
   return DeadlineExceeded("no request came");
 }
 
-bool DyingThread::Unanswered() const {
-  return slot_ != nullptr &&
-         __atomic_load_n(&static_cast<hf_slot*>(slot_)->state, __ATOMIC_ACQUIRE) == HF_SLOT_EXECUTING;
-}
+bool DyingThread::Unanswered() const { return slot_ != nullptr && Load(slot_->state) == HF_SLOT_EXECUTING; }
 
 }  // namespace holdfast::test

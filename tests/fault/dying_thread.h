@@ -11,6 +11,7 @@
 
 #include "common/io.h"
 #include "common/status.h"
+#include "schema/ledger_map.h"
 #include "worker/ctl/control_client.h"
 
 namespace holdfast::test {
@@ -20,9 +21,6 @@ class DyingThread {
   // `mounts` are those it may take from, with their folders.
   static absl::StatusOr<DyingThread> Of(pid_t pid, uint64_t generation,
                                         const std::vector<ctl::MountInfo>& mounts);
-  DyingThread(DyingThread&& other) noexcept;
-  ~DyingThread();
-
   // Takes the next request that expects an answer. Stop whoever else reads, or it comes first.
   absl::Status TakeOne(int seconds);
   // It lies there still.
@@ -30,11 +28,10 @@ class DyingThread {
   std::string what() const { return what_; }
 
  private:
-  DyingThread() = default;
-  uint64_t generation_ = 0;
+  explicit DyingThread(LedgerMap ledger) : ledger_(std::move(ledger)) {}
   std::vector<std::pair<uint64_t, UniqueFd>> devices_;  // mount id, /dev/fuse
-  char* ledger_ = nullptr;
-  void* slot_ = nullptr;  // that it is in
+  LedgerMap ledger_;
+  hf_slot* slot_ = nullptr;  // that it is in
   std::string what_;
 };
 

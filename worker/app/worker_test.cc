@@ -28,7 +28,7 @@
 #include "common/io.h"
 #include "common/urgency.h"
 #include "gtest/gtest.h"
-#include "schema/ledger.h"
+#include "schema/ledger_map.h"
 #include "schema/touched.h"
 #include "worker/fuse/ledger_view.h"
 #include "worker/handover/mount_blob.h"
@@ -61,20 +61,7 @@ UniqueFd Memory(size_t size) {
 handover::OldLedger MakeLedger(uint64_t generation) {
   handover::OldLedger ledger;
   ledger.generation = generation;
-  ledger.memory = Memory(HF_LEDGER_TOTAL_SIZE);
-  hf_ledger_header header{};
-  header.magic = HF_LEDGER_MAGIC;
-  header.version = HF_LEDGER_VERSION;
-  header.header_size = sizeof header;
-  header.total_size = HF_LEDGER_TOTAL_SIZE;
-  header.generation = generation;
-  header.slot_count = HF_LEDGER_SLOTS;
-  header.slot_stride = HF_LEDGER_SLOT_STRIDE;
-  header.slot_offset = HF_LEDGER_SLOT_OFFSET;
-  header.record_count = HF_LEDGER_RECORDS;
-  header.record_stride = sizeof(hf_record);
-  header.record_offset = HF_LEDGER_RECORD_OFFSET;
-  EXPECT_TRUE(PwriteFull(ledger.memory.get(), &header, sizeof header, 0).ok());
+  ledger.memory = LedgerMap::Make(generation).value();
   for (uint32_t i = 0; i < HF_LEDGER_SLOTS; ++i) {
     int fds[2];
     EXPECT_EQ(pipe2(fds, O_CLOEXEC | O_NONBLOCK), 0);

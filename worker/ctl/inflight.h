@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string_view>
 #include <vector>
 
 #include "common/status.h"
@@ -21,10 +20,7 @@ struct InflightRequest {
   bool interrupted = false;
 };
 
-// `ledger` is the whole memory. DataLoss when it is no version 1 ledger or its header does not fit the size.
-absl::StatusOr<std::vector<InflightRequest>> ReadLedger(std::string_view ledger, uint64_t now_boot_nanos);
-
-// Maps the memfd and reads it.
-absl::StatusOr<std::vector<InflightRequest>> ReadLedgerFd(int fd, uint64_t now_boot_nanos);
+// DataLoss when it is no version 1 ledger or its header does not fit the size.
+absl::StatusOr<std::vector<InflightRequest>> ReadLedgerFd(int ledger, uint64_t now_boot_nanos);
 
 }  // namespace holdfast::ctl

@@ -1,11 +1,13 @@
 #include "worker/ctl/report.h"
 
+#include <sys/mman.h>
+
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <vector>
 
 #include "gtest/gtest.h"
-#include "schema/ledger.h"
+#include "schema/ledger_map.h"
 #include "worker/ctl/format.h"
 #include "worker/ctl/swap_report.h"
 
@@ -234,42 +236,21 @@ TEST(ReportTest, EmptyListsSayThatTheyAreEmpty) {
   EXPECT_EQ(TraceText({}), "no trace events\n");
 }
 
-class InflightTest : public ::testing::Test {
- protected:
-  InflightTest() : words_(HF_LEDGER_TOTAL_SIZE / 8) {
-    hf_ledger_header* header = At<hf_ledger_header>(0);
-    header->magic = HF_LEDGER_MAGIC;
-    header->version = HF_LEDGER_VERSION;
-    header->generation = 5;
-    header->slot_count = HF_LEDGER_SLOTS;
-    header->slot_stride = HF_LEDGER_SLOT_STRIDE;
-    header->slot_offset = HF_LEDGER_SLOT_OFFSET;
-    header->record_count = HF_LEDGER_RECORDS;
-    header->record_stride = sizeof(hf_record);
-    header->record_offset = HF_LEDGER_RECORD_OFFSET;
-  }
-  template <typename T>
-  T* At(size_t offset) {
-    return static_cast<T*>(static_cast<void*>(reinterpret_cast<char*>(words_.data()) + offset));
-  }
-  std::string_view bytes() const { return {reinterpret_cast<const char*>(words_.data()), words_.size() * 8}; }
-
-  std::vector<uint64_t> words_;
-};
-
-TEST_F(InflightTest, SlotsAndRecordsInUseAreListedAndFreeOnesAreNot) {
-  hf_slot* slot = At<hf_slot>(HF_LEDGER_SLOT_OFFSET + HF_LEDGER_SLOT_STRIDE);
+TEST(InflightTest, SlotsAndRecordsInUseAreListedAndFreeOnesAreNot) {
+  UniqueFd ledger = LedgerMap::Make(5).value();
+  LedgerMap map = LedgerMap::MapGiven(ledger.get(), PROT_READ | PROT_WRITE).value();
+  hf_slot* slot = map.slot(1);
   slot->state = HF_SLOT_EXECUTING;
   slot->mount_id = 3;
   slot->owner_generation = 5;
   slot->received_ns = 100;
   const uint32_t request[] = {40, 1 /* LOOKUP */, 77, 0, 9, 0};  // len, opcode, unique (low, high), nodeid
   memcpy(slot->request, request, sizeof request);
-  hf_record* record = At<hf_record>(HF_LEDGER_RECORD_OFFSET + 2 * sizeof(hf_record));
+  hf_record* record = map.record(2);
   *record = {HF_RECORD_PENDING, 6, 4, 88, 10, 4096, 131072, 0, 5000, HF_MARK_INTERRUPTED, 0};
-  At<hf_ledger_header>(0)->record_high_water = 3;
+  map.header()->record_high_water = 3;
 
-  auto found = ReadLedger(bytes(), 1100);
+  auto found = ReadLedgerFd(ledger.get(), 1100);
   ASSERT_TRUE(found.ok()) << found.status();
   ASSERT_EQ(found->size(), 2u);
   EXPECT_TRUE((*found)[0].executing);
@@ -291,15 +272,10 @@ TEST_F(InflightTest, SlotsAndRecordsInUseAreListedAndFreeOnesAreNot) {
   EXPECT_NE(text.find("interrupted"), std::string::npos) << text;
 }
 
-TEST_F(InflightTest, AHeaderThatPointsOutsideIsRefused) {
-  At<hf_ledger_header>(0)->record_count = 1u << 23;
-  EXPECT_EQ(ReadLedger(bytes(), 0).status().code(), absl::StatusCode::kDataLoss);
-  EXPECT_EQ(ReadLedger(bytes().substr(0, 10), 0).status().code(), absl::StatusCode::kDataLoss);
-}
-
-TEST_F(InflightTest, AnotherVersionIsRefused) {
-  At<hf_ledger_header>(0)->version = 2;
-  EXPECT_EQ(ReadLedger(bytes(), 0).status().code(), absl::StatusCode::kDataLoss);
+TEST(InflightTest, WhatIsNoLedgerIsRefused) {
+  UniqueFd ledger = LedgerMap::Make(5).value();
+  LedgerMap::MapGiven(ledger.get(), PROT_READ | PROT_WRITE)->header()->version = 2;
+  EXPECT_EQ(ReadLedgerFd(ledger.get(), 0).status().code(), absl::StatusCode::kDataLoss);
 }
 
 }  // namespace

@@ -55,10 +55,9 @@ enum class Recovery { kNone, kLater, kBad, kRequest };
 // length says what is missing. kRequest: the slot is complete, and (`by_us`) we alone have read it.
 Recovery DrainPipe(const LedgerView& view, uint32_t index, uint32_t* length, bool* by_us) {
   hf_slot* slot = view.slot(index);
-  auto& length_word = *reinterpret_cast<uint32_t*>(slot->request);
   int in_pipe = 0;
   if (ioctl(view.pipe_read(index), FIONREAD, &in_pipe) != 0) return Recovery::kBad;
-  uint32_t had = Shared(length_word).load(std::memory_order_acquire);
+  uint32_t had = Load(LengthWord(slot));
   auto left = static_cast<uint32_t>(in_pipe);
   if (had > HF_LEDGER_REQUEST_BYTES || left > HF_LEDGER_REQUEST_BYTES || (had != 0 && left > had))
     return Recovery::kBad;
@@ -71,7 +70,7 @@ Recovery DrainPipe(const LedgerView& view, uint32_t index, uint32_t* length, boo
     at += static_cast<uint32_t>(n);
     left -= static_cast<uint32_t>(n);
   }
-  *length = Shared(length_word).load(std::memory_order_acquire);
+  *length = Load(LengthWord(slot));
   if (*length == 0) return Recovery::kNone;
   return *length == at ? Recovery::kRequest : Recovery::kBad;
 }
@@ -176,13 +175,9 @@ absl::StatusOr<std::shared_ptr<ServerCore::OldLedger>> ServerCore::OpenOldLedger
 bool ServerCore::NamesUnknownMount(const LedgerView& view) const {
   std::set<uint64_t> named;
   for (uint32_t i = 0; i < view.slot_count(); i++) {
-    if (Shared(view.slot(i)->state).load() != HF_SLOT_FREE)
-      named.insert(Shared(view.slot(i)->mount_id).load());
+    if (Load(view.slot(i)->state) != HF_SLOT_FREE) named.insert(Load(view.slot(i)->mount_id));
   }
-  for (uint32_t i = 0, used = view.high_water(); i < used; i++) {
-    if (LoadState(view.record(i)).state == HF_RECORD_PENDING)
-      named.insert(Shared(view.record(i)->mount_id).load());
-  }
+  view.VisitPending([&](const hf_record* record) { named.insert(Load(record->mount_id)); });
   return std::any_of(named.begin(), named.end(), [this](uint64_t id) { return FindMount(id) == nullptr; });
 }
 

@@ -48,17 +48,6 @@ void EnterPrivateNamespace() {
 
 }  // namespace
 
-hf_slot* Bench::Ledger::slot(uint32_t index) const {
-  return reinterpret_cast<hf_slot*>(reinterpret_cast<uint8_t*>(header) + HF_LEDGER_SLOT_OFFSET +
-                                    size_t{index} * HF_LEDGER_SLOT_STRIDE);
-}
-hf_record* Bench::Ledger::record(uint32_t index) const {
-  return reinterpret_cast<hf_record*>(reinterpret_cast<uint8_t*>(header) + HF_LEDGER_RECORD_OFFSET) + index;
-}
-Bench::Ledger::~Ledger() {
-  if (header != nullptr) munmap(header, HF_LEDGER_TOTAL_SIZE);
-}
-
 Bench::Bench() { EnterPrivateNamespace(); }
 
 Bench::~Bench() {
@@ -141,28 +130,11 @@ void Bench::AnswerInit(MountPoint& point) {
 }
 
 Bench::Ledger& Bench::MakeLedger(uint64_t generation) {
-  auto ledger = std::make_unique<Ledger>();
-  ledger->generation = generation;
-  ledger->memory.Reset(memfd_create("ledger", MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  PCHECK(ledger->memory.valid());
-  PCHECK(ftruncate(ledger->memory.get(), HF_LEDGER_TOTAL_SIZE) == 0);
-  PCHECK(fcntl(ledger->memory.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0);
-  void* base =
-      mmap(nullptr, HF_LEDGER_TOTAL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, ledger->memory.get(), 0);
-  PCHECK(base != MAP_FAILED);
-  ledger->header = static_cast<hf_ledger_header*>(base);
-  hf_ledger_header& h = *ledger->header;
-  h.magic = HF_LEDGER_MAGIC;
-  h.version = HF_LEDGER_VERSION;
-  h.header_size = sizeof h;
-  h.total_size = HF_LEDGER_TOTAL_SIZE;
-  h.generation = generation;
-  h.slot_count = HF_LEDGER_SLOTS;
-  h.slot_stride = HF_LEDGER_SLOT_STRIDE;
-  h.slot_offset = HF_LEDGER_SLOT_OFFSET;
-  h.record_count = HF_LEDGER_RECORDS;
-  h.record_stride = sizeof(hf_record);
-  h.record_offset = HF_LEDGER_RECORD_OFFSET;
+  auto memory = LedgerMap::Make(generation);
+  CHECK(memory.ok()) << memory.status();
+  auto map = LedgerMap::MapGiven(memory->get(), PROT_READ | PROT_WRITE);
+  CHECK(map.ok()) << map.status();
+  std::unique_ptr<Ledger> ledger(new Ledger{*std::move(memory), *std::move(map)});
   for (uint32_t i = 0; i < HF_LEDGER_SLOTS; i++) {
     int ends[2];
     PCHECK(pipe2(ends, O_CLOEXEC) == 0);

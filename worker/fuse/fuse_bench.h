@@ -15,7 +15,7 @@
 
 #include "common/fault.h"
 #include "common/io.h"
-#include "schema/ledger.h"
+#include "schema/ledger_map.h"
 #include "schema/touched.h"
 #include "worker/fuse/fake_layer.h"
 #include "worker/fuse/fuse_server.h"
@@ -32,13 +32,12 @@ class Bench {
     MountFlags flags;
   };
   struct Ledger {
-    uint64_t generation = 0;
     UniqueFd memory;
-    std::vector<PipePair> pipes;
-    hf_ledger_header* header = nullptr;  // mapped here too, for assertions
-    hf_slot* slot(uint32_t index) const;
-    hf_record* record(uint32_t index) const;
-    ~Ledger();
+    LedgerMap map;  // here too, for assertions
+    std::vector<PipePair> pipes{};
+    hf_ledger_header* const header = map.header();
+    hf_slot* slot(uint32_t index) const { return map.slot(index); }
+    hf_record* record(uint32_t index) const { return map.record(index); }
   };
 
   Bench();

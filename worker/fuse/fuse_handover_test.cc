@@ -68,7 +68,7 @@ class FuseHandoverTest : public testing::Test {
     ASSERT_TRUE(bench_.WaitReadable(mount, 5));
     memset(slot->request, 0, 4);
     slot->mount_id = mount.id;
-    slot->owner_generation = static_cast<uint32_t>(ledger.generation);
+    slot->owner_generation = static_cast<uint32_t>(ledger.map.generation());
     slot->received_ns = 1;
     slot->state = HF_SLOT_RECEIVING;
     ssize_t n = splice(mount.device.get(), nullptr, ledger.pipes[0].write_end.get(), nullptr, 32768,

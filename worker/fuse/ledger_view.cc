@@ -2,9 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 
-#include <bit>
 #include <cerrno>
 #include <cstddef>
 #include <string>
@@ -14,20 +12,11 @@
 namespace holdfast::fuse {
 namespace {
 
-static_assert(std::endian::native == std::endian::little, "the ledger is little-endian");
 static_assert(offsetof(hf_record, owner_generation) == offsetof(hf_record, state) + 4);
 
 uint64_t& StateWord(hf_record* record) { return *reinterpret_cast<uint64_t*>(&record->state); }
 uint64_t Pack(RecordState s) { return s.state | (uint64_t{s.owner} << 32); }
 RecordState Unpack(uint64_t word) { return {static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32)}; }
-
-bool Inside(uint64_t offset, uint64_t count, uint64_t stride, uint64_t least, uint64_t total) {
-  if (stride < least || stride > HF_LEDGER_TOTAL_SIZE || count > HF_LEDGER_RECORDS || offset % 8 != 0 ||
-      stride % 8 != 0) {
-    return false;
-  }
-  return offset <= total && count * stride <= total - offset;
-}
 
 // The pipes may be read by a dying owner and by its successor at once: neither may wait for bytes that the
 // other took.
@@ -66,62 +55,22 @@ uint32_t RecordCrc(const hf_record& record) {
 
 absl::StatusOr<std::shared_ptr<LedgerView>> LedgerView::Map(LedgerHandle handle, uint64_t generation) {
   const std::string name = "ledger of generation " + std::to_string(generation);
-  struct stat st;
-  if (fstat(handle.memory.get(), &st) != 0) return ErrnoStatus(errno, name);
-  auto size = static_cast<uint64_t>(st.st_size);
-  if (size < sizeof(hf_ledger_header)) return DataLoss(name + ": too small");
-  void* base = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, handle.memory.get(), 0);
-  if (base == MAP_FAILED) return ErrnoStatus(errno, name + ": mmap");
-  std::shared_ptr<LedgerView> view(new LedgerView());
-  view->base_ = static_cast<uint8_t*>(base);
-  view->size_ = size;
-  view->handle_ = std::move(handle);
-  const hf_ledger_header& h = *view->header();
-  if (h.magic != HF_LEDGER_MAGIC) return DataLoss(name + ": wrong magic");
-  if (h.version != HF_LEDGER_VERSION) return DataLoss(name + ": version " + std::to_string(h.version));
-  if (h.generation != generation) return DataLoss(name + ": it belongs to " + std::to_string(h.generation));
-  view->generation_ = generation;
-  view->slot_count_ = h.slot_count;
-  view->slot_stride_ = h.slot_stride;
-  view->slot_offset_ = h.slot_offset;
-  view->record_count_ = h.record_count;
-  view->record_stride_ = h.record_stride;
-  view->record_offset_ = h.record_offset;
-  if (h.total_size > size || h.slot_count > 1024 ||
-      !Inside(view->slot_offset_, view->slot_count_, view->slot_stride_, sizeof(hf_slot), size) ||
-      !Inside(view->record_offset_, view->record_count_, view->record_stride_, sizeof(hf_record), size)) {
-    return DataLoss(name + ": its layout does not fit its size");
+  auto map = MapGiven(handle.memory.get(), PROT_READ | PROT_WRITE);
+  if (!map.ok()) return Annotate(map.status(), name);
+  if (map->generation() != generation) {
+    return DataLoss(name + ": it belongs to " + std::to_string(map->generation()));
   }
-  if (view->handle_.pipes.size() < view->slot_count_)
-    return InvalidArgument(name + ": fewer pipes than slots");
-  for (uint32_t i = 0; i < view->slot_count_; i++) {
-    HF_RETURN_IF_ERROR(SetNonBlocking(view->pipe_read(i)));
-    HF_RETURN_IF_ERROR(SetNonBlocking(view->pipe_write(i)));
+  if (handle.pipes.size() < map->slot_count()) return InvalidArgument(name + ": fewer pipes than slots");
+  for (uint32_t i = 0; i < map->slot_count(); i++) {
+    HF_RETURN_IF_ERROR(SetNonBlocking(handle.pipes[i].read_end.get()));
+    HF_RETURN_IF_ERROR(SetNonBlocking(handle.pipes[i].write_end.get()));
   }
-  return view;
-}
-
-LedgerView::~LedgerView() {
-  if (base_ != nullptr) munmap(base_, size_);
-}
-
-hf_ledger_header* LedgerView::header() const { return reinterpret_cast<hf_ledger_header*>(base_); }
-
-hf_slot* LedgerView::slot(uint32_t index) const {
-  return reinterpret_cast<hf_slot*>(base_ + slot_offset_ + uint64_t{index} * slot_stride_);
-}
-
-hf_record* LedgerView::record(uint32_t index) const {
-  return reinterpret_cast<hf_record*>(base_ + record_offset_ + uint64_t{index} * record_stride_);
-}
-
-uint32_t LedgerView::high_water() const {
-  return std::min(Shared(header()->record_high_water).load(std::memory_order_acquire), record_count_);
+  return std::shared_ptr<LedgerView>(new LedgerView(*std::move(map), std::move(handle)));
 }
 
 bool LedgerView::Empty() const {
-  for (uint32_t i = 0; i < slot_count_; i++) {
-    if (Shared(slot(i)->state).load(std::memory_order_acquire) != HF_SLOT_FREE) return false;
+  for (uint32_t i = 0; i < slot_count(); i++) {
+    if (Load(slot(i)->state) != HF_SLOT_FREE) return false;
   }
   for (uint32_t i = 0, end = high_water(); i < end; i++) {
     if (LoadState(record(i)).state != HF_RECORD_FREE) return false;

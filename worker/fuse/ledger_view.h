@@ -1,9 +1,9 @@
-// A mapped ledger (schema/ledger.h): this worker's own, or an older generation's that it adopts from.
+// A mapped ledger with its pipes: this worker's own, or an older generation's that it adopts from. What only
+// a worker does with it is here: it writes states, and hands out records.
 //
-// Layout numbers are checked once and then kept here, because the other side can still write to the header.
-// Words that two processes see at once are only touched through the functions below. Thread safety: all
-// functions; the rules of who may write what are in schema/ledger.h. Errors: DataLoss for a memfd that is not
-// a version 1 ledger of that generation.
+// Words that two processes see at once are only touched through Load and the functions below. Thread safety:
+// all functions; the rules of who may write what are in schema/ledger.h. Errors: DataLoss for a memfd that is
+// not a version 1 ledger of that generation.
 #pragma once
 
 #include <atomic>
@@ -11,11 +11,12 @@
 #include <memory>
 #include <optional>
 #include <queue>
+#include <utility>
 #include <vector>
 
 #include "common/mutex.h"
 #include "common/status.h"
-#include "schema/ledger.h"
+#include "schema/ledger_map.h"
 #include "worker/fuse/fuse_server.h"
 
 namespace holdfast::fuse {
@@ -39,21 +40,10 @@ bool ChangeState(hf_record* record, RecordState* expected, RecordState wanted);
 
 uint32_t RecordCrc(const hf_record& record);
 
-class LedgerView {
+class LedgerView : public LedgerMap {
  public:
   static absl::StatusOr<std::shared_ptr<LedgerView>> Map(LedgerHandle handle, uint64_t generation);
-  ~LedgerView();
-  LedgerView(const LedgerView&) = delete;
-  LedgerView& operator=(const LedgerView&) = delete;
 
-  uint64_t generation() const { return generation_; }
-  uint32_t slot_count() const { return slot_count_; }
-  uint32_t record_count() const { return record_count_; }
-  hf_ledger_header* header() const;
-  hf_slot* slot(uint32_t index) const;
-  hf_record* record(uint32_t index) const;
-  // Records at and above it were never used.
-  uint32_t high_water() const;
   int pipe_read(uint32_t slot) const { return handle_.pipes[slot].read_end.get(); }
   int pipe_write(uint32_t slot) const { return handle_.pipes[slot].write_end.get(); }
 
@@ -61,15 +51,9 @@ class LedgerView {
   bool Empty() const;
 
  private:
-  LedgerView() = default;
+  LedgerView(LedgerMap map, LedgerHandle handle) : LedgerMap(std::move(map)), handle_(std::move(handle)) {}
 
-  LedgerHandle handle_;
-  uint8_t* base_ = nullptr;
-  uint64_t size_ = 0;
-  uint64_t generation_ = 0;
-  uint32_t slot_count_ = 0, slot_stride_ = 0;
-  uint32_t record_count_ = 0, record_stride_ = 0;
-  uint64_t slot_offset_ = 0, record_offset_ = 0;
+  const LedgerHandle handle_;
 };
 
 // Hands out free records of the own ledger, lowest first, so that few pages of the memfd are ever touched.

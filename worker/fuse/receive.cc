@@ -23,8 +23,6 @@ constexpr int kIdleMillis = 1000;  // heartbeat of an idle pool
 constexpr int kThrottledMillis = 200;
 constexpr int kInterruptsATick = 256;
 
-uint32_t& LengthWord(hf_slot* slot) { return *reinterpret_cast<uint32_t*>(slot->request); }
-
 bool ReadPipe(int fd, uint8_t* out, size_t size) {
   size_t done = 0;
   while (done < size) {

@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <filesystem>
 #include <string>
@@ -137,6 +138,29 @@ TEST_F(CommandLineTest, WhereNoSupervisorRunsItIsNotBlamedOnTheUser) {
   EXPECT_EQ(output.exit_code, 3);
   EXPECT_NE(output.text.find("no supervisor at " + socket_), std::string::npos) << output.text;
   EXPECT_EQ(output.text.find("answers only root"), std::string::npos) << output.text;
+}
+
+TEST_F(CommandLineTest, AMistakeIsNamedAndPointsToTheHelp) {
+  const struct {
+    std::vector<std::string> words;
+    std::string said;
+  } kMistakes[] = {{{"nosuch"}, "unknown command 'nosuch'"},
+                   {{"nosuch", "--json"}, "unknown command 'nosuch'"},
+                   {{"nosuch", "and", "more"}, "unknown command 'nosuch'"},
+                   {{"--nosuch"}, "unknown option '--nosuch'"},
+                   {{"status", "--nosuch"}, "unknown option '--nosuch'"},
+                   {{"status", "nosuch"}, "unknown word 'nosuch' beside status"},
+                   {{}, "a command is missing"},
+                   {{"trace", "--limit", "x"}, "--limit = x"}};
+  for (const auto& [words, said] : kMistakes) {
+    const Output output = Run(words);
+    EXPECT_EQ(output.exit_code, 2) << output.text;
+    EXPECT_EQ(output.text.find("holdfastctl: "), 0u) << output.text;
+    EXPECT_NE(output.text.find(said), std::string::npos) << said << " in\n" << output.text;
+    EXPECT_NE(output.text.find("holdfastctl --help"), std::string::npos) << output.text;
+    EXPECT_EQ(std::count(output.text.begin(), output.text.end(), '\n'), 1) << output.text;
+  }
+  EXPECT_EQ(Run({"--help"}).exit_code, 0);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <iostream>
 #include <string>
+#include <vector>
 
 #include "common/clock.h"
 #include "worker/ctl/candidate_check.h"
@@ -211,11 +212,28 @@ int Session::Run() {
   return Show(client_->Trace(options_.limit), TraceText, TraceJson);
 }
 
+// What is wrong with the command line, in one line.
+std::string Mistake(const CLI::App* app, const CLI::Error& error) {
+  std::string what = error.what();
+  const std::vector<std::string> unknown = app->remaining(true);
+  const std::vector<CLI::App*> given = app->get_subcommands();
+  if (!unknown.empty()) {
+    const std::string& word = unknown.front();
+    what = word[0] == '-'  ? "unknown option '" + word + "'"
+           : given.empty() ? "unknown command '" + word + "'"
+                           : "unknown word '" + word + "' beside " + given.front()->get_name();
+  } else if (given.empty() && error.get_name() == "RequiredError") {
+    what = "a command is missing";
+  }
+  return "holdfastctl: " + what + "; see holdfastctl --help\n";
+}
+
 int Main(int argc, char** argv) {
   Options options;
   CLI::App app("Looks after a holdfast snapshotter: what it serves, and the swap of its worker.");
   app.footer(kExamples);
   app.require_subcommand(1);
+  app.failure_message(Mistake);
   app.fallthrough();
   app.add_option("--socket", options.socket, "the supervisor's control socket")->capture_default_str();
   app.add_flag("--json", options.json,

@@ -107,11 +107,9 @@ void Supervisor::KillHung(Generation generation, const HangVerdict& verdict) {
   LOG(ERROR) << "event=hang generation=" << generation << " pid=" << worker->pid
              << " seen=" << LogValue(verdict.what);
   if (Ledger* ledger = ledgers_.Find(generation)) ledger->owner_hung = true;
-  if (upgrade_busy_ && generation == state_.owner && !steps_.empty())
-    steps_.back().detail = "the running worker " + worker->hung;
+  if (generation == state_.owner) swap_.Detail("the running worker " + worker->hung);
   // Reads stopped when it began, not now.
-  if (worker->reading && reads_stopped_boot_nanos_ == 0)
-    reads_stopped_boot_nanos_ = clock_->BootNanos() - verdict.age_ns;
+  if (worker->reading) swap_.ReadsStopped(clock_->BootNanos() - verdict.age_ns);
   using Saved = absl::StatusOr<std::string>;
   auto saved = Offload<Saved>(
       [folder = options_.state_dir + "/supervisor/hangs", pid = worker->pid, generation, what = verdict.what,

@@ -163,8 +163,7 @@ absl::Status Supervisor::AdoptState(DurableMap map, const char* source, Generati
   restarts_ = saved.getRestarts() + 1;
   crashes_ = saved.getCrashes();
   hangs_ = saved.getHangs();
-  swaps_ = saved.getSwaps();
-  carried_over_total_ = saved.getCarriedOver();
+  swap_.Restore(saved.getSwaps(), saved.getCarriedOver());
   running_build_ = saved.getRunningBuild().cStr();
   auto running = KeptExecutable(saved.getRunning().cStr());
   auto previous = KeptExecutable(saved.getPrevious().cStr());
@@ -468,9 +467,9 @@ void Supervisor::EndTakeover() {
   }
   if (!resumes) {
     state_.probation = RunsUnproven();
-    if (takeover->adopted) BeginSwap("supervisor");
+    if (takeover->adopted) swap_.Begin("supervisor", running_build_);
     if (vault_.Count(MountState::kLive) + vault_.Count(MountState::kDetached) != 0) {
-      reads_stopped_boot_nanos_ = clock_->BootNanos();
+      swap_.ReadsStopped(clock_->BootNanos());
     }
     return Dispatch({.type = EventType::kStart});
   }
@@ -542,8 +541,8 @@ void Supervisor::SaveMachine() {
   out.setRestarts(restarts_);
   out.setCrashes(crashes_);
   out.setHangs(hangs_);
-  out.setSwaps(swaps_);
-  out.setCarriedOver(carried_over_total_);
+  out.setSwaps(swap_.swaps());
+  out.setCarriedOver(swap_.carried_over());
   out.setRunningBuild(running_build_.c_str());
   journal_.SaveMachine(&record);
 }

@@ -170,13 +170,13 @@ class ControlServer final : public schema::Control::Server {
         .then([this, context](bool changed) mutable {
           auto results = context.getResults();
           results.setChanged(changed);
-          supervisor_.FillSwap(results.initSwap());
+          supervisor_.swap().FillLast(results.initSwap());
         });
   }
 
   kj::Promise<void> rollback(RollbackContext context) override {
     return supervisor_.Rollback(ProgressOf(context.getParams())).then([this, context](bool) mutable {
-      supervisor_.FillSwap(context.getResults().initSwap());
+      supervisor_.swap().FillLast(context.getResults().initSwap());
     });
   }
 
@@ -238,10 +238,6 @@ class ControlServer final : public schema::Control::Server {
   const std::shared_ptr<uint64_t> worker_;
 };
 
-void FillSteps(const std::vector<SwapStep>& steps, capnp::List<schema::SwapStep>::Builder out) {
-  for (unsigned i = 0; i < steps.size(); ++i) FillStep(steps[i], out[i]);
-}
-
 bool PeerIsRoot(kj::AsyncIoStream& stream) {
   ucred peer{};
   kj::uint size = sizeof(peer);
@@ -287,12 +283,6 @@ class Clients final : private kj::TaskSet::ErrorHandler {
 };
 
 }  // namespace
-
-void FillStep(const SwapStep& step, schema::SwapStep::Builder out) {
-  out.setName(step.name.c_str());
-  out.setNanos(step.nanos);
-  out.setDetail(step.detail.c_str());
-}
 
 void FillMountEntry(const Mount& mount, bool with_device, schema::MountEntry::Builder out) {
   out.setMountId(mount.id);
@@ -350,8 +340,8 @@ void Supervisor::FillStatus(schema::Status::Builder status) const {
   status.setPhase(PhaseName(state_.phase));
   status.setCrashes(crashes_);
   status.setHangs(hangs_);
-  status.setSwaps(swaps_);
-  status.setRequestsCarriedOverTotal(carried_over_total_);
+  status.setSwaps(swap_.swaps());
+  status.setRequestsCarriedOverTotal(swap_.carried_over());
   status.setStateDir(options_.state_dir.c_str());
   status.setLastGood(last_good_ == nullptr ? "" : last_good_->sha256.c_str());
   status.setSpareState(!options_.limits.spare ? "off"
@@ -360,12 +350,11 @@ void Supervisor::FillStatus(schema::Status::Builder status) const {
                                               : "starting");
   if (state_.probation && probation_ends_boot_nanos_ > clock_->BootNanos())
     status.setProbationSeconds(1 + (probation_ends_boot_nanos_ - clock_->BootNanos()) / kNanosPerSecond);
-  FillSteps(upgrade_busy_ ? steps_ : std::vector<SwapStep>(),
-            status.initInProgress(static_cast<unsigned>(upgrade_busy_ ? steps_.size() : 0)));
+  swap_.FillInProgress(status);
   status.setSupervisorRestarts(restarts_);
   status.setStateSource(state_source_.c_str());
   status.setFdStore(store_->enabled());
-  FillSwap(status.initLastSwap());
+  swap_.FillLast(status.initLastSwap());
   status.setMountsLive(vault_.Count(MountState::kLive));
   status.setMountsDetached(vault_.Count(MountState::kDetached));
   std::vector<std::string> warnings = warnings_;
@@ -396,17 +385,6 @@ void Supervisor::FillStatus(schema::Status::Builder status) const {
   if (!reverted_.empty()) warnings.push_back(reverted_);
   auto list = status.initWarnings(static_cast<unsigned>(warnings.size()));
   for (unsigned w = 0; w < warnings.size(); ++w) list.set(w, warnings[w].c_str());
-}
-
-void Supervisor::FillSwap(schema::SwapStatus::Builder out) const {
-  out.setKind(swap_.kind.c_str());
-  out.setResult(swap_.result.c_str());
-  out.setFinishedWallNanos(swap_.finished_wall_nanos);
-  out.setPauseNanos(swap_.pause_nanos);
-  out.setRequestsCarriedOver(swap_.carried_over);
-  out.setFromBuild(swap_.from_build.c_str());
-  out.setToBuild(swap_.to_build.c_str());
-  FillSteps(swap_.steps, out.initSteps(static_cast<unsigned>(swap_.steps.size())));
 }
 
 kj::Maybe<capnp::Capability::Client> Supervisor::RunningAdmin() {

@@ -7,13 +7,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <filesystem>
 #include <utility>
 
 #include "absl/strings/escaping.h"
 #include "common/log.h"
 #include "common/sealed_memory.h"
-#include "common/unhurried.h"
 #include "common/urgency.h"
 #include "glog/logging.h"
 #include "schema/touched.h"
@@ -24,22 +22,12 @@ namespace {
 
 constexpr unsigned kMaxIncomingFds = 16;
 constexpr uint64_t kMountingPollMillis = 5, kMountingMillis = 10'000;
-constexpr uint64_t kGonePollMillis = 1'000;
 constexpr uint64_t kDistrustSeconds = 180;
-constexpr char kCanaryFolder[] = "/supervisor/canary";  // in the state folder
-constexpr uint64_t kUrgentMillis = 6'000;               // above a worker's own limit
-constexpr uint64_t kSelfTestMillis = 5'500;             // above the verifier's own limit
-constexpr int kStoreMillis = 1'000;  // a busy service manager delays a mount this long, not longer
+constexpr uint64_t kUrgentMillis = 6'000;  // above a worker's own limit
 
 constexpr uint64_t kNeeded = schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER;
 constexpr uint64_t kVerifiable = schema::CAP_PREPARE | schema::CAP_TRIAL;
 constexpr uint64_t kOurs = kNeeded | kVerifiable | schema::CAP_HEALTH | schema::CAP_REATTACH;
-
-// Steps of a swap as people see them.
-const std::map<Phase, const char*> kSteps = {
-    {Phase::kStarting, "start"}, {Phase::kPreparing, "prepare"},       {Phase::kRehearsing, "rehearse"},
-    {Phase::kParking, "park"},   {Phase::kServing, "serve"},           {Phase::kProbing, "probe"},
-    {Phase::kYielding, "yield"}, {Phase::kAwaitingExit, "await-exit"}, {Phase::kCommitting, "commit"}};
 
 absl::StatusOr<SharedFd> MakeTouched() {
   HF_ASSIGN_OR_RETURN(UniqueFd memory, MakeSealedMemory("holdfast-touched", HF_TOUCHED_TOTAL_SIZE));
@@ -132,7 +120,7 @@ void Supervisor::Apply(const Event& event) {
   }
   // Now, and not when the next worker is waited for.
   if (before != state_.phase && state_.phase == Phase::kRunning) generations_.Reserve().IgnoreError();
-  if (upgrade_busy_ && before != state_.phase) NotePhase(before, state_.phase);
+  if (swap_.asked() && before != state_.phase) swap_.NotePhase(before, state_.phase, state_.upgrade);
   for (const Action& action : result.actions) Do(action);
   SaveMachine();  // what the actions counted
 }
@@ -200,45 +188,6 @@ void Supervisor::Do(const Action& action) {
   }
 }
 
-// The steps of an upgrade follow the machine's phases.
-void Supervisor::NotePhase(Phase from, Phase to) {
-  bool begins = to == Phase::kStarting && state_.upgrade;
-  bool forward = begins || (to > from && (to <= Phase::kCommitting || from == Phase::kCommitting) &&
-                            to <= Phase::kRunning);
-  // After the step that failed there are no more, also where the owner is replaced after that.
-  forward = forward && !step_failed_;
-  step_failed_ = !forward;
-  EndStep(forward);
-  if (auto step = kSteps.find(to); forward && step != kSteps.end()) BeginStep(step->second);
-  // Whoever watches would wake up and take the processor from the workers, for which reads wait.
-  if (to != Phase::kParking && to != Phase::kServing) TellProgress();
-}
-
-void Supervisor::BeginStep(const std::string& name) {
-  steps_.push_back({.name = name, .begun_boot_nanos = clock_->BootNanos()});
-  progress_due_.push_back({steps_.back(), false});
-}
-
-void Supervisor::EndStep(bool ok) {
-  if (steps_.empty() || steps_.back().nanos != 0) return;
-  steps_.back().nanos = clock_->BootNanos() - steps_.back().begun_boot_nanos;
-  if (!ok) return;
-  const SwapStep& step = steps_.back();
-  LOG(INFO) << "event=step name=" << step.name << " ns=" << step.nanos << " detail=" << LogValue(step.detail);
-  progress_due_.push_back({step, true});
-}
-
-void Supervisor::TellProgress() {
-  for (const auto& [step, done] : std::exchange(progress_due_, {})) {
-    KJ_IF_MAYBE (progress, progress_) {
-      auto request = progress->stepRequest();
-      FillStep(step, request.initStep());
-      request.setDone(done);
-      Ignore(request.send().ignoreResult());  // who asked may be gone
-    }
-  }
-}
-
 void Supervisor::SetLastGood(std::shared_ptr<const Executable> executable) {
   last_good_ = std::move(executable);
   reverted_.clear();
@@ -253,16 +202,9 @@ void Supervisor::SetLastGood(std::shared_ptr<const Executable> executable) {
   }));
 }
 
-void Supervisor::BeginSwap(const std::string& kind) {
-  swap_ = Swap{};
-  swap_.kind = kind;
-  swap_.result = "running";
-  swap_.from_build = running_build_;
-}
-
 void Supervisor::SpawnWorker(Generation generation, Binary binary) {
   bool upgrade = binary == Binary::kCandidate;
-  if (upgrade) BeginSwap(swap_kind_);
+  if (upgrade) swap_.BeginAsked(running_build_);
   auto worker = std::make_unique<WorkerProcess>();
   worker->generation = generation;
   bool last_good = binary == Binary::kLastGood && last_good_ != nullptr;
@@ -359,9 +301,9 @@ void Supervisor::CallWorker(const Action& action, uint64_t waited_ms) {
   }
   if (call == Call::kPark) {
     worker->reading = false;
-    reads_stopped_boot_nanos_ = clock_->BootNanos();
+    swap_.ReadsStopped(clock_->BootNanos());
   }
-  if (call == Call::kServe) swap_.carried_over = ledgers_.CountUnanswered(generation);
+  if (call == Call::kServe) swap_.CarriesOver(ledgers_.CountUnanswered(generation));
   if (call == Call::kRetire) {
     worker->retired = true;
     SaveWorker(*worker);
@@ -392,9 +334,7 @@ void Supervisor::LimitRetirement(Generation generation) {
 
 kj::Promise<void> Supervisor::SendCall(WorkerProcess* worker, const Action& action) {
   schema::Worker::Client client = KJ_ASSERT_NONNULL(worker->client);
-  auto note = [this](std::string&& detail) {
-    if (!steps_.empty()) steps_.back().detail = std::move(detail);
-  };
+  auto note = [this](std::string&& detail) { swap_.Detail(detail); };
   switch (action.call) {
     case Call::kServe:
       return Serve(worker);
@@ -445,62 +385,10 @@ kj::Promise<void> Supervisor::Serve(WorkerProcess* worker) {
   return request.send().ignoreResult();
 }
 
-// A verifier's summary. The end of a worker is told as its death; that of the verifier is a failure.
-template <typename Results>
-kj::Promise<std::string> Supervisor::Judged(capnp::RemotePromise<Results> verdict) {
-  auto summary = [](auto&& results) { return std::string(results.getSummary().cStr()); };
-  return verdict.then(kj::mv(summary), [this](kj::Exception&& exception) -> std::string {
-    auto lives = [this](Generation generation) {
-      WorkerProcess* worker = Find(generation);
-      return worker != nullptr && worker->dead_since_boot_nanos == 0;
-    };
-    bool disconnected = exception.getType() == kj::Exception::Type::DISCONNECTED;
-    if (disconnected && lives(state_.successor) && (state_.owner == 0 || lives(state_.owner)))
-      kj::throwFatalException(Failed("the verifier died: " + Describe(exception)));
-    kj::throwFatalException(kj::mv(exception));
-  });
-}
-
-kj::Promise<std::string> Supervisor::Rehearse(schema::Worker::Client candidate) {
-  WorkerProcess* owner = Find(state_.owner);
-  if (owner == nullptr || owner->client == nullptr) return Failed("the running worker is gone");
-  verifier_ = verifiers_.Begin();
-  auto request = KJ_ASSERT_NONNULL(verifier_)->client().rehearseRequest();
-  request.setOwner(KJ_ASSERT_NONNULL(owner->client));
-  request.setCandidate(kj::mv(candidate));
-  request.setMounts(MakeMountView(&vault_));
-  request.setCanaryFolder((options_.state_dir + kCanaryFolder).c_str());
-  return Judged(request.send());
-}
-
-kj::Promise<std::string> Supervisor::ProbeLive(Generation generation) {
-  auto request = KJ_REQUIRE_NONNULL(verifier_, "nothing was rehearsed")->client().probeLiveRequest();
-  request.setGeneration(generation);
-  return Judged(request.send());
-}
-
-// What a verifier that is gone has left; those of the next swap are made long after this.
-void Supervisor::RemoveCanaries() {
-  if (verifier_ != nullptr) return;
-  auto removed = Offload<int>([folder = options_.state_dir + kCanaryFolder] {
-    RemoveStaleMounts(folder).status().IgnoreError();
-    std::error_code none;
-    for (const auto& entry : std::filesystem::directory_iterator(folder, none)) rmdir(entry.path().c_str());
-    return 0;
-  });
-  tasks_.add(removed.ignoreResult());
-}
-
 void Supervisor::OnCallDone(Generation generation, Call call) {
   if (IsLost(generation)) return;
   if (call == Call::kServe || call == Call::kResume) {
-    // A rollback is a second pause of the same swap.
-    if (reads_stopped_boot_nanos_ != 0) {
-      swap_.pause_nanos += clock_->BootNanos() - std::exchange(reads_stopped_boot_nanos_, 0);
-      if (call == Call::kServe) carried_over_total_ += swap_.carried_over;
-      LOG(INFO) << "event=reads_taken_over generation=" << generation << " pause_ns=" << swap_.pause_nanos
-                << " requests_carried_over=" << swap_.carried_over;
-    }
+    swap_.ReadsTakenOver(generation, call == Call::kServe);
     if (WorkerProcess* worker = Find(generation)) worker->reading = true;
   }
   // Parked: it writes there no more. The owner, which retires at the end, was never parked.
@@ -526,7 +414,7 @@ void Supervisor::KillWorker(Generation generation) {
   if (worker->dead_since_boot_nanos == 0) worker->dead_since_boot_nanos = clock_->BootNanos();
   syscall(SYS_pidfd_send_signal, worker->pidfd.get(), SIGKILL, nullptr, 0);
   LOG(INFO) << "event=killed generation=" << generation << " pid=" << worker->pid;
-  if (worker->reading && reads_stopped_boot_nanos_ == 0) reads_stopped_boot_nanos_ = clock_->BootNanos();
+  if (worker->reading) swap_.ReadsStopped(clock_->BootNanos());
 }
 
 void Supervisor::ArmTimer(uint64_t milliseconds) {
@@ -541,9 +429,10 @@ void Supervisor::NoteDeath(WorkerProcess* worker, const std::string& reason) {
   worker->dead_since_boot_nanos = clock_->BootNanos();
   bool successor_reads = state_.phase >= Phase::kServing && state_.phase <= Phase::kCommitting;
   bool reading = worker->generation == (successor_reads ? state_.successor : state_.owner);
-  if (reading && reads_stopped_boot_nanos_ == 0) reads_stopped_boot_nanos_ = worker->dead_since_boot_nanos;
+  if (reading) swap_.ReadsStopped(worker->dead_since_boot_nanos);
   // In a swap it is the swap's affair.
-  if (reading && !worker->retired && !upgrade_busy_) BeginSwap(worker->hung.empty() ? "crash" : "hang");
+  if (reading && !worker->retired && !swap_.asked())
+    swap_.Begin(worker->hung.empty() ? "crash" : "hang", running_build_);
   if (worker->retired) return;
   bool candidate = state_.upgrade && worker->generation == state_.successor;
   if (!candidate && worker->generation != state_.spare) {
@@ -587,18 +476,8 @@ WorkerProcess* Supervisor::Find(Generation generation) {
 
 void Supervisor::FinishSwap(const std::string& result) {
   verifier_ = nullptr;
-  if (swap_.kind == "none" || swap_.result != "running") return;
-  swap_.result = result;
-  swap_.finished_wall_nanos = clock_->WallNanos();
-  if (WorkerProcess* owner = Find(state_.owner)) swap_.to_build = owner->build;
-  if (upgrade_busy_) {
-    EndStep(result == "done");
-    swap_.steps = steps_;
-    if (result != "done" && !steps_.empty()) swap_.steps.back().detail = result;
-  }
-  if (result == "done") ++swaps_;
-  LOG(INFO) << "event=swap kind=" << swap_.kind << " result=" << LogValue(result) << " owner=" << state_.owner
-            << " pause_ns=" << swap_.pause_nanos << " requests_carried_over=" << swap_.carried_over;
+  WorkerProcess* owner = Find(state_.owner);
+  swap_.Finish(result, owner == nullptr ? "" : owner->build);
 }
 
 void Supervisor::Register(Generation generation, schema::Hello::Reader hello,
@@ -641,89 +520,6 @@ void Supervisor::Register(Generation generation, schema::Hello::Reader hello,
   }));
 }
 
-kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force,
-                                      kj::Maybe<schema::Progress::Client> progress) {
-  ClaimSwap(kj::mv(progress));
-  auto free = kj::defer([this] { upgrade_busy_ = false; });
-  if (path.empty()) path = options_.worker;
-  BeginStep("copy");
-  TellProgress();
-  using Copy = absl::StatusOr<std::shared_ptr<const Executable>>;
-  std::vector<std::string> keep = {running_->sha256};
-  for (const auto& executable : {previous_, last_good_}) {
-    if (executable != nullptr) keep.push_back(executable->sha256);
-  }
-  auto copied = Offload<Copy>([path, keep, state_dir = options_.state_dir] {
-    ExecutableStore copies = WorkerCopies(state_dir);
-    copies.Keep(keep);
-    Unhurried unhurried;
-    return copies.Add(path, &unhurried);
-  });
-  auto swapped = copied.then([this, force, path](kj::Own<Copy>&& copy) -> kj::Promise<bool> {
-    if (!copy->ok()) Throw(Annotate(copy->status(), "worker " + path));
-    if ((**copy)->sha256 == running_->sha256 && !force) return false;
-    return SwapTo(**copy, "upgrade");
-  });
-  return Keep(swapped.attach(kj::mv(free)));
-}
-
-kj::Promise<bool> Supervisor::Rollback(kj::Maybe<schema::Progress::Client> progress) {
-  ClaimSwap(kj::mv(progress));
-  auto free = kj::defer([this] { upgrade_busy_ = false; });
-  auto target = RollbackTarget();
-  if (target == nullptr) Throw(FailedPrecondition("no other build is kept here to roll back to"));
-  return Keep(SwapTo(std::move(target), "rollback").attach(kj::mv(free)));
-}
-
-void Supervisor::ClaimSwap(kj::Maybe<schema::Progress::Client> progress) {
-  if (upgrade_busy_) Throw(Unavailable("another swap is under way already"));
-  if (takeover_ != nullptr)
-    Throw(Unavailable("the supervisor is still taking over from the one before; try again in some seconds"));
-  if (stopping_) Throw(Unavailable("the supervisor is shutting down"));
-  upgrade_busy_ = true;
-  steps_.clear();
-  step_failed_ = false;
-  progress_due_.clear();
-  progress_ = kj::mv(progress);
-}
-
-kj::Promise<bool> Supervisor::SwapTo(std::shared_ptr<const Executable> executable, const std::string& kind) {
-  candidate_ = std::move(executable);
-  swap_kind_ = kind;
-  EndStep(true);
-  auto pair = kj::newPromiseAndFulfiller<void>();
-  upgrade_waiter_ = kj::mv(pair.fulfiller);
-  bool proven = last_good_ != nullptr && candidate_->sha256 == last_good_->sha256;
-  Dispatch({.type = EventType::kUpgrade, .proven = proven});
-  return pair.promise.then([] { return true; });
-}
-
-std::shared_ptr<const Executable> Supervisor::RollbackTarget() const {
-  if (previous_ != nullptr) return previous_;
-  return RunsUnproven() ? last_good_ : nullptr;
-}
-
-kj::Promise<RollbackReadiness> Supervisor::CheckRollback() {
-  auto target = RollbackTarget();
-  // With none, what matters is that the build which is started after a crash still starts.
-  if (target == nullptr) target = running_;
-  auto tested = kj::evalNow([&] {
-    auto task = verifiers_.Begin();
-    auto request = task->client().selfTestRequest();
-    auto program = DupFd(target->file.get());
-    if (!program.ok()) Throw(program.status());
-    request.setExecutable(MakeDescriptor(std::move(*program)));
-    using Results = capnp::Response<schema::Verifier::SelfTestResults>;
-    auto result = request.send().then([target](Results&& results) {
-      return RollbackReadiness{results.getPassed(), target->sha256, results.getOutput().cStr()};
-    });
-    return timer_.timeoutAfter(kSelfTestMillis * kj::MILLISECONDS, result.attach(kj::mv(task)));
-  });
-  return tested.catch_([target](kj::Exception&& exception) {
-    return RollbackReadiness{false, target->sha256, Describe(exception)};
-  });
-}
-
 void Supervisor::Stop(const std::string& reason) {
   if (stopping_) return;
   stopping_ = true;
@@ -739,145 +535,6 @@ void Supervisor::KillRemaining() {
     pollfd exit{.fd = worker->pidfd.get(), .events = POLLIN, .revents = 0};
     if (poll(&exit, 1, 1'000) == 1) ReapReason(worker->pidfd.get());
   }
-}
-
-void Supervisor::RequireOwner(Generation caller) const {
-  KJ_REQUIRE(state_.holders.count(caller) != 0, "only the owner of the metadata may mount and unmount");
-  KJ_REQUIRE(!stopping_, "the supervisor is shutting down");
-}
-
-kj::Promise<const Mount*> Supervisor::MountLayer(Generation caller, std::string path, InitOptions options,
-                                                 std::string blob) {
-  RequireOwner(caller);
-  auto opened = OpenFuseDevice();
-  if (!opened.ok()) Throw(opened.status());
-  auto device = std::make_shared<UniqueFd>(std::move(*opened));
-  auto id = vault_.Allocate(path, std::move(blob), caller, device);
-  if (!id.ok()) Throw(id.status());
-  using Result = absl::StatusOr<FuseInit>;
-  auto mounted = Offload<Result>([this, name = FdName(FdKind::kMount, *id), device, path, options] {
-    store_->Push(name, {device});
-    if (!store_->Flush(kStoreMillis)) LOG(WARNING) << "event=fd_store_slow name=" << name;
-    PassFault(faults_, "supervisor.before_mount").IgnoreError();
-    auto result = MountFuse(device->get(), state_dir_.get(), options_.state_dir, path, options);
-    PassFault(faults_, "supervisor.after_mount").IgnoreError();
-    return result;
-  });
-  return Keep(mounted.then([this, id = *id](kj::Own<Result>&& r) { return FinishMount(id, std::move(*r)); }));
-}
-
-kj::Promise<const Mount*> Supervisor::MountPrivate(const std::string& name, InitOptions options,
-                                                   std::string blob) {
-  if (!options_.drill)
-    Throw(FailedPrecondition("only the private instance of a drill mounts for holdfastctl"));
-  bool plain = !name.empty() && name.find_first_not_of("0123456789") == std::string::npos;
-  if (!plain) Throw(InvalidArgument("'" + name + "' is no number"));
-  Generation owner = state_.owner;
-  WorkerProcess* worker = Find(owner);
-  bool able = worker != nullptr && (worker->capabilities & schema::CAP_TRIAL) != 0;
-  if (!able) Throw(FailedPrecondition("the running worker does not take private mounts"));
-  std::string path = options_.state_dir + "/drill/" + name;
-  absl::Status made = MakeDirs(path);
-  if (!made.ok()) Throw(made);
-  return MountLayer(owner, path, options, std::move(blob)).then([this, owner](const Mount* mount) {
-    WorkerProcess* server = Find(owner);
-    if (server == nullptr) Throw(Unavailable("the worker died meanwhile"));
-    auto request = KJ_ASSERT_NONNULL(server->client).addMountsRequest();
-    FillMountEntry(*mount, true, request.initEntries(1)[0]);
-    return request.send().ignoreResult().then([this, id = mount->id]() -> const Mount* {
-      const Mount* served = vault_.Find(id);
-      if (served == nullptr) Throw(NotFound("the mount was removed meanwhile"));
-      return served;
-    });
-  });
-}
-
-const Mount* Supervisor::FinishMount(uint64_t id, absl::StatusOr<FuseInit> result) {
-  Mount* mount = vault_.Find(id);
-  LOG(INFO) << "event=mount mount=" << id << " path=" << LogValue(mount->path)
-            << " generation=" << mount->caller << " result=" << LogValue(result.status().ToString());
-  if (!result.ok()) {
-    vault_.Forget(id);
-    Throw(result.status());
-  }
-  mount->state = MountState::kLive;
-  mount->init_request = std::move(result->request);
-  mount->init_reply = std::move(result->reply);
-  vault_.Save(*mount);
-  return mount;
-}
-
-kj::Promise<MountState> Supervisor::UnmountLayer(Generation caller, uint64_t mount_id) {
-  RequireOwner(caller);
-  Mount* mount = vault_.Find(mount_id);
-  KJ_REQUIRE(mount != nullptr, "no such mount", mount_id);
-  KJ_REQUIRE(mount->state != MountState::kMounting, "still being mounted", mount_id);
-  // Not again: the path may be another mount's by now.
-  if (mount->state == MountState::kDetached) return MountState::kDetached;
-  mount->unmounting = true;
-  vault_.Save(*mount);
-  using Result = absl::StatusOr<bool>;
-  auto unmounted = Offload<Result>([this, path = mount->path, device = mount->device] {
-    PassFault(faults_, "supervisor.before_unmount").IgnoreError();
-    auto result = UnmountFuse(path, device->get());
-    PassFault(faults_, "supervisor.after_unmount").IgnoreError();
-    return result;
-  });
-  return Keep(
-      unmounted.then([this, mount_id](kj::Own<Result>&& gone) { return FinishUnmount(mount_id, *gone); }));
-}
-
-MountState Supervisor::FinishUnmount(uint64_t id, const absl::StatusOr<bool>& gone) {
-  Mount* mount = vault_.Find(id);
-  if (mount == nullptr) return MountState::kGone;
-  mount->unmounting = false;
-  if (gone.ok() && !*gone) mount->state = MountState::kDetached;
-  if (!gone.ok() || !*gone) vault_.Save(*mount);
-  if (!gone.ok()) Throw(gone.status());
-  LOG(INFO) << "event=unmount mount=" << id << " path=" << LogValue(mount->path) << " in_use=" << !*gone;
-  if (!*gone) return MountState::kDetached;
-  vault_.Forget(id);
-  NotifyGone({id});
-  return MountState::kGone;
-}
-
-// By polling: a /dev/fuse descriptor in an epoll would wake us for every request (handover-pitfalls 12).
-kj::Promise<void> Supervisor::WatchMounts() {
-  return timer_.afterDelay(kGonePollMillis * kj::MILLISECONDS).then([this] {
-    NotifyGone(vault_.TakeGone());
-    return WatchMounts();
-  });
-}
-
-void Supervisor::NotifyGone(const std::vector<uint64_t>& ids) {
-  if (ids.empty()) return;
-  for (uint64_t id : ids) LOG(INFO) << "event=mount_gone mount=" << id;
-  for (auto& [generation, worker] : workers_) {
-    KJ_IF_MAYBE (client, worker->client) {
-      auto request = client->mountsGoneRequest();
-      auto list = request.initMountIds(static_cast<unsigned>(ids.size()));
-      for (unsigned i = 0; i < ids.size(); ++i) list.set(i, ids[i]);
-      Ignore(request.send().ignoreResult());  // a dying worker need not know
-    }
-  }
-}
-
-kj::Promise<void> Supervisor::UnmountAll() {
-  std::map<uint64_t, Mount> mounts = vault_.all();
-  auto unmounted = Offload<int>([mounts = std::move(mounts)] {
-    for (const auto& [id, mount] : mounts) {
-      if (mount.state == MountState::kLive)
-        UnmountFuse(mount.path, mount.device->get()).status().IgnoreError();
-    }
-    return 0;
-  });
-  return unmounted.then([this](kj::Own<int>&&) {
-    NotifyGone(vault_.TakeGone());
-    for (const auto& [id, mount] : vault_.all()) {
-      LOG(WARNING) << "event=mount_lost mount=" << id << " path=" << LogValue(mount.path)
-                   << " note=\"still in use; it ends with the last process that serves it\"";
-    }
-  });
 }
 
 }  // namespace holdfast::supervisor

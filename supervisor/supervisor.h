@@ -31,6 +31,7 @@
 #include "supervisor/recovery.h"
 #include "supervisor/spawner.h"
 #include "supervisor/state_journal.h"
+#include "supervisor/swap_record.h"
 #include "supervisor/vault.h"
 #include "supervisor/verifiers.h"
 
@@ -75,23 +76,9 @@ struct WorkerProcess {
   std::unique_ptr<WorkerWatch> watch;
 };
 
-// A step of an upgrade, for people.
-struct SwapStep {
-  std::string name, detail{};
-  uint64_t begun_boot_nanos = 0, nanos = 0;
-};
-void FillStep(const SwapStep& step, schema::SwapStep::Builder out);
-
 struct RollbackReadiness {
   bool ready = false;
   std::string executable, reason;
-};
-
-struct Swap {
-  std::string kind = "none", result, from_build, to_build;
-  int64_t finished_wall_nanos = 0;
-  uint64_t pause_nanos = 0, carried_over = 0;
-  std::vector<SwapStep> steps;
 };
 
 // What main has prepared.
@@ -155,8 +142,8 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   kj::Promise<RollbackReadiness> CheckRollback();
 
   void FillStatus(schema::Status::Builder status) const;
-  void FillSwap(schema::SwapStatus::Builder out) const;
   kj::Maybe<capnp::Capability::Client> RunningAdmin();
+  const SwapRecord& swap() const { return swap_; }
   Vault& vault() { return vault_; }
   LedgerStore& ledgers() { return ledgers_; }
 
@@ -198,17 +185,12 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void Apply(const Event& event);
   void Do(const Action& action);
   void SpawnWorker(Generation generation, Binary binary);
-  void BeginSwap(const std::string& kind);
-  void ClaimSwap(kj::Maybe<schema::Progress::Client> progress);
-  kj::Promise<bool> SwapTo(std::shared_ptr<const Executable> executable, const std::string& kind);
+  void ClaimSwap(const std::string& kind, kj::Maybe<schema::Progress::Client> progress);
+  kj::Promise<bool> SwapTo(std::shared_ptr<const Executable> executable);
   // Another build than the running one is last-good.
   bool RunsUnproven() const { return last_good_ != nullptr && last_good_->sha256 != running_->sha256; }
   std::shared_ptr<const Executable> RollbackTarget() const;
   void SetLastGood(std::shared_ptr<const Executable> executable);
-  void NotePhase(Phase from, Phase to);
-  void BeginStep(const std::string& name);
-  void EndStep(bool ok);
-  void TellProgress();
   void Connect(WorkerProcess* worker, UniqueFd socket);
   void CallWorker(const Action& action, uint64_t waited_ms = 0);
   void LimitUrgency(Generation generation);
@@ -292,16 +274,10 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   kj::Maybe<kj::Own<Verifiers::Task>> verifier_;  // of the swap under way, from its rehearsal on
   SharedFd touched_;  // what the candidate on trial answered for (schema/touched.h)
 
-  Swap swap_;
-  std::string swap_kind_;        // of the one asked for
-  std::vector<SwapStep> steps_;  // of it; the last one is under way
-  bool step_failed_ = false;
-  kj::Maybe<schema::Progress::Client> progress_;
-  std::vector<std::pair<SwapStep, bool>> progress_due_;  // begun or (true) done, not told yet
-  uint64_t reads_stopped_boot_nanos_ = 0;                // 0: somebody reads
+  SwapRecord swap_{clock_};
   uint64_t hangs_ = 0, pings_ = 0;
-  uint64_t crashes_ = 0, swaps_ = 0, carried_over_total_ = 0;
-  bool upgrade_busy_ = false, stopping_ = false;
+  uint64_t crashes_ = 0;
+  bool stopping_ = false;
   kj::Promise<void> living_saved_ = kj::READY_NOW;  // by the last write of the workers' file
   kj::Maybe<kj::Own<kj::PromiseFulfiller<void>>> upgrade_waiter_;
   kj::Own<kj::PromiseFulfiller<void>> stopped_;

@@ -11,7 +11,7 @@ struct LayerInfo {
   contentBytes @3 :UInt64;     # uncompressed content of its files
   cachedBytes @4 :UInt64;      # of that, on this disk
   mounts @5 :UInt32;
-  lastAccessWallNanos @6 :Int64;
+  lastAccessWallNanos @6 :Int64;  # when the hour began in which it was last read: no more is kept; 0: never
   fetchedBytes @7 :UInt64;     # from the network, since the worker started
   indexDigest @8 :Text;        # SHA-256 of the LayerIndex
   files @9 :UInt64;

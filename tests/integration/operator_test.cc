@@ -128,6 +128,21 @@ TEST_F(OperatorTest, AnUpgradeShowsEachStepAndItsPauseWhileReadsGoOn) {
   EXPECT_EQ(readers.wrong(), 0u) << readers.first_error();
 }
 
+TEST_F(OperatorTest, LayersSayWhenTheyWereLastReadToTheHourAndNotMoreExactly) {
+  const std::string root = PullAndMount();
+  Readers(image_, root, 2, Readers::Until::kAllRead).Wait();
+  const Output output = Ctl("layers");
+  EXPECT_EQ(output.exit_code, 0) << output.text;
+  EXPECT_NE(output.text.find(" h ago"), std::string::npos) << output.text;
+  const Json layers = CtlJson("layers", 0)["layers"];
+  ASSERT_EQ(layers.size(), 2u) << layers;
+  for (const Json& layer : layers) {
+    const int64_t granularity = layer["last_access_granularity_ns"];
+    EXPECT_GT(granularity, 0);
+    EXPECT_EQ(layer["last_access_wall_ns"].get<int64_t>() % granularity, 0) << layer;
+  }
+}
+
 TEST_F(OperatorTest, ARefusedUpgradeSaysAtWhichStepWhyAndWhatToDo) {
   const std::string before = OwnerExecutable();
   Output output = Ctl("upgrade --worker /nonexistent/worker");

@@ -54,6 +54,13 @@ std::string HumanAge(int64_t then_wall_nanos, int64_t now_wall_nanos) {
   return HumanDuration(static_cast<uint64_t>(now_wall_nanos - then_wall_nanos));
 }
 
+std::string HumanHourAge(int64_t hour_wall_nanos, int64_t now_wall_nanos) {
+  if (hour_wall_nanos == 0) return "never";
+  const int64_t hours = std::max<int64_t>(now_wall_nanos - hour_wall_nanos, 0) / kHourNanos;
+  if (hours < 2) return "< " + std::to_string(hours + 1) + " h ago";
+  return hours < 48 ? std::to_string(hours) + " h ago" : std::to_string(hours / 24) + " d ago";
+}
+
 std::string Count(uint64_t number, const char* noun) {
   if (number == 1) return "1 " + std::string(noun);
   return std::to_string(number) + " " + noun + (std::string_view(noun) == "crash" ? "es" : "s");

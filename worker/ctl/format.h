@@ -8,10 +8,14 @@
 
 namespace holdfast::ctl {
 
+inline constexpr int64_t kHourNanos = 3'600'000'000'000;
+
 std::string HumanBytes(uint64_t bytes);     // "0 B", "1.5 KiB", "12 GiB"
 std::string HumanDuration(uint64_t nanos);  // "850 ns", "1.2 ms", "12 s", "3 min", "5.0 h", "12 d"
 // Time since `then`, both wall clock nanoseconds; "never" for 0, "now" for the future.
 std::string HumanAge(int64_t then_wall_nanos, int64_t now_wall_nanos);
+// The same of a time that is known to its hour: `hour` is when that began, so it may be up to an hour less.
+std::string HumanHourAge(int64_t hour_wall_nanos, int64_t now_wall_nanos);
 std::string Count(uint64_t number, const char* noun);  // "1 request", "12 requests", "2 crashes"
 // "37 %", "-" of nothing; never above 100, though what is on disk comes in whole blocks.
 std::string Percent(uint64_t part, uint64_t whole);

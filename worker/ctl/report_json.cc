@@ -129,7 +129,8 @@ std::string LayersJson(const std::vector<LayerInfo>& layers) {
                               {"files", layer.files},
                               {"mounts", layer.mounts},
                               {"last_access_wall_ns", layer.last_access_wall_nanos},
-                              {"index_digest", layer.index_digest}});
+                              {"index_digest", layer.index_digest},
+                              {"last_access_granularity_ns", kHourNanos}});
   }
   return Dump(json);
 }

@@ -35,6 +35,19 @@ TEST(FormatTest, DurationsAreShownInTheUnitThatFits) {
   EXPECT_EQ(HumanAge(kNow - 3 * 86400 * kSecond, kNow), "3.0 d");
 }
 
+TEST(FormatTest, ATimeThatIsKnownToItsHourIsNotShownAsExact) {
+  constexpr int64_t kHour = kHourNanos, kBegin = 472'222 * kHour;
+  EXPECT_EQ(HumanHourAge(0, kBegin), "never");
+  // Read in the last second of that hour, or in its first.
+  EXPECT_EQ(HumanHourAge(kBegin, kBegin), "< 1 h ago");
+  EXPECT_EQ(HumanHourAge(kBegin, kBegin + kHour - 1), "< 1 h ago");
+  EXPECT_EQ(HumanHourAge(kBegin, kBegin + kHour), "< 2 h ago");
+  EXPECT_EQ(HumanHourAge(kBegin, kBegin + 2 * kHour), "2 h ago");
+  EXPECT_EQ(HumanHourAge(kBegin, kBegin + 48 * kHour - 1), "47 h ago");
+  EXPECT_EQ(HumanHourAge(kBegin, kBegin + 80 * kHour), "3 d ago");
+  EXPECT_EQ(HumanHourAge(kBegin + kHour, kBegin), "< 1 h ago") << "the clock was set back";
+}
+
 TEST(FormatTest, ALayerWhoseBlocksExceedItsContentIsWhollyCached) {
   EXPECT_EQ(Percent(37, 100), "37 %");
   EXPECT_EQ(Percent(0, 0), "-");
@@ -84,6 +97,17 @@ TEST(ReportTest, JsonIsVersionedAndHasNullWhereTheWorkerIsSilent) {
   EXPECT_TRUE(json["fetch"].is_null());
   EXPECT_EQ(json["last_swap"]["pause_ns"], 1'500'000);
   EXPECT_EQ(json["workers"][0]["generation"], 2);
+}
+
+TEST(ReportTest, LayersSayHowExactlyTheLastReadIsKnown) {
+  LayerInfo layer;
+  layer.last_access_wall_nanos = kNow - kNow % kHourNanos;
+  const std::string text = LayersText({layer}, kNow);
+  EXPECT_NE(text.find("LAST READ"), std::string::npos) << text;
+  EXPECT_NE(text.find("< 1 h ago"), std::string::npos) << text;
+  auto json = nlohmann::json::parse(LayersJson({layer}))["layers"][0];
+  EXPECT_EQ(json["last_access_wall_ns"], layer.last_access_wall_nanos);
+  EXPECT_EQ(json["last_access_granularity_ns"], 3'600'000'000'000);
 }
 
 TEST(ReportTest, JsonSurvivesNamesThatAreNoUtf8) {

@@ -155,13 +155,13 @@ std::string LayersText(const std::vector<LayerInfo>& layers, int64_t now) {
                {"BLOB", true},
                {"FILES", true},
                {"MOUNTS", true},
-               {"READ", true},
+               {"LAST READ", true},
                {"IMAGE"}});
   for (const LayerInfo& layer : layers) {
     table.Add({layer.digest, HumanBytes(layer.cached_bytes), HumanBytes(layer.content_bytes),
                Percent(layer.cached_bytes, layer.content_bytes), HumanBytes(layer.fetched_bytes),
                HumanBytes(layer.compressed_bytes), std::to_string(layer.files), std::to_string(layer.mounts),
-               HumanAge(layer.last_access_wall_nanos, now), OrDash(layer.image)});
+               HumanHourAge(layer.last_access_wall_nanos, now), OrDash(layer.image)});
   }
   return table.ToString();
 }

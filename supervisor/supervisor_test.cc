@@ -163,7 +163,8 @@ TEST(SupervisorTest, ASuccessorAnswersTheRequestThatTheDeadWorkerHadTaken) {
     EXPECT_EQ(harness.LedgerGenerations(), std::vector<uint64_t>{info.generation})
         << "the drained ledger is dropped";
     EXPECT_TRUE(Eventually([&] { return SameFds(fds, harness.OpenFds()); }, 5))
-        << "and with it its descriptors";
+        << "and with it its descriptors: " << ::testing::PrintToString(fds) << " became "
+        << ::testing::PrintToString(harness.OpenFds());
   }
 }
 

@@ -102,10 +102,17 @@ absl::StatusOr<SharedFd> ControlListener(const Options& options, FdStore* store,
   auto serving = ServeControl(&supervisor, listener.get()).eagerlyEvaluate([](kj::Exception&& exception) {
     LOG(ERROR) << "event=control_ended error=" << LogValue(exception.getDescription().cStr());
   });
+  bool ending = false;
   auto left =
       io.unixEventPort.onSignal(SIGTERM).then([&](siginfo_t) { return supervisor.SaveLivingWorkers(); });
-  left = left.then([store] { LeaveToNext(store); }).eagerlyEvaluate(nullptr);
+  left = left.then([&ending, store] {
+               // Half of a full end is of no use to the next one.
+               if (!ending) LeaveToNext(store);
+               LOG(WARNING) << "event=sigterm_ignored reason=\"everything is being ended\"";
+             })
+             .eagerlyEvaluate(nullptr);
   auto told = io.unixEventPort.onSignal(SIGINT).then([&](siginfo_t info) {
+    ending = true;
     sd_notify(0, "STOPPING=1");
     supervisor.Stop(strsignal(info.si_signo));
   });

@@ -516,6 +516,27 @@ TEST(SupervisorTest, SigintUnmountsEndsTheWorkerAndRemovesTheSockets) {
   EXPECT_NE(kill(worker, 0), 0) << "reaped";
 }
 
+TEST(SupervisorTest, AFullEndThatHasBegunIsNotAbortedBySigterm) {
+  Harness harness;
+  harness.Start();
+  MountView mount = harness.Mount("a");
+  const pid_t worker = harness.Status().Worker("owner").pid, supervisor = harness.pid();
+  std::ofstream(harness.state_dir() + "/stop-yield") << "1";
+  ASSERT_EQ(kill(supervisor, SIGINT), 0);
+  harness.WaitPhase("stop-yielding");  // for as long as the worker is stopped
+  ASSERT_EQ(kill(supervisor, SIGTERM), 0);
+  EXPECT_TRUE(Eventually([&] { return harness.LogContains("event=sigterm_ignored"); }));
+  EXPECT_FALSE(harness.LogContains("event=left_to_next"));
+  const std::string stat = "/proc/" + std::to_string(worker) + "/stat";
+  ASSERT_TRUE(Eventually([&] { return ReadFile(stat).value_or("").find(") T ") != std::string::npos; }));
+  ASSERT_EQ(kill(worker, SIGCONT), 0);
+  EXPECT_EQ(harness.WaitEnd(), 0);
+  EXPECT_TRUE(harness.LogContains("event=stopped"));
+  EXPECT_FALSE(IsMounted(mount.path));
+  EXPECT_FALSE(PathExists(harness.control_socket()));
+  EXPECT_NE(kill(worker, 0), 0) << "reaped";
+}
+
 TEST(SupervisorTest, ControlTurnsAwayWhoIsNotRoot) {
   Harness harness;
   harness.Start();

@@ -141,8 +141,7 @@ void Supervisor::NotifyGone(const std::vector<uint64_t>& ids) {
 }
 
 kj::Promise<void> Supervisor::UnmountAll() {
-  std::map<uint64_t, Mount> mounts = vault_.all();
-  auto unmounted = Offload<int>([mounts = std::move(mounts)] {
+  auto unmounted = Offload<int>([mounts = vault_.all()] {
     for (const auto& [id, mount] : mounts) {
       if (mount.state == MountState::kLive)
         UnmountFuse(mount.path, mount.device->get()).status().IgnoreError();

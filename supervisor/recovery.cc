@@ -208,7 +208,7 @@ void Supervisor::AdoptWorkers() {
     worker->started_wall_nanos = saved->getStartedWallNanos();
     worker->killed = saved->getKilled();
     worker->retired = saved->getRetired();
-    if (worker->retired) LimitRetirement(generation);
+    if (worker->retired) LimitRetirement(worker.get());
     WatchExit(worker.get());
     workers_[generation] = std::move(worker);
   }

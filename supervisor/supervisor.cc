@@ -150,7 +150,7 @@ void Supervisor::Do(const Action& action) {
     case ActionType::kTimer:
       return ArmTimer(action.milliseconds);
     case ActionType::kStopTimer:
-      return void(++timer_token_);
+      return void(machine_timer_ = nullptr);
     case ActionType::kExit:
       return stopped_->fulfill();
     case ActionType::kProven:
@@ -217,7 +217,11 @@ void Supervisor::SpawnWorker(Generation generation, Binary binary) {
     HF_ASSIGN_OR_RETURN(WorkerChild child,
                         Spawn(*worker->executable, options_.worker_args, worker->token, urgent));
     worker->pid = child.process.pid;
-    if (urgent) LimitUrgency(generation);
+    // It ends by itself, but for builds that know nothing of it, and those that come to nothing.
+    auto too_long = [process = worker.get()] {
+      if (!process->exited) EndUrgencyOf(process->pid);
+    };
+    if (urgent) worker->urgency_limit = StartTimer(kUrgentMillis, too_long);
     worker->pidfd = std::move(child.process.pidfd);
     worker->start_ticks = ProcessStartTicks(worker->pid).value_or(0);
     // Before it is given anything: it cannot register before we are back on the loop.
@@ -235,14 +239,6 @@ void Supervisor::SpawnWorker(Generation generation, Binary binary) {
             << " executable=" << worker->executable->sha256 << " candidate=" << upgrade;
   workers_[generation] = std::move(worker);
   tasks_.add(SaveLivingWorkers());
-}
-
-// It ends by itself, but for builds that know nothing of it, and those that come to nothing.
-void Supervisor::LimitUrgency(Generation generation) {
-  tasks_.add(timer_.afterDelay(kUrgentMillis * kj::MILLISECONDS).then([this, generation] {
-    WorkerProcess* worker = Find(generation);
-    if (worker != nullptr && !worker->exited) EndUrgencyOf(worker->pid);
-  }));
 }
 
 void Supervisor::Connect(WorkerProcess* worker, UniqueFd socket) {
@@ -307,7 +303,7 @@ void Supervisor::CallWorker(const Action& action, uint64_t waited_ms) {
   if (call == Call::kRetire) {
     worker->retired = true;
     SaveWorker(*worker);
-    LimitRetirement(generation);
+    LimitRetirement(worker);
   }
   if (worker->client == nullptr) return;
   auto failed = [this, generation, call](kj::Exception&& exception) {
@@ -327,9 +323,9 @@ void Supervisor::CallWorker(const Action& action, uint64_t waited_ms) {
                  .then([this, generation, call] { OnCallDone(generation, call); }, kj::mv(failed)));
 }
 
-void Supervisor::LimitRetirement(Generation generation) {
-  auto too_long = [this, generation] { KillWorker(generation); };  // nothing if it exited
-  tasks_.add(timer_.afterDelay(options_.limits.retired_ms * kj::MILLISECONDS).then(kj::mv(too_long)));
+void Supervisor::LimitRetirement(WorkerProcess* worker) {
+  auto too_long = [this, generation = worker->generation] { KillWorker(generation); };
+  worker->retirement_limit = StartTimer(options_.limits.retired_ms, too_long);
 }
 
 kj::Promise<void> Supervisor::SendCall(WorkerProcess* worker, const Action& action) {
@@ -417,11 +413,15 @@ void Supervisor::KillWorker(Generation generation) {
   if (worker->reading) swap_.ReadsStopped(clock_->BootNanos());
 }
 
+kj::Promise<void> Supervisor::StartTimer(uint64_t milliseconds, std::function<void()> due) {
+  return timer_.afterDelay(milliseconds * kj::MILLISECONDS).then(std::move(due)).eagerlyEvaluate(nullptr);
+}
+
 void Supervisor::ArmTimer(uint64_t milliseconds) {
-  uint64_t token = ++timer_token_;
-  tasks_.add(timer_.afterDelay(milliseconds * kj::MILLISECONDS).then([this, token] {
-    if (token == timer_token_) Dispatch({.type = EventType::kTimer});
-  }));
+  machine_timer_ = StartTimer(milliseconds, [this] {
+    tasks_.add(kj::mv(machine_timer_));  // lives on until we return: what follows may arm the next one
+    Dispatch({.type = EventType::kTimer});
+  });
 }
 
 void Supervisor::NoteDeath(WorkerProcess* worker, const std::string& reason) {

@@ -74,6 +74,7 @@ struct WorkerProcess {
   uint32_t calls = 0;    // of the machine, under way
   std::string hung{};    // the verdict; empty: none
   std::unique_ptr<WorkerWatch> watch;
+  kj::Promise<void> urgency_limit = nullptr, retirement_limit = nullptr;  // timers: they end with it
 };
 
 struct RollbackReadiness {
@@ -193,8 +194,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void SetLastGood(std::shared_ptr<const Executable> executable);
   void Connect(WorkerProcess* worker, UniqueFd socket);
   void CallWorker(const Action& action, uint64_t waited_ms = 0);
-  void LimitUrgency(Generation generation);
-  void LimitRetirement(Generation generation);
+  void LimitRetirement(WorkerProcess* worker);
   kj::Promise<void> SendCall(WorkerProcess* worker, const Action& action);
   kj::Promise<void> Serve(WorkerProcess* worker);
   kj::Promise<std::string> Rehearse(schema::Worker::Client candidate);
@@ -205,6 +205,8 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void OnCallDone(Generation generation, Call call);
   void TellExited(Generation generation, Generation exited);
   void KillWorker(Generation generation);
+  // Armed as long as the promise exists, which `due` must not destroy.
+  kj::Promise<void> StartTimer(uint64_t milliseconds, std::function<void()> due);
   void ArmTimer(uint64_t milliseconds);
   void OnDisconnected(Generation generation, const char* how = "its connection ended");
   void OnExit(Generation generation);
@@ -264,7 +266,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   Generation last_generation_ = 0;
   std::deque<Event> events_;
   bool dispatching_ = false;
-  uint64_t timer_token_ = 0;
+  kj::Promise<void> machine_timer_ = nullptr;  // the one armed last
   std::map<Generation, std::unique_ptr<WorkerProcess>> workers_;
   std::shared_ptr<const Executable> running_, previous_, candidate_, last_good_;
   std::string running_build_;

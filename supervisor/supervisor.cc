@@ -164,7 +164,8 @@ void Supervisor::Do(const Action& action) {
       return;
     case ActionType::kDataFault:
       reverted_ += "; it died too (" + action.reason +
-                   "), so the builds are not to blame: look for damaged layers in the worker's log";
+                   "), so the builds are not to blame: it was killed from outside, or a layer is damaged; "
+                   "the log says";
       LOG(ERROR) << "event=data_fault reason=" << LogValue(action.reason);
       return;
     case ActionType::kSwapDone:

@@ -725,8 +725,10 @@ class Matrix {
   Rig* RigFor(Step step, Fault fault) {
     const bool silent = IsSilent(fault);
     RigOptions options;
-    // Where nobody waits for the step; the others have the limits that a node has.
-    if (silent) options.arguments = {"--limits", "register=2500,prepare=2500,rehearse=2500,yield=2500"};
+    // Silent: short where nobody waits for the step, else the limits that a node has. Other cases hold
+    // workers still for as long as the test, on a busy machine, needs to do its part.
+    options.arguments = {"--limits", silent ? "register=2500,prepare=2500,rehearse=2500,yield=2500"
+                                            : "park=20000,prepared=20000,yield=20000"};
     if (fault == Fault::kDiskFull) options.state_megabytes = 300;
     const bool dying = fault == Fault::kSupervisorDiesEntering;
     if (dying) options.environment = {"HOLDFAST_SUPERVISOR_FAULTS=" + DeathEntering(step)};

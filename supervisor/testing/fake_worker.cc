@@ -3,8 +3,8 @@
 // ("HFMODE:<mode>\n"), so that a test makes differently behaving builds by appending to a copy. Files in the
 // state folder steer a running one: while "hold" exists a request taken is left in its slot, with "hold-pipe"
 // in its pipe; with "stuck" the reading thread never ends executing it, with "slow" only after two seconds,
-// with "deaf" it reads nothing; with "held-back" ping says that it does so on purpose; "stop-start" and
-// "stop-<call>" stop the whole process there, the first one that comes by.
+// with "deaf" it reads nothing; with "held-back" ping says that it does so on purpose; "stop-<call>"
+// (serve, take, park, resume, yield) stops the whole process there, the first one that comes by.
 #include <capnp/rpc-twoparty.h>
 #include <dirent.h>
 #include <errno.h>

@@ -56,6 +56,9 @@ struct Status {
   stateSource @18 :Text;           # where this process got its state from: "new", "fd store", "worker"
   fdStore @19 :Bool;               # descriptors are kept by the service manager
   inProgress @20 :List(SwapStep);  # of the swap under way; the last one has not ended
+  lastDeath @21 :Text;     # how the last worker ended that was not asked to (as in crashes), or why one could not be started;
+                           # empty: none since this process started
+  lastDeathWallNanos @22 :Int64;
 }
 
 interface Progress {

@@ -340,6 +340,8 @@ void Supervisor::FillStatus(schema::Status::Builder status) const {
   status.setPhase(PhaseName(state_.phase));
   status.setCrashes(crashes_);
   status.setHangs(hangs_);
+  status.setLastDeath(last_death_.reason.c_str());
+  status.setLastDeathWallNanos(last_death_.wall_nanos);
   status.setSwaps(swap_.swaps());
   status.setRequestsCarriedOverTotal(swap_.carried_over());
   status.setStateDir(options_.state_dir.c_str());

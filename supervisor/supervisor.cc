@@ -233,6 +233,7 @@ void Supervisor::SpawnWorker(Generation generation, Binary binary) {
   }();
   if (!status.ok()) {
     LOG(ERROR) << "event=spawn_failed generation=" << generation << " error=" << LogValue(status.ToString());
+    NoteReason(worker.get(), std::string(FromAbsl(status.message())));
     ledgers_.OwnerExited(generation);
     return Dispatch({.type = EventType::kExited, .generation = generation, .reason = status.ToString()});
   }
@@ -313,6 +314,7 @@ void Supervisor::CallWorker(const Action& action, uint64_t waited_ms) {
     std::string why = Describe(exception);
     LOG(WARNING) << "event=call_failed generation=" << generation << " call=" << CallName(call)
                  << " error=" << LogValue(why);
+    if (call == Call::kServe) NoteReason(Find(generation), "serve failed: " + why);
     Dispatch({.type = EventType::kFailed, .generation = generation, .call = call, .reason = why});
   };
   ++worker->calls;
@@ -435,14 +437,21 @@ void Supervisor::NoteDeath(WorkerProcess* worker, const std::string& reason) {
   if (reading && !worker->retired && !swap_.asked())
     swap_.Begin(worker->hung.empty() ? "crash" : "hang", running_build_);
   if (worker->retired) return;
-  bool candidate = state_.upgrade && worker->generation == state_.successor;
-  if (!candidate && worker->generation != state_.spare) {
+  if (NoteReason(worker, worker->hung.empty() ? reason : worker->hung)) {
     ++crashes_;
     if (!worker->hung.empty()) ++hangs_;
   }
   LOG(ERROR) << "event=worker_died generation=" << worker->generation << " pid=" << worker->pid
-             << " reason=" << LogValue(worker->hung.empty() ? reason : worker->hung)
-             << " phase=" << PhaseName(state_.phase);
+             << " reason=" << LogValue(worker->death) << " phase=" << PhaseName(state_.phase);
+}
+
+// False: it is a candidate or a spare, whose end is not told as a death.
+bool Supervisor::NoteReason(WorkerProcess* worker, const std::string& reason) {
+  worker->death = reason;
+  bool candidate = state_.upgrade && worker->generation == state_.successor;
+  if (candidate || worker->generation == state_.spare) return false;
+  last_death_ = {worker->generation, reason, clock_->WallNanos()};
+  return true;
 }
 
 void Supervisor::OnDisconnected(Generation generation, const char* how) {
@@ -457,16 +466,19 @@ void Supervisor::OnDisconnected(Generation generation, const char* how) {
 
 void Supervisor::OnExit(Generation generation) {
   WorkerProcess* worker = Find(generation);
-  std::string reason = ReapReason(worker->pidfd.get());
+  std::string how = ReapReason(worker->pidfd.get());
   worker->exited = true;
-  NoteDeath(worker, reason);
-  LOG(INFO) << "event=exited generation=" << generation << " pid=" << worker->pid
-            << " how=" << LogValue(reason);
+  NoteDeath(worker, how);
+  // Our own signals tell nothing, nor does the end of what is no child of ours.
+  bool ours = !worker->hung.empty() || (worker->killed && how.rfind("signal 9 ", 0) == 0);
+  if (worker->death.empty() || (!ours && how != "unknown")) worker->death = how;
+  if (last_death_.generation == generation) last_death_.reason = worker->death;
+  LOG(INFO) << "event=exited generation=" << generation << " pid=" << worker->pid << " how=" << LogValue(how);
   ledgers_.OwnerExited(generation);
   journal_.ForgetWorker(generation);
   // Not in this callback: it belongs to what is destroyed.
   tasks_.add(kj::evalLater([this, generation] { workers_.erase(generation); }));
-  Dispatch({.type = EventType::kExited, .generation = generation, .reason = reason});
+  Dispatch({.type = EventType::kExited, .generation = generation, .reason = worker->death});
   tasks_.add(SaveLivingWorkers());
 }
 

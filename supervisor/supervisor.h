@@ -73,8 +73,16 @@ struct WorkerProcess {
   bool reading = false;  // from its answer to serve or resume until it is told to park
   uint32_t calls = 0;    // of the machine, under way
   std::string hung{};    // the verdict; empty: none
+  std::string death{};   // why it is dead or useless
   std::unique_ptr<WorkerWatch> watch;
   kj::Promise<void> urgency_limit = nullptr, retirement_limit = nullptr;  // timers: they end with it
+};
+
+// Of a worker that was not asked to end, or came to nothing; not of candidates and spares.
+struct Death {
+  Generation generation = 0;  // 0: none yet
+  std::string reason{};
+  int64_t wall_nanos = 0;
 };
 
 struct RollbackReadiness {
@@ -211,6 +219,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void OnDisconnected(Generation generation, const char* how = "its connection ended");
   void OnExit(Generation generation);
   void NoteDeath(WorkerProcess* worker, const std::string& reason);
+  bool NoteReason(WorkerProcess* worker, const std::string& reason);
   void FinishSwap(const std::string& result);
   void AdoptRunningBinary();
   WorkerProcess* Find(Generation generation);
@@ -279,6 +288,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   SwapRecord swap_{clock_};
   uint64_t hangs_ = 0, pings_ = 0;
   uint64_t crashes_ = 0;
+  Death last_death_;
   bool stopping_ = false;
   kj::Promise<void> living_saved_ = kj::READY_NOW;  // by the last write of the workers' file
   kj::Maybe<kj::Own<kj::PromiseFulfiller<void>>> upgrade_waiter_;

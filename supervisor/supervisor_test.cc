@@ -365,6 +365,46 @@ TEST(SupervisorTest, AWorkerThatKeepsDyingIsStartedAgainEverMoreSlowly) {
   EXPECT_LE(harness.Status().crashes, 6u);
 }
 
+// Once its exit is known.
+void ExpectLastDeath(Harness* harness, const std::string& reason) {
+  EXPECT_TRUE(Eventually([&] { return harness->Status().last_death.find(reason) != std::string::npos; }))
+      << harness->Status().last_death;
+}
+
+TEST(SupervisorTest, StatusSaysHowTheLastWorkerDied) {
+  Harness harness;
+  harness.Start();
+  const StatusView before = harness.Status();
+  EXPECT_EQ(before.last_death, "");
+  EXPECT_EQ(before.last_death_wall_nanos, 0);
+  ASSERT_EQ(kill(before.Worker("owner").pid, SIGSEGV), 0);
+  ExpectLastDeath(&harness, "signal 11 (Segmentation fault)");
+  EXPECT_GT(harness.WaitPhase("running").last_death_wall_nanos, 0);
+  bool changed = false;
+  EXPECT_NE(harness.Upgrade(harness.MakeWorker("exit"), false, &changed), "");
+  ExpectLastDeath(&harness, "signal 11");  // a candidate is the swap's affair
+}
+
+TEST(SupervisorTest, StatusSaysWhyNoWorkerStarts) {
+  for (const auto& [mode, reason] :
+       std::map<std::string, std::string>{{"exit", "exit 3"}, {"fail-serve", "this build cannot serve"}}) {
+    Harness harness;
+    harness.Start({}, mode);
+    StatusView status;
+    EXPECT_TRUE(Eventually([&] {
+      status = harness.Status();
+      return status.phase == "backoff" && status.last_death.find(reason) != std::string::npos;
+    })) << mode
+        << ": " << status.last_death;
+  }
+  Harness harness;
+  const std::string no_program = harness.state_dir() + "/no-program";
+  ASSERT_TRUE(WriteFileAtomic(no_program, "nonsense", 0755).ok());
+  harness.Start({"--worker", no_program}, "exit");
+  ExpectLastDeath(&harness, "Exec format error");
+  EXPECT_EQ(harness.Status().crashes, 0u);
+}
+
 TEST(SupervisorTest, ADeadWorkersBinaryIsStartedFromThePrivateCopyWhenTheOriginalIsGone) {
   Harness harness;
   std::string worker = harness.MakeWorker("good");

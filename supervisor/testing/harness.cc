@@ -251,6 +251,8 @@ StatusView Harness::Status() {
     view.steps.push_back({step.getName().cStr(), step.getDetail().cStr(), step.getNanos()});
   view.last_good = status.getLastGood().cStr();
   view.spare = status.getSpareState().cStr();
+  view.last_death = status.getLastDeath().cStr();
+  view.last_death_wall_nanos = status.getLastDeathWallNanos();
   view.probation_seconds = status.getProbationSeconds();
   view.state_source = status.getStateSource().cStr();
   view.fd_store = status.getFdStore();

@@ -40,7 +40,8 @@ struct StatusView {
   std::vector<WorkerView> workers;
   std::vector<std::string> warnings;
   std::vector<StepView> steps;  // of the last swap
-  std::string last_good, spare;
+  std::string last_good, spare, last_death;
+  int64_t last_death_wall_nanos = 0;
   uint64_t probation_seconds = 0;
   // The worker with that role; fails the test when there is none.
   WorkerView Worker(const std::string& role) const;

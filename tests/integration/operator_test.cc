@@ -216,7 +216,14 @@ TEST_F(OperatorTest, StatusAnswersWhileTheWorkerIsStoppedAndWhileNoneStarts) {
   output = Ctl("status");
   EXPECT_EQ(output.exit_code, 0) << output.text;
   EXPECT_EQ(output.text.find("\n         1  owner "), std::string::npos) << output.text;
-  EXPECT_GE(CtlJson("status", 0)["crashes"], 1);
+  Json status;
+  do {
+    status = CtlJson("status", 0);
+    ASSERT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(40)) << status;
+  } while (status["last_death"].is_null() || status["last_death"]["reason"] != "exit 1");
+  EXPECT_GE(status["crashes"], 1);
+  EXPECT_GT(status["last_death"]["wall_ns"], 0) << status;
+  EXPECT_NE(Ctl("status").text.find("\nlast death  "), std::string::npos);
   EXPECT_EQ(Ctl("inflight").exit_code, 0);
   EXPECT_EQ(Ctl("layers").exit_code, 1);
   ASSERT_TRUE(WriteFileAtomic(node_.root() + "/config.toml", kConfig).ok());

@@ -104,6 +104,10 @@ int Fail(const absl::Status& status) {
   return kFailed;
 }
 
+// The process ends before its connection does: the supervisor would take an end of that alone for a reason to
+// kill, and the exit code would not be told.
+[[noreturn]] void FailNow(const absl::Status& status) { ExitNow(Fail(status)); }
+
 int Serve(const Arguments& arguments) {
   UniqueFd socket(handover::kSupervisorFd);
   RaiseDescriptorLimit();
@@ -116,31 +120,31 @@ int Serve(const Arguments& arguments) {
   if (IsUrgent()) urgency.Begin(kUrgentAtMost).IgnoreError();
   InstallStackDump();
   absl::StatusOr<Config> config = LoadConfig(arguments.config);
-  if (!config.ok()) return Fail(config.status());
+  if (!config.ok()) FailNow(config.status());
   const char* token = getenv("HOLDFAST_TOKEN");
   if (token == nullptr || !started) {
-    return Fail(FailedPrecondition("not started by holdfast-supervisor (see --help)"));
+    FailNow(FailedPrecondition("not started by holdfast-supervisor (see --help)"));
   }
   Worker::Options options;
   options.config = *std::move(config);
   const char* faults = getenv("HOLDFAST_FAULTS");
   if (faults != nullptr) {
     absl::StatusOr<std::string> spec = FaultSpecFrom(faults);
-    if (!spec.ok()) return Fail(spec.status());
+    if (!spec.ok()) FailNow(spec.status());
     options.fault_spec = *std::move(spec);
   }
   options.build = BuildName();
   options.urgency = &urgency;
   options.exit = [](int code) { ExitNow(code); };
   absl::StatusOr<std::unique_ptr<Worker>> worker = Worker::Create(options);
-  if (!worker.ok()) return Fail(worker.status());
+  if (!worker.ok()) FailNow(worker.status());
 
-  if (absl::Status fault = (*worker)->BeforeRegister(); !fault.ok()) return Fail(fault);
+  if (absl::Status fault = (*worker)->BeforeRegister(); !fault.ok()) FailNow(fault);
   auto link = handover::SupervisorLink::Connect(std::move(socket), {token, BuildName(), kCapabilities});
-  if (!link.ok()) return Fail(link.status());
+  if (!link.ok()) FailNow(link.status());
   unsetenv("HOLDFAST_TOKEN");  // credential helpers that we run need not see it
   absl::Status running = (*worker)->Run(std::move(*link));
-  if (!running.ok()) return Fail(running);
+  if (!running.ok()) FailNow(running);
   while (true) {
     int signal = 0;
     if (sigwait(&signals, &signal) != 0) continue;

@@ -113,6 +113,8 @@ SupervisorStatus ToStatus(schema::Status::Reader from) {
   to.spare = TextOf(from.getSpareState());
   to.state_source = TextOf(from.getStateSource());
   to.fd_store = from.getFdStore();
+  to.last_death = TextOf(from.getLastDeath());
+  to.last_death_wall_nanos = from.getLastDeathWallNanos();
   for (auto step : from.getInProgress()) to.in_progress.push_back(ToStep(step));
   return to;
 }

@@ -46,7 +46,8 @@ struct SupervisorStatus {
   std::vector<std::string> warnings;
   // Empty or 0 from a supervisor that does not know them yet; then `spare` is empty, too.
   uint64_t hangs = 0, probation_seconds = 0, supervisor_restarts = 0;
-  std::string last_good, spare, state_source;
+  std::string last_good, spare, state_source, last_death;
+  int64_t last_death_wall_nanos = 0;
   bool fd_store = false;
   std::vector<SwapStep> in_progress;
 };

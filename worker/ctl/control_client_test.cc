@@ -39,6 +39,8 @@ class StandIn final : public schema::Control::Server {
     status.setSupervisorRestarts(2);
     status.setStateSource("worker");
     status.setFdStore(true);
+    status.setLastDeath("exit 3");
+    status.setLastDeathWallNanos(9);
     status.initInProgress(1)[0].setName("rehearse");
     auto step = status.initLastSwap().initSteps(1)[0];
     step.setName("copy");
@@ -175,6 +177,8 @@ TEST_F(ControlClientTest, StatusCarriesWhatTheSupervisorKnows) {
   EXPECT_EQ(status->supervisor_restarts, 2u);
   EXPECT_EQ(status->state_source, "worker");
   EXPECT_TRUE(status->fd_store);
+  EXPECT_EQ(status->last_death, "exit 3");
+  EXPECT_EQ(status->last_death_wall_nanos, 9);
   ASSERT_EQ(status->in_progress.size(), 1u);
   EXPECT_EQ(status->in_progress[0].name, "rehearse");
   ASSERT_EQ(status->last_swap.steps.size(), 1u);
@@ -189,6 +193,7 @@ TEST_F(ControlClientTest, AnOldSupervisorUpgradesAndRefusesTheRestByName) {
   auto status = client_->Status();
   ASSERT_TRUE(status.ok()) << status.status();
   EXPECT_EQ(status->state_source, "");
+  EXPECT_EQ(status->last_death, "");
   EXPECT_EQ(client_->Rollback(nullptr).status().code(), absl::StatusCode::kUnimplemented);
   auto check = client_->CheckRollback();
   EXPECT_EQ(check.status().code(), absl::StatusCode::kUnimplemented) << check.status();

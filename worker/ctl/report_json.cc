@@ -91,6 +91,9 @@ std::string StatusJson(const NodeStatus& node) {
   json["state_source"] = status.state_source;
   json["fd_store"] = status.fd_store;
   json["in_progress"] = StepsJson(status.in_progress);
+  json["last_death"] = nullptr;  // of a worker: none, or not known
+  if (!status.last_death.empty())
+    json["last_death"] = {{"reason", status.last_death}, {"wall_ns", status.last_death_wall_nanos}};
   json["rollback"] = nullptr;  // not known
   if (node.rollback.has_value()) {
     json["rollback"] = {{"ready", node.rollback->ready},

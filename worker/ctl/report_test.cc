@@ -91,6 +91,24 @@ TEST(ReportTest, StatusWithoutAWorkerSaysSo) {
   EXPECT_NE(StatusText(status, kNow).find("no worker is running"), std::string::npos);
 }
 
+TEST(ReportTest, WhyTheLastWorkerDiedIsShownAndWhereMoreIsToldWhileNoneServes) {
+  NodeStatus node = Example();
+  EXPECT_EQ(StatusText(node, kNow).find("last death"), std::string::npos);
+  EXPECT_TRUE(nlohmann::json::parse(StatusJson(node))["last_death"].is_null());
+  node.supervisor.last_death = "exit 1";
+  node.supervisor.last_death_wall_nanos = kNow - 2 * kSecond;
+  EXPECT_NE(StatusText(node, kNow).find("\nlast death  2.0 s ago: exit 1\n"), std::string::npos)
+      << StatusText(node, kNow);
+  auto json = nlohmann::json::parse(StatusJson(node));
+  EXPECT_EQ(json["last_death"]["reason"], "exit 1");
+  EXPECT_EQ(json["last_death"]["wall_ns"], kNow - 2 * kSecond);
+  node.supervisor.workers[0].role = "starting";
+  EXPECT_NE(StatusText(node, kNow).find("2.0 s ago: exit 1; its log may say more"), std::string::npos)
+      << StatusText(node, kNow);
+  node.supervisor.workers.clear();
+  EXPECT_NE(StatusText(node, kNow).find("exit 1; its log may say more"), std::string::npos);
+}
+
 TEST(ReportTest, JsonIsVersionedAndHasNullWhereTheWorkerIsSilent) {
   auto json = nlohmann::json::parse(StatusJson(Example()));
   EXPECT_EQ(json["schema"], 1);

@@ -65,6 +65,14 @@ std::string SafetyText(const SupervisorStatus& status) {
   return out;
 }
 
+std::string DeathText(const SupervisorStatus& status, int64_t now) {
+  std::string text = HumanAge(status.last_death_wall_nanos, now) + " ago: " + status.last_death;
+  for (const WorkerStatus& worker : status.workers) {
+    if (worker.role == "owner" || worker.role == "parked") return text;
+  }
+  return text + "; its log may say more (journalctl -u holdfast)";
+}
+
 std::string RollbackCheckText(const NodeStatus& node) {
   if (!node.rollback.has_value()) return "not known: " + node.rollback_unknown;
   const RollbackCheck& check = *node.rollback;
@@ -102,6 +110,7 @@ std::string StatusText(const NodeStatus& node, int64_t now) {
   out += Line("since start", Count(status.swaps, "swap") + ", " + Count(status.crashes, "crash") +
                                  (status.hangs == 0 ? "" : " (" + Count(status.hangs, "hang") + ")") + ", " +
                                  Count(status.carried_over_total, "request") + " carried over");
+  if (!status.last_death.empty()) out += Line("last death", DeathText(status, now));
   if (!status.spare.empty()) out += SafetyText(status);
   out += Line("rollback", RollbackCheckText(node));
   if (stats.has_value()) {

@@ -98,11 +98,13 @@ void Supervisor::FindOverdue(Generation generation, HangSample* sample) const {
   }
 }
 
-// Also for what the machine finds: a step that its worker does not end. Those that it does not know any more
-// have died, which was told.
+// Also for what the machine finds: a step that its worker does not end. One that is dead may be a candidate
+// whose exit was waited for and does not come; else its death was told, and telling it again changes nothing.
 void Supervisor::KillHung(Generation generation, const HangVerdict& verdict) {
   WorkerProcess* worker = Find(generation);
-  if (worker == nullptr || !worker->hung.empty() || worker->dead_since_boot_nanos != 0) return;
+  if (worker == nullptr || !worker->hung.empty()) return;
+  if (worker->dead_since_boot_nanos != 0)
+    return Dispatch({.type = EventType::kDied, .generation = generation, .reason = worker->death});
   worker->hung = "hung: " + verdict.what;
   LOG(ERROR) << "event=hang generation=" << generation << " pid=" << worker->pid
              << " seen=" << LogValue(verdict.what);
@@ -121,7 +123,7 @@ void Supervisor::KillHung(Generation generation, const HangVerdict& verdict) {
   auto dumped = limited.then([this] { return timer_.afterDelay(kDumpMillis * kj::MILLISECONDS); });
   tasks_.add(dumped.then([this, generation] {
     WorkerProcess* hung = Find(generation);
-    if (hung == nullptr || hung->dead_since_boot_nanos != 0) return;
+    if (hung == nullptr) return;
     NoteDeath(hung, hung->hung);
     KillWorker(generation);
     Dispatch({.type = EventType::kDied, .generation = generation, .reason = hung->hung});

@@ -461,7 +461,10 @@ void Supervisor::OnDisconnected(Generation generation, const char* how) {
   if (worker->retired) return;  // it may need its time to exit
   NoteDeath(worker, how);
   KillWorker(generation);
-  Dispatch({.type = EventType::kDied, .generation = generation, .reason = how});
+  // Nobody waits for a candidate that serves nobody: its exit tells more, or else the limit of its step
+  // comes.
+  bool idle = state_.owner != 0 && generation == state_.successor && state_.phase < Phase::kParking;
+  if (!idle) Dispatch({.type = EventType::kDied, .generation = generation, .reason = how});
 }
 
 void Supervisor::OnExit(Generation generation) {
@@ -528,6 +531,7 @@ void Supervisor::Register(Generation generation, schema::Hello::Reader hello,
   if (owner != nullptr) common &= owner->capabilities;
   bool verifiable = (common & kVerifiable) == kVerifiable;
   tasks_.add(kj::evalLast([this, generation, verifiable] {
+    if (IsLost(generation)) return;
     Dispatch({.type = EventType::kRegistered, .generation = generation, .verifiable = verifiable});
     tasks_.add(SaveLivingWorkers());
   }));

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <string>
@@ -174,21 +175,44 @@ std::string NameOf(const ::testing::TestParamInfo<BadBuild>& test) {
   return name;
 }
 
-INSTANTIATE_TEST_SUITE_P(Swap, BadBuildTest,
-                         ::testing::Values(BadBuild{"fail-prepare", "prepare", "this build cannot prepare",
-                                                    false},
-                                           BadBuild{"die-prepare", "prepare", "the new worker died", false},
-                                           BadBuild{"die-replay", "rehearse", "the new worker died", false},
-                                           BadBuild{"differs", "rehearse",
-                                                    "1 of 1 requests otherwise than the running one", false},
-                                           BadBuild{"wrong-everywhere", "rehearse", "canary walk", false},
-                                           BadBuild{"fail-serve", "serve", "this build cannot serve", true},
-                                           BadBuild{"die-serve", "serve", "the new worker died", true},
-                                           BadBuild{"wrong-generation", "probe", "generation", true},
-                                           BadBuild{"wrong-on-trial", "probe", "no such name", true},
-                                           BadBuild{"fail-take", "commit", "cannot read the metadata", true},
-                                           BadBuild{"die-take", "commit", "the new worker died", true}),
-                         NameOf);
+INSTANTIATE_TEST_SUITE_P(
+    Swap, BadBuildTest,
+    ::testing::Values(
+        BadBuild{"fail-prepare", "prepare", "this build cannot prepare", false},
+        BadBuild{"die-prepare", "prepare", "the new worker died: exit 3", false},
+        BadBuild{"crash-prepare", "prepare", "the new worker died: signal 11 (Segmentation fault)", false},
+        // The SIGKILL that ends it is the supervisor's own.
+        BadBuild{"hang-up-prepare", "prepare", "the new worker died: its connection ended", false},
+        BadBuild{"die-replay", "rehearse", "the new worker died: exit 3", false},
+        BadBuild{"differs", "rehearse", "1 of 1 requests otherwise than the running one", false},
+        BadBuild{"wrong-everywhere", "rehearse", "canary walk", false},
+        BadBuild{"fail-serve", "serve", "this build cannot serve", true},
+        BadBuild{"die-serve", "serve", "the new worker died", true},
+        BadBuild{"wrong-generation", "probe", "generation", true},
+        BadBuild{"wrong-on-trial", "probe", "no such name", true},
+        BadBuild{"fail-take", "commit", "cannot read the metadata", true},
+        BadBuild{"die-take", "commit", "the new worker died", true}),
+    NameOf);
+
+TEST(SwapTest, ACandidateThatCannotDieFailsTheUpgradeAtTheLimitOfItsStep) {
+  Harness harness;
+  harness.Start({"--limits", "prepare=1500"});
+  MountView mount = harness.Mount("a");
+  const StatusView before = harness.Status();
+  std::ofstream(harness.state_dir() + "/hold") << "1";
+  bool changed = false;
+  const auto begin = std::chrono::steady_clock::now();
+  std::string error = harness.Upgrade(harness.MakeWorker("undying-prepare"), false, &changed);
+  EXPECT_GE(std::chrono::steady_clock::now() - begin, std::chrono::milliseconds(1'500));
+  EXPECT_NE(error.find("the new worker died: its connection ended"), std::string::npos) << error;
+  StatusView status = harness.WaitPhase("running");
+  EXPECT_EQ(status.Worker("owner").pid, before.Worker("owner").pid);
+  EXPECT_GT(status.Worker("dying").pid, 0) << "in state D: the owner has taken its request and answers none";
+  unlink((harness.state_dir() + "/hold").c_str());
+  kill(before.Worker("owner").pid, SIGKILL);
+  EXPECT_TRUE(Eventually([&] { return harness.Status().workers.size() == 1; })) << "answered, it is gone";
+  EXPECT_GT(Stat(mount.path).Result(), 0);
+}
 
 TEST(SwapTest, WhatACandidateAnsweredOnTrialIsTakenBack) {
   Harness harness;

@@ -1,10 +1,11 @@
 // A stand-in for the worker in the supervisor's tests: speaks the whole protocol and serves GETATTR of mount
 // roots, through the ledger, and nothing else. How it misbehaves is read from the tail of its own executable
 // ("HFMODE:<mode>\n"), so that a test makes differently behaving builds by appending to a copy. Files in the
-// state folder steer a running one: while "hold" exists a request taken is left in its slot, with "hold-pipe"
-// in its pipe; with "stuck" the reading thread never ends executing it, with "slow" only after two seconds,
-// with "deaf" it reads nothing; with "held-back" ping says that it does so on purpose; "stop-<call>"
-// (serve, take, park, resume, yield) stops the whole process there, the first one that comes by.
+// state folder steer a running one: while "hold" exists a request taken is left in its slot (and "held" is
+// made), with "hold-pipe" in its pipe; with "stuck" the reading thread never ends executing it, with "slow"
+// only after two seconds, with "deaf" it reads nothing; with "held-back" ping says that it does so on
+// purpose; "stop-<call>" (serve, take, park, resume, yield) stops the whole process there, the first one that
+// comes by.
 #include <capnp/rpc-twoparty.h>
 #include <dirent.h>
 #include <errno.h>
@@ -208,6 +209,7 @@ class Server {
     Word(&slot->state) = HF_SLOT_EXECUTING;
     if (PathExists(state_dir_ + "/hold")) {
       holding_ = true;
+      UniqueFd(open((state_dir_ + "/held").c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600)).Reset();
       ++own_.header()->requests_received;
       return;
     }
@@ -515,6 +517,8 @@ class WorkerServer final : public schema::Worker::Server {
     c_.calls.emplace_back("prepare");
     if (c_.mode == "fail-prepare") KJ_FAIL_REQUIRE("this build cannot prepare");
     if (c_.mode == "die-prepare") _exit(3);
+    if (c_.mode == "crash-prepare") kill(getpid(), SIGSEGV);
+    if (c_.mode == "hang-up-prepare" || c_.mode == "undying-prepare") HangUp();
     return WhenReady().then([this] { return WalkMounts(c_, 0); });
   }
   // The attributes of each root, and a name that no root has.
@@ -626,6 +630,18 @@ class WorkerServer final : public schema::Worker::Server {
   }
 
  private:
+  // An undying one waits for an answer of the owner, which holds it back: then no signal ends it.
+  void HangUp() {
+    if (c_.mode == "undying-prepare") {
+      std::thread([path = c_.state_dir + "/mounts/a"] {
+        struct stat info;
+        stat(path.c_str(), &info);
+      }).detach();
+      while (!PathExists(c_.state_dir + "/held")) usleep(1000);
+    }
+    shutdown(3, SHUT_RDWR);
+    for (;;) pause();
+  }
   // serve() may come before the welcome's descriptors are taken.
   kj::Promise<void> WhenReady() {
     if (c_.server != nullptr) return kj::READY_NOW;

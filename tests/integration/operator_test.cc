@@ -162,6 +162,7 @@ TEST_F(OperatorTest, ARefusedUpgradeSaysAtWhichStepWhyAndWhatToDo) {
   output = Ctl("upgrade --reexec");
   EXPECT_EQ(output.exit_code, 1) << output.text;
   EXPECT_NE(output.text.find("config.toml:2: unknown key 'limt'"), std::string::npos) << output.text;
+  EXPECT_NE(output.text.find("the new worker died: exit 1\n"), std::string::npos) << output.text;
   ASSERT_TRUE(WriteFileAtomic(node_.root() + "/config.toml", kConfig).ok());
 
   json = CtlJson("status", 0);

@@ -225,6 +225,11 @@ TEST_F(OperatorTest, StatusAnswersWhileTheWorkerIsStoppedAndWhileNoneStarts) {
   EXPECT_GE(status["crashes"], 1);
   EXPECT_GT(status["last_death"]["wall_ns"], 0) << status;
   EXPECT_NE(Ctl("status").text.find("\nlast death  "), std::string::npos);
+  while (status["start_check"].is_null()) {  // in the next pause between two starts
+    status = CtlJson("status", 0);
+    ASSERT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(60)) << status;
+  }
+  EXPECT_NE(status["start_check"].get<std::string>().find("config.toml:1: "), std::string::npos) << status;
   EXPECT_EQ(Ctl("inflight").exit_code, 0);
   EXPECT_EQ(Ctl("layers").exit_code, 1);
   ASSERT_TRUE(WriteFileAtomic(node_.root() + "/config.toml", kConfig).ok());

@@ -1,5 +1,5 @@
 // Why does an executable not start as a worker? Tried by hand, without mounts and without a supervisor, after
-// an upgrade to it failed.
+// an upgrade to it failed or while none that is started lives.
 #pragma once
 
 #include <sys/types.h>

@@ -99,6 +99,9 @@ int Session::Status() {
   } else {
     node.rollback_unknown = std::string(FromAbsl(check.status().message()));
   }
+  // In the pause between two starts that came to nothing: why may be plain to see.
+  if (node.supervisor.phase == "backoff" && !node.supervisor.last_death.empty())
+    node.start_check = TryCandidate("", static_cast<pid_t>(node.supervisor.pid));
   std::cout << (options_.json ? StatusJson(node) : StatusText(node, now_));
   return kDone;
 }

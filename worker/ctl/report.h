@@ -24,6 +24,7 @@ struct NodeStatus {
   std::optional<WorkerStats> worker;
   std::optional<RollbackCheck> rollback;
   std::string rollback_unknown;  // why there is no `rollback`
+  std::string start_check;       // what the installed worker said, tried by hand; empty: it was not
 };
 
 std::string StatusText(const NodeStatus& status, int64_t now);

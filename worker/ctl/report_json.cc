@@ -94,6 +94,8 @@ std::string StatusJson(const NodeStatus& node) {
   json["last_death"] = nullptr;  // of a worker: none, or not known
   if (!status.last_death.empty())
     json["last_death"] = {{"reason", status.last_death}, {"wall_ns", status.last_death_wall_nanos}};
+  json["start_check"] = nullptr;  // not tried
+  if (!node.start_check.empty()) json["start_check"] = node.start_check;
   json["rollback"] = nullptr;  // not known
   if (node.rollback.has_value()) {
     json["rollback"] = {{"ready", node.rollback->ready},

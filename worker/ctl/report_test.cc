@@ -107,6 +107,12 @@ TEST(ReportTest, WhyTheLastWorkerDiedIsShownAndWhereMoreIsToldWhileNoneServes) {
       << StatusText(node, kNow);
   node.supervisor.workers.clear();
   EXPECT_NE(StatusText(node, kNow).find("exit 1; its log may say more"), std::string::npos);
+  EXPECT_TRUE(nlohmann::json::parse(StatusJson(node))["start_check"].is_null());
+  node.start_check = "exit code 1: c.toml:3: bad key";
+  EXPECT_NE(StatusText(node, kNow).find("\nstart       tried by hand: exit code 1: c.toml:3: bad key\n"),
+            std::string::npos)
+      << StatusText(node, kNow);
+  EXPECT_EQ(nlohmann::json::parse(StatusJson(node))["start_check"], node.start_check);
 }
 
 TEST(ReportTest, JsonIsVersionedAndHasNullWhereTheWorkerIsSilent) {

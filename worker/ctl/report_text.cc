@@ -111,6 +111,7 @@ std::string StatusText(const NodeStatus& node, int64_t now) {
                                  (status.hangs == 0 ? "" : " (" + Count(status.hangs, "hang") + ")") + ", " +
                                  Count(status.carried_over_total, "request") + " carried over");
   if (!status.last_death.empty()) out += Line("last death", DeathText(status, now));
+  if (!node.start_check.empty()) out += Line("start", "tried by hand: " + node.start_check);
   if (!status.spare.empty()) out += SafetyText(status);
   out += Line("rollback", RollbackCheckText(node));
   if (stats.has_value()) {

@@ -21,7 +21,8 @@ struct SwapStatus {
   kind @0 :Text;           # "none", "upgrade", "rollback", "crash", "hang", "supervisor"
   result @1 :Text;         # "done", "failed: why", "running"
   finishedWallNanos @2 :Int64;
-  pauseNanos @3 :UInt64;   # from the moment the predecessor stopped reading until the successor read
+  pauseNanos @3 :UInt64;   # from the moment the predecessor stopped reading until the successor read; of one that was
+                           # rolled back, also until the predecessor read again
   requestsCarriedOver @4 :UInt64;  # found unanswered in the predecessor's ledger
   fromBuild @5 :Text;
   toBuild @6 :Text;

@@ -130,7 +130,9 @@ class Stepper {
   }
   void BeginParking() { Enter(Phase::kParking, s_.owner, Call::kPark, limits_.park_ms); }
   void BeginServing() {
-    uint64_t limit = s_.trial != 0 ? limits_.prepared_serve_ms : Patience(limits_.serve_ms);
+    // An owner that is there can resume.
+    bool soon = s_.trial != 0 || s_.owner != 0;
+    uint64_t limit = soon ? limits_.prepared_serve_ms : Patience(limits_.serve_ms);
     Enter(Phase::kServing, s_.successor, Call::kServe, limit);
   }
 
@@ -381,7 +383,7 @@ class Stepper {
       if (wait.phase == s_.phase) return KillHung(wait.of_owner ? s_.owner : s_.successor, why);
     }
   }
-  // The phase stays until the death is told; what is answered until then counts.
+  // The phase stays until the death is told.
   void KillHung(Generation generation, const std::string& reason) {
     actions_.push_back({.type = Type::kKillHung, .generation = generation, .reason = reason});
   }

@@ -67,8 +67,8 @@ const char* CallName(Call call);
 enum class Binary { kRunning, kCandidate, kLastGood };
 
 // How long each step may take before its worker counts as hung. Milliseconds. Where reads wait they are
-// short, for what took longer would be a hang to the readers: a worker that is only slow loses nothing when
-// it is replaced.
+// short, for what took longer would be a hang to the readers, who lose nothing when a worker is replaced that
+// was only slow.
 struct Limits {
   uint64_t register_ms = 20'000;
   uint64_t prepare_ms = 60'000;
@@ -76,7 +76,7 @@ struct Limits {
   uint64_t probe_ms = 10'000;
   uint64_t serve_ms = 20'000;
   uint64_t first_ms = 5'000;           // register and serve of the first worker after a crash, instead
-  uint64_t prepared_serve_ms = 3'000;  // serve of a candidate or spare, instead: it is prepared
+  uint64_t prepared_serve_ms = 3'000;  // serve of a candidate or a spare, instead
   uint64_t park_ms = 3'000;
   uint64_t yield_ms = 10'000;
   uint64_t take_ms = 120'000;
@@ -148,7 +148,8 @@ enum class ActionType {
   kCall,        // call `call` of `generation`
   kTellExited,  // tell `generation` that the exit of `subject` is proven
   kKill,        // SIGKILL `generation`
-  kKillHung,    // the same, after its traces are kept: `reason`. Its death is told when it is killed
+  kKillHung,    // the same, after its traces are kept: `reason`. Its death is told when it is killed, and
+                // nothing that it answers until then
   kTimer,       // arm the only timer (`milliseconds`); replaces an earlier one
   kStopTimer,
   kSwapDone,  // the swap under way succeeded; `generation` owns everything and its binary is the running one

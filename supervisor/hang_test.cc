@@ -140,7 +140,8 @@ INSTANTIATE_TEST_SUITE_P(Builds, SlowTest, ::testing::Values("good", "old"));
 class HangInSwapTest : public HangTest {
  protected:
   // The upgrade's failure, or "", and the longest read of it.
-  std::string Upgrade(const std::string& stops_at, const std::vector<std::string>& limits = {}) {
+  std::string Upgrade(const std::string& stops_at, const std::vector<std::string>& limits = {},
+                      const std::string& mode = "good") {
     harness_.Start(limits);
     harness_.WaitPhase("running");
     mount_ = harness_.Mount("a");
@@ -148,7 +149,7 @@ class HangInSwapTest : public HangTest {
     for (absl::string_view at : absl::StrSplit(stops_at, ' ')) Make("stop-" + std::string(at));
     bool changed = false;
     std::string error;
-    ReadMeanwhile([&] { error = harness_.Upgrade(harness_.MakeWorker("good"), false, &changed); });
+    ReadMeanwhile([&] { error = harness_.Upgrade(harness_.MakeWorker(mode), false, &changed); });
     for (absl::string_view at : absl::StrSplit(stops_at, ' '))
       EXPECT_FALSE(PathExists(File("stop-" + std::string(at)))) << "nobody stopped there";
     return error;
@@ -208,6 +209,42 @@ TEST_F(HangInSwapTest, ACandidateThatDoesNotServeIsGivenUpSoon) {
   StatusView after = harness_.Status();
   EXPECT_EQ(after.Worker("owner").generation, OldGeneration());
   EXPECT_GT(after.pause_nanos, 2'500'000'000u) << "readers waited, though nothing was taken over";
+}
+
+TEST_F(HangInSwapTest, SoIsOneOfABuildThatKnowsNoTrial) {
+  EXPECT_NE(Upgrade("serve", {}, "old").find("it took too long (phase serving)"), std::string::npos);
+  EXPECT_LT(longest_, kDetected);
+  EXPECT_EQ(harness_.WaitPhase("running").Worker("owner").generation, OldGeneration());
+}
+
+TEST_F(HangInSwapTest, AnOwnerThatStopsShortlyBeforeItIsToParkHasNoMoreTimeForIt) {
+  Start();
+  std::thread stopper([&] {
+    EXPECT_TRUE(Eventually([&] { return PathExists(File("replaying")); }));
+    kill(before_.Worker("owner").pid, SIGSTOP);
+  });
+  bool changed = false;
+  ReadMeanwhile(
+      [&] { EXPECT_EQ(harness_.Upgrade(harness_.MakeWorker("slow-replay"), false, &changed), ""); });
+  stopper.join();
+  EXPECT_LT(longest_, kDetected);
+  ExpectCounted(1);
+  EXPECT_GT(harness_.Status().pause_nanos, 2'500'000'000u) << "from the moment it stopped";
+}
+
+TEST_F(HangInSwapTest, AnAnswerThatComesWhileTheWorkerIsKilledForItDoesNotCount) {
+  harness_.Start({"--limits", "prepare=500"});
+  harness_.WaitPhase("running");
+  mount_ = harness_.Mount("a");
+  before_ = harness_.Status();
+  bool changed = false;
+  std::string error;
+  ReadMeanwhile([&] { error = harness_.Upgrade(harness_.MakeWorker("late-prepare"), false, &changed); });
+  EXPECT_NE(error.find("it took too long (phase preparing)"), std::string::npos) << error;
+  EXPECT_LT(longest_, std::chrono::seconds(2));
+  StatusView after = harness_.WaitPhase("running");
+  EXPECT_EQ(after.Worker("owner").generation, OldGeneration());
+  EXPECT_EQ(after.hangs, 0u);
 }
 
 TEST_F(HangInSwapTest, WhenBothHangAFreshWorkerServes) {

@@ -206,8 +206,7 @@ void Supervisor::AdoptWorkers() {
     worker->build = saved->getBuild().cStr();
     worker->capabilities = saved->getCapabilities();
     worker->started_wall_nanos = saved->getStartedWallNanos();
-    worker->killed = saved->getKilled();
-    worker->retired = saved->getRetired();
+    worker->retired = saved->getRetired();  // not `killed`: the record comes before the signal
     if (worker->retired) LimitRetirement(worker.get());
     WatchExit(worker.get());
     workers_[generation] = std::move(worker);

@@ -198,6 +198,20 @@ TEST_P(RecoveryTest, DeathInTheMiddleOfAMountLeavesNoHalfMount) {
   }
 }
 
+TEST_P(RecoveryTest, AWorkerThatItWasAboutToKillWhenItDiedIsKilledByTheNext) {
+  harness_.SetFaults("supervisor.before_kill=kill");
+  harness_.Start({"--hang-limit", "1000"});
+  MountView mount = harness_.Mount("a");
+  pid_t hung = harness_.Status().Worker("owner").pid;
+  ASSERT_EQ(kill(hung, SIGSTOP), 0);
+  ASSERT_EQ(harness_.WaitEnd(), -SIGKILL) << "the fault happened";
+  ASSERT_EQ(kill(hung, SIGCONT), 0) << "it was killed";
+  harness_.SetFaults("");
+  harness_.StartAgain();
+  StatusView status = ExpectHealthy({mount});
+  EXPECT_NE(status.Worker("owner").pid, hung);
+}
+
 TEST_P(RecoveryTest, DeathInTheMiddleOfAnUnmountEndsItAfterwards) {
   for (const char* point : {"supervisor.before_unmount", "supervisor.after_unmount"}) {
     SCOPED_TRACE(point);

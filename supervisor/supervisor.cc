@@ -276,10 +276,10 @@ void Supervisor::WatchThread(WorkerProcess* worker, pid_t thread) {
       [this, generation] { OnDisconnected(generation, "its threads ended"); }));
 }
 
-// Answers may still come from a worker that is known to be dead.
+// Answers may still come from a worker that is known to be dead, or is about to be killed as hung.
 bool Supervisor::IsLost(Generation generation) {
   WorkerProcess* worker = Find(generation);
-  return worker == nullptr || worker->disconnected;
+  return worker == nullptr || worker->disconnected || !worker->hung.empty();
 }
 
 void Supervisor::CallWorker(const Action& action, uint64_t waited_ms) {
@@ -297,10 +297,7 @@ void Supervisor::CallWorker(const Action& action, uint64_t waited_ms) {
     }));
     return;
   }
-  if (call == Call::kPark) {
-    worker->reading = false;
-    swap_.ReadsStopped(clock_->BootNanos());
-  }
+  if (call == Call::kPark) swap_.ReadsStopped(clock_->BootNanos());
   if (call == Call::kServe) swap_.CarriesOver(ledgers_.CountUnanswered(generation));
   if (call == Call::kRetire) {
     worker->retired = true;
@@ -388,8 +385,10 @@ void Supervisor::OnCallDone(Generation generation, Call call) {
   if (IsLost(generation)) return;
   if (call == Call::kServe || call == Call::kResume) {
     swap_.ReadsTakenOver(generation, call == Call::kServe);
-    if (WorkerProcess* worker = Find(generation)) worker->reading = true;
+    Find(generation)->reading = true;
   }
+  // Until then it is watched. Not when it was told to resume meanwhile.
+  if (call == Call::kPark && state_.phase == Phase::kParking) Find(generation)->reading = false;
   // Parked: it writes there no more. The owner, which retires at the end, was never parked.
   if (call == Call::kRetire && generation != state_.owner) ledgers_.OwnerExited(generation);
   Dispatch({.type = EventType::kReplied, .generation = generation, .call = call});
@@ -410,6 +409,7 @@ void Supervisor::KillWorker(Generation generation) {
   if (worker == nullptr || worker->killed || worker->exited) return;
   worker->killed = true;
   SaveWorker(*worker);
+  PassFault(faults_, "supervisor.before_kill").IgnoreError();
   if (worker->dead_since_boot_nanos == 0) worker->dead_since_boot_nanos = clock_->BootNanos();
   syscall(SYS_pidfd_send_signal, worker->pidfd.get(), SIGKILL, nullptr, 0);
   LOG(INFO) << "event=killed generation=" << generation << " pid=" << worker->pid;
@@ -434,7 +434,7 @@ void Supervisor::NoteDeath(WorkerProcess* worker, const std::string& reason) {
   bool reading = worker->generation == (successor_reads ? state_.successor : state_.owner);
   if (reading) swap_.ReadsStopped(worker->dead_since_boot_nanos);
   // In a swap it is the swap's affair.
-  if (reading && !worker->retired && !swap_.asked())
+  if (reading && !worker->retired && !swap_.begun())
     swap_.Begin(worker->hung.empty() ? "crash" : "hang", running_build_);
   if (worker->retired) return;
   if (NoteReason(worker, worker->hung.empty() ? reason : worker->hung)) {

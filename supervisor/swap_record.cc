@@ -27,6 +27,7 @@ void SwapRecord::Ask(const std::string& kind, kj::Maybe<schema::Progress::Client
 
 void SwapRecord::NotePhase(Phase from, Phase to, bool upgrade) {
   bool begins = to == Phase::kStarting && upgrade;
+  if (!begins && !begun_) return;
   bool forward = begins || (to > from && (to <= Phase::kCommitting || from == Phase::kCommitting) &&
                             to <= Phase::kRunning);
   // After the step that failed there are no more, also where the owner is replaced after that.
@@ -53,7 +54,7 @@ void SwapRecord::EndStep(bool ok) {
 }
 
 void SwapRecord::Detail(const std::string& text) {
-  if (asked_ && !steps_.empty()) steps_.back().detail = text;
+  if (begun_ && !steps_.empty()) steps_.back().detail = text;
 }
 
 void SwapRecord::TellProgress() {
@@ -76,7 +77,7 @@ void SwapRecord::Finish(const std::string& result, const std::string& to_build) 
   last_.result = result;
   last_.finished_wall_nanos = clock_.WallNanos();
   last_.to_build = to_build;
-  if (asked_) {
+  if (begun_) {
     EndStep(result == "done");
     last_.steps = steps_;
     if (result != "done" && !steps_.empty()) last_.steps.back().detail = result;
@@ -87,7 +88,8 @@ void SwapRecord::Finish(const std::string& result, const std::string& to_build) 
 }
 
 void SwapRecord::ReadsStopped(uint64_t boot_nanos) {
-  if (reads_stopped_boot_nanos_ == 0) reads_stopped_boot_nanos_ = boot_nanos;
+  if (reads_stopped_boot_nanos_ == 0 || boot_nanos < reads_stopped_boot_nanos_)
+    reads_stopped_boot_nanos_ = boot_nanos;
 }
 
 void SwapRecord::ReadsTakenOver(Generation by, bool from_another) {

@@ -21,7 +21,7 @@ class SwapRecord {
 
   // One that was asked for (`kind`: "upgrade", "rollback"), until it is answered.
   void Ask(const std::string& kind, kj::Maybe<schema::Progress::Client> progress);
-  void Answered() { asked_ = false; }
+  void Answered() { asked_ = begun_ = false; }
   bool asked() const { return asked_; }
   // Its steps: what the supervisor does by itself, then the machine's phases.
   void BeginStep(const std::string& name);
@@ -32,11 +32,17 @@ class SwapRecord {
 
   // Any swap: `kind` as above, or "crash", "hang", "supervisor". BeginAsked: the one that was asked for.
   void Begin(const std::string& kind, const std::string& from_build);
-  void BeginAsked(const std::string& from_build) { Begin(asked_kind_, from_build); }
+  void BeginAsked(const std::string& from_build) {
+    Begin(asked_kind_, from_build);
+    begun_ = true;
+  }
+  // The one that was asked for has begun. Before, while its executable is copied, a crash is a swap of its
+  // own.
+  bool begun() const { return begun_; }
   // `result`: "done", or what failed. Nothing if none is under way.
   void Finish(const std::string& result, const std::string& to_build);
 
-  // Nobody reads from then on (CLOCK_BOOTTIME, nanoseconds); nothing if nobody did before. A swap that is
+  // Nobody reads from then on (CLOCK_BOOTTIME, nanoseconds), or since the earliest time told. A swap that is
   // rolled back may have two such pauses: they are added up.
   void ReadsStopped(uint64_t boot_nanos);
   void CarriesOver(uint64_t requests) { last_.carried_over = requests; }
@@ -65,7 +71,7 @@ class SwapRecord {
 
   const Clock& clock_;
   Last last_;
-  bool asked_ = false, step_failed_ = false;
+  bool asked_ = false, begun_ = false, step_failed_ = false;
   std::string asked_kind_;
   std::vector<Step> steps_;  // of the one asked for; the last one is under way
   kj::Maybe<schema::Progress::Client> progress_;

@@ -60,10 +60,11 @@ TEST_F(SwapRecordTest, ThePauseOfARolledBackSwapIsWhatReadersWaitedBothTimes) {
   Pass(1'000);
   record_.ReadsStopped(clock_.BootNanos());
   record_.ReadsStopped(clock_.BootNanos() + 7);  // they had stopped already
+  record_.ReadsStopped(clock_.BootNanos() - 100);
   Pass(20);
   record_.ReadsTakenOver(1, false);
   record_.Finish("failed: why", "old");
-  EXPECT_EQ(Last().getPauseNanos(), 25u);
+  EXPECT_EQ(Last().getPauseNanos(), 125u);
   EXPECT_EQ(record_.carried_over(), 3u) << "back to its own worker they were not carried over";
   EXPECT_EQ(record_.swaps(), 0u);
   record_.Begin("crash", "old");
@@ -91,9 +92,34 @@ TEST_F(SwapRecordTest, StepsEndWithTheOneThatFailedWhateverThePhasesAreAfterIt) 
   EXPECT_STREQ(Last().getResult().cStr(), "failed: died");
 }
 
+TEST_F(SwapRecordTest, ACrashWhileAnUpgradeIsStillCopiedIsASwapOfItsOwnAndEndsNoStep) {
+  record_.Ask("upgrade", nullptr);
+  record_.BeginStep("copy");
+  EXPECT_FALSE(record_.begun());
+  record_.ReadsStopped(clock_.BootNanos());
+  record_.Begin("crash", "b");
+  record_.NotePhase(Phase::kRunning, Phase::kStarting, false);
+  record_.NotePhase(Phase::kStarting, Phase::kServing, false);
+  Pass(1'000);
+  record_.ReadsTakenOver(3, true);
+  record_.NotePhase(Phase::kServing, Phase::kRunning, false);
+  record_.Finish("done", "b");
+  EXPECT_STREQ(Last().getKind().cStr(), "crash");
+  EXPECT_EQ(Last().getPauseNanos(), 1'000u);
+  EXPECT_TRUE(Steps().empty());
+  record_.EndStep(true);
+  record_.NotePhase(Phase::kRunning, Phase::kStarting, true);
+  record_.BeginAsked("b");
+  EXPECT_TRUE(record_.begun());
+  record_.Finish("done", "c");
+  EXPECT_EQ(Steps(), (std::vector<std::string>{"copy: ", "start: "}));
+  EXPECT_EQ(record_.swaps(), 2u);
+}
+
 TEST_F(SwapRecordTest, WhoWatchesHearsOfParkAndServeOnlyWhenReadsGoOn) {
   std::vector<std::string> told;
   record_.Ask("rollback", schema::Progress::Client(kj::heap<ProgressServer>(&told)));
+  record_.BeginAsked("old");
   auto after = [&](Phase from, Phase to) {
     record_.NotePhase(from, to, true);
     kj::evalLast([] {}).wait(io_.waitScope);

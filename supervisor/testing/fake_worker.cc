@@ -519,6 +519,7 @@ class WorkerServer final : public schema::Worker::Server {
     if (c_.mode == "die-prepare") _exit(3);
     if (c_.mode == "crash-prepare") kill(getpid(), SIGSEGV);
     if (c_.mode == "hang-up-prepare" || c_.mode == "undying-prepare") HangUp();
+    if (c_.mode == "late-prepare") return c_.timer->afterDelay(550 * kj::MILLISECONDS);
     return WhenReady().then([this] { return WalkMounts(c_, 0); });
   }
   // The attributes of each root, and a name that no root has.
@@ -544,6 +545,10 @@ class WorkerServer final : public schema::Worker::Server {
   kj::Promise<void> replay(ReplayContext context) override {
     c_.calls.push_back("replay " + std::to_string(context.getParams().getRequests().size()));
     if (c_.mode == "die-replay") _exit(3);
+    if (c_.mode == "slow-replay") {
+      if (!WriteFileAtomic(c_.state_dir + "/replaying", "1").ok()) _exit(93);
+      return c_.timer->afterDelay(2'600 * kj::MILLISECONDS);
+    }
     if (c_.mode == "differs") context.getResults().initDifferent(1).set(0, 0);
     return kj::READY_NOW;
   }
@@ -851,6 +856,7 @@ int SelfTest() {
 
 int main(int argc, char** argv) {
   signal(SIGPIPE, SIG_IGN);
+  signal(SIGQUIT, SIG_IGN);  // a worker prints its stacks and lives on
   if (argc > 1 && strcmp(argv[1], "--self-test") == 0) return holdfast::supervisor::testing::SelfTest();
   holdfast::supervisor::testing::NoteInherited();
   try {

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <string>
 #include <thread>
 #include <vector>
@@ -195,23 +196,29 @@ INSTANTIATE_TEST_SUITE_P(
     NameOf);
 
 TEST(SwapTest, ACandidateThatCannotDieFailsTheUpgradeAtTheLimitOfItsStep) {
-  Harness harness;
-  harness.Start({"--limits", "prepare=1500"});
-  MountView mount = harness.Mount("a");
-  const StatusView before = harness.Status();
-  std::ofstream(harness.state_dir() + "/hold") << "1";
-  bool changed = false;
-  const auto begin = std::chrono::steady_clock::now();
-  std::string error = harness.Upgrade(harness.MakeWorker("undying-prepare"), false, &changed);
-  EXPECT_GE(std::chrono::steady_clock::now() - begin, std::chrono::milliseconds(1'500));
-  EXPECT_NE(error.find("the new worker died: its connection ended"), std::string::npos) << error;
-  StatusView status = harness.WaitPhase("running");
-  EXPECT_EQ(status.Worker("owner").pid, before.Worker("owner").pid);
-  EXPECT_GT(status.Worker("dying").pid, 0) << "in state D: the owner has taken its request and answers none";
-  unlink((harness.state_dir() + "/hold").c_str());
-  kill(before.Worker("owner").pid, SIGKILL);
-  EXPECT_TRUE(Eventually([&] { return harness.Status().workers.size() == 1; })) << "answered, it is gone";
-  EXPECT_GT(Stat(mount.path).Result(), 0);
+  for (const auto& [mode, reason] :
+       std::map<std::string, std::string>{{"undying-prepare", "its connection ended"},
+                                          {"undying-hung", "hung: it took too long (phase preparing)"}}) {
+    SCOPED_TRACE(mode);
+    Harness harness;
+    harness.Start({"--limits", "prepare=1500"});
+    MountView mount = harness.Mount("a");
+    const StatusView before = harness.Status();
+    std::ofstream(harness.state_dir() + "/hold") << "1";
+    bool changed = false;
+    const auto begin = std::chrono::steady_clock::now();
+    std::string error = harness.Upgrade(harness.MakeWorker(mode), false, &changed);
+    EXPECT_GE(std::chrono::steady_clock::now() - begin, std::chrono::milliseconds(1'500));
+    EXPECT_NE(error.find("the new worker died: " + reason), std::string::npos) << error;
+    StatusView status = harness.WaitPhase("running");
+    EXPECT_EQ(status.Worker("owner").pid, before.Worker("owner").pid);
+    EXPECT_GT(status.Worker("dying").pid, 0)
+        << "in state D: the owner has taken its request and answers none";
+    unlink((harness.state_dir() + "/hold").c_str());
+    kill(before.Worker("owner").pid, SIGKILL);
+    EXPECT_TRUE(Eventually([&] { return harness.Status().workers.size() == 1; })) << "answered, it is gone";
+    EXPECT_GT(Stat(mount.path).Result(), 0);
+  }
 }
 
 TEST(SwapTest, WhatACandidateAnsweredOnTrialIsTakenBack) {

@@ -518,7 +518,7 @@ class WorkerServer final : public schema::Worker::Server {
     if (c_.mode == "fail-prepare") KJ_FAIL_REQUIRE("this build cannot prepare");
     if (c_.mode == "die-prepare") _exit(3);
     if (c_.mode == "crash-prepare") kill(getpid(), SIGSEGV);
-    if (c_.mode == "hang-up-prepare" || c_.mode == "undying-prepare") HangUp();
+    if (c_.mode == "hang-up-prepare" || c_.mode.rfind("undying-", 0) == 0) HangUp();
     if (c_.mode == "late-prepare") return c_.timer->afterDelay(550 * kj::MILLISECONDS);
     return WhenReady().then([this] { return WalkMounts(c_, 0); });
   }
@@ -635,16 +635,18 @@ class WorkerServer final : public schema::Worker::Server {
   }
 
  private:
-  // An undying one waits for an answer of the owner, which holds it back: then no signal ends it.
+  // An undying one waits for an answer of the owner, which holds it back: then no signal ends it. The hung
+  // one hangs up when it is asked for its stacks.
   void HangUp() {
-    if (c_.mode == "undying-prepare") {
+    if (c_.mode != "hang-up-prepare") {
       std::thread([path = c_.state_dir + "/mounts/a"] {
         struct stat info;
         stat(path.c_str(), &info);
       }).detach();
       while (!PathExists(c_.state_dir + "/held")) usleep(1000);
     }
-    shutdown(3, SHUT_RDWR);
+    if (c_.mode == "undying-hung") signal(SIGQUIT, [](int) { shutdown(3, SHUT_RDWR); });
+    if (c_.mode != "undying-hung") shutdown(3, SHUT_RDWR);
     for (;;) pause();
   }
   // serve() may come before the welcome's descriptors are taken.

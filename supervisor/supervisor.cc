@@ -235,7 +235,7 @@ void Supervisor::SpawnWorker(Generation generation, Binary binary) {
     LOG(ERROR) << "event=spawn_failed generation=" << generation << " error=" << LogValue(status.ToString());
     NoteReason(worker.get(), std::string(FromAbsl(status.message())));
     ledgers_.OwnerExited(generation);
-    return Dispatch({.type = EventType::kExited, .generation = generation, .reason = status.ToString()});
+    return Dispatch({.type = EventType::kExited, .generation = generation, .reason = worker->death});
   }
   LOG(INFO) << "event=spawned generation=" << generation << " pid=" << worker->pid
             << " executable=" << worker->executable->sha256 << " candidate=" << upgrade;

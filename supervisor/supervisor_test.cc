@@ -228,7 +228,12 @@ TEST(SupervisorTest, AfterAnUpgradeToABadBuildTheOldWorkerStillServes) {
     ASSERT_TRUE(Eventually([&] { return harness.Status().workers.size() == 1; })) << "the bad one is gone";
   }
   bool changed = false;
-  std::string reason = harness.Upgrade("/no/such/worker", false, &changed);
+  const std::string no_program = harness.state_dir() + "/no-program";
+  ASSERT_TRUE(WriteFileAtomic(no_program, "nonsense", 0755).ok());
+  std::string reason = harness.Upgrade(no_program, false, &changed);
+  EXPECT_NE(reason.find("Exec format error"), std::string::npos) << reason;
+  EXPECT_EQ(reason.find("errno"), std::string::npos) << reason;
+  reason = harness.Upgrade("/no/such/worker", false, &changed);
   EXPECT_NE(reason.find("worker /no/such/worker: "), std::string::npos) << reason;
   EXPECT_EQ(reason.find(" = "), std::string::npos) << "no source text in what people read: " << reason;
   EXPECT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "")

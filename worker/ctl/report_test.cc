@@ -263,6 +263,18 @@ TEST(SwapReportTest, AFailureSaysWhatToDo) {
     EXPECT_NE(advice(step, "it took too long (phase rehearsing)").find("not judged to the end"),
               std::string::npos);
     EXPECT_NE(advice(step, "the running worker died while").find("no fault was found"), std::string::npos);
+    const std::string late = "the probe did not answer within 5000 ms; it was at mount 12";
+    EXPECT_NE(advice(step, late).find("not judged to the end"), std::string::npos);
+    const std::string full = advice(step, "canary mount: mkdir /s/canary/7: No space left on device");
+    EXPECT_NE(full.find("no fault was found with this build: the disk of the state folder is full"),
+              std::string::npos)
+        << full;
+  }
+  for (const char* step : {"park", "yield", "await-exit", "commit"}) {
+    const std::string dead = advice(step, "the new worker died: hung: it took too long (phase committing)");
+    EXPECT_NE(dead.find("rolled back: the new worker died or hung"), std::string::npos) << dead;
+    EXPECT_NE(dead.find("do not use this build before its log lines are explained"), std::string::npos);
+    EXPECT_NE(dead.find("supervisor/hangs"), std::string::npos) << dead;
   }
   EXPECT_NE(advice("", "a worker is being replaced or started already").find("just being started"),
             std::string::npos);

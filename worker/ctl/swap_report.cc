@@ -65,6 +65,10 @@ std::string NotJudgedAdvice(const SwapFailure& failure) {
     return "no fault was found with this build: the running worker died meanwhile, and is replaced. "
            "`holdfastctl status` shows by what; try again";
   }
+  if (Has(failure.message, "No space left on device")) {
+    return "no fault was found with this build: the disk of the state folder is full. The old worker serves\n"
+           "  make room and try again";
+  }
   if (Has(failure.message, "verifier") || Has(failure.message, "Connection reset")) {
     return "no fault was found with this build: the verifier did not work, so nothing could be said of it. "
            "The old "
@@ -73,13 +77,20 @@ std::string NotJudgedAdvice(const SwapFailure& failure) {
            "then "
            "try again";
   }
-  if (Has(failure.message, "took too long")) {
+  if (Has(failure.message, "took too long") || Has(failure.message, "did not answer within")) {
     return "no wrong answer was seen, but it was not judged to the end. The old worker serves\n"
            "  try again when the machine is less busy; if it happens again, look for its log lines: "
            "journalctl -u "
            "holdfast";
   }
   return "";
+}
+
+// Once the old worker was told to stop reading.
+std::string NewWorkerDiedAdvice() {
+  return "rolled back: the new worker died or hung (see above); the old one serves\n"
+         "  do not use this build before its log lines are explained: journalctl -u holdfast\n"
+         "  if it hung: what its threads did is in supervisor/hangs of the state folder";
 }
 
 }  // namespace
@@ -132,10 +143,11 @@ std::string SwapAdvice(const SwapFailure& failure) {
            "on\n"
            "  do not use it; keep the message above for a bug report";
   }
+  const bool handing_over = step == "park" || step == "yield" || step == "await-exit" || step == "commit";
+  if (handing_over && Has(failure.message, "the new worker died")) return NewWorkerDiedAdvice();
   if (step == "park") {
-    return "the old worker could not stop reading, or the new one died meanwhile (see above). The old one "
-           "serves on\n"
-           "  try again; if it happens again, look for their log lines: journalctl -u holdfast";
+    return "the old worker could not stop reading. It serves on\n"
+           "  try again; if it happens again, look for its log lines: journalctl -u holdfast";
   }
   if (step == "serve" || step == "probe") {
     return "rolled back: the new worker failed under the live mounts. The old one serves again, what the new "
@@ -144,9 +156,8 @@ std::string SwapAdvice(const SwapFailure& failure) {
            "  do not use this build before its log lines are explained: journalctl -u holdfast";
   }
   if (step == "yield") {
-    return "rolled back: the old worker could not close its metadata, or the new one died meanwhile (see "
-           "above). The old one serves on\n"
-           "  try again; if it happens again, look for their log lines: journalctl -u holdfast";
+    return "rolled back: the old worker could not close its metadata. It serves on\n"
+           "  try again; if it happens again, look for its log lines: journalctl -u holdfast";
   }
   if (step == "await-exit" || step == "commit") {
     return "rolled back: the new worker could not take the metadata, e.g. because the disk is full. "

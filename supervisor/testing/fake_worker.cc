@@ -517,7 +517,10 @@ class WorkerServer final : public schema::Worker::Server {
     c_.calls.emplace_back("prepare");
     if (c_.mode == "fail-prepare") KJ_FAIL_REQUIRE("this build cannot prepare");
     if (c_.mode == "die-prepare") _exit(3);
-    if (c_.mode == "crash-prepare") kill(getpid(), SIGSEGV);
+    if (c_.mode == "crash-prepare") {
+      signal(SIGSEGV, SIG_DFL);  // a sanitizer would report it and exit
+      kill(getpid(), SIGSEGV);
+    }
     if (c_.mode == "hang-up-prepare" || c_.mode.rfind("undying-", 0) == 0) HangUp();
     if (c_.mode == "late-prepare") return c_.timer->afterDelay(550 * kj::MILLISECONDS);
     return WhenReady().then([this] { return WalkMounts(c_, 0); });

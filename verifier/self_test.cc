@@ -4,7 +4,6 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -47,14 +46,11 @@ SelfTestResult RunSelfTest(int executable, uint64_t deadline_ms) {
   pollfd exit{.fd = process->pidfd.get(), .events = POLLIN, .revents = 0};
   int ended = 0;
   while ((ended = poll(&exit, 1, static_cast<int>(deadline_ms))) < 0 && errno == EINTR) continue;
+  // With all that it started: it leads a session. Before it is reaped: until then the number is its own.
+  kill(-process->pid, SIGKILL);
   std::string how;
-  if (ended == 1) {
-    how = ReapReason(process->pidfd.get());
-  } else {
-    syscall(SYS_pidfd_send_signal, process->pidfd.get(), SIGKILL, nullptr, 0);
-    // Not for ever: the kernel need not let it die.
-    if (poll(&exit, 1, kKillMillis) == 1) ReapReason(process->pidfd.get());
-  }
+  // Not for ever: the kernel need not let it die.
+  if (poll(&exit, 1, kKillMillis) == 1) how = ReapReason(process->pidfd.get());
   std::string text = ReadOutput(output->get());
   if (ended == 1 && how == "exit 0") return {true, text};
   std::string why =

@@ -13,7 +13,8 @@ struct SelfTestResult {
   std::string output;  // what it printed, else what went wrong
 };
 
-// Blocks until it ends, at most until the deadline: then it is killed. `executable`: a program, opened.
+// Blocks until it ends, at most until the deadline: then it is killed. What it started ends with it.
+// `executable`: a program, opened.
 SelfTestResult RunSelfTest(int executable, uint64_t deadline_ms = kSelfTestMillis);
 
 }  // namespace holdfast::verifier

@@ -8,7 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -271,6 +273,25 @@ TEST_F(VerifierTest, ASelfTestTellsWhetherABuildStarts) {
   chmod((dir_.path() + "/text").c_str(), 0755);
   EXPECT_NE(RunSelfTest(Open(dir_.path() + "/text").get()).output.find("Exec format error"),
             std::string::npos);
+}
+
+TEST_F(VerifierTest, NothingThatASelfTestStartedOutlivesIt) {
+  ASSERT_EQ(prctl(PR_SET_CHILD_SUBREAPER, 1), 0);  // what it leaves behind becomes our child
+  for (const std::string mode : {"fork-self-test", "fork-hang-self-test"}) {
+    const SelfTestResult result = SelfTest(mode, 2'000);
+    EXPECT_EQ(result.passed, mode == "fork-self-test") << result.output;
+    const size_t at = result.output.find("child ");
+    ASSERT_NE(at, std::string::npos) << result.output;
+    const pid_t child = atoi(result.output.c_str() + at + 6);
+    int status = 0;
+    EXPECT_TRUE(Eventually([&] { return waitpid(child, &status, WNOHANG) == child; })) << mode;
+    if (status == 0) {
+      kill(child, SIGKILL);
+      waitpid(child, nullptr, 0);
+    }
+    EXPECT_TRUE(WIFSIGNALED(status)) << mode;
+  }
+  prctl(PR_SET_CHILD_SUBREAPER, 0);
 }
 
 }  // namespace

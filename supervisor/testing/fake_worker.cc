@@ -851,7 +851,13 @@ int Run() {
 
 int SelfTest() {
   std::string mode = OwnMode();
-  if (mode == "hang-self-test") pause();
+  if (mode.rfind("fork-", 0) == 0) {
+    const pid_t child = fork();
+    if (child == 0) pause();
+    printf("child %d\n", child);
+    fflush(stdout);
+  }
+  if (mode == "hang-self-test" || mode == "fork-hang-self-test") pause();
   printf("self-test of fake %s\n", mode.c_str());
   return mode == "fail-self-test" ? 1 : 0;
 }

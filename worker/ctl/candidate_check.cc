@@ -14,6 +14,8 @@
 
 #include "common/clock.h"
 #include "common/io.h"
+#include "common/process.h"
+#include "worker/ctl/format.h"
 
 extern char** environ;
 
@@ -21,7 +23,7 @@ namespace holdfast::ctl {
 namespace {
 
 constexpr char kInstalledWorker[] = "/usr/lib/holdfast/holdfast-worker";
-constexpr uint64_t kRunNanos = 5'000'000'000;
+constexpr int kKillMillis = 200;
 constexpr size_t kMostOutput = 64 * 1024;
 // What a worker says that came so far and finds no supervisor: its configuration is in order.
 constexpr char kNoSupervisor[] = "not started by holdfast-supervisor";
@@ -38,28 +40,41 @@ std::string LastLine(std::string text) {
   return text.substr(text.rfind('\n') + 1);
 }
 
-// Reads until the end, or until the time is over.
-std::string ReadUntil(int fd, uint64_t deadline) {
-  std::string text;
+// Appends what can be read now; false at the end of it. Only the last of it is kept.
+bool ReadSome(int fd, std::string* text) {
   char buffer[4096];
-  while (text.size() < kMostOutput) {
-    const uint64_t now = Clock::Real()->BootNanos();
-    pollfd ready{.fd = fd, .events = POLLIN, .revents = 0};
-    if (now >= deadline || poll(&ready, 1, static_cast<int>((deadline - now) / 1'000'000) + 1) < 0) break;
-    if (ready.revents == 0) continue;
-    const ssize_t size = read(fd, buffer, sizeof buffer);
-    if (size <= 0) break;
-    text.append(buffer, static_cast<size_t>(size));
+  const ssize_t size = read(fd, buffer, sizeof buffer);
+  if (size <= 0) return size < 0 && (errno == EAGAIN || errno == EINTR);
+  text->append(buffer, static_cast<size_t>(size));
+  if (text->size() > kMostOutput) text->erase(0, text->size() - kMostOutput);
+  return true;
+}
+
+// Its output, until it exits or its time is over: others may hold the pipe open for longer.
+std::string ReadUntilExit(int pidfd, int output, uint64_t limit_nanos) {
+  std::string text;
+  const uint64_t deadline = Clock::Real()->BootNanos() + limit_nanos;
+  for (uint64_t now = 0; (now = Clock::Real()->BootNanos()) < deadline;) {
+    pollfd ready[2] = {{.fd = pidfd, .events = POLLIN, .revents = 0},
+                       {.fd = output, .events = POLLIN, .revents = 0}};
+    if (poll(ready, 2, static_cast<int>((deadline - now) / 1'000'000) + 1) < 0) continue;
+    if (ready[1].revents != 0 && !ReadSome(output, &text)) output = -1;
+    if (ready[0].revents != 0) break;
+  }
+  // What is still in the pipe, and not more.
+  for (size_t read = 0; output >= 0 && read < kMostOutput; read += 4096) {
+    if (!ReadSome(output, &text)) break;
   }
   return text;
 }
 
-RunResult RunProgram(const std::string& path, const std::vector<std::string>& args,
-                     const std::string& folder) {
+RunResult RunProgram(const std::string& path, const std::vector<std::string>& args, const std::string& folder,
+                     uint64_t limit_nanos) {
   RunResult result;
   int ends[2];
   if (pipe2(ends, O_CLOEXEC) != 0) return {strerror(errno), "", 0, false};
   UniqueFd output(ends[0]), input(ends[1]);
+  fcntl(output.get(), F_SETFL, O_NONBLOCK);
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
   posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
@@ -71,24 +86,33 @@ RunResult RunProgram(const std::string& path, const std::vector<std::string>& ar
   std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);
+  // A session and so a group of its own: all of it is ended, whatever the candidate has started.
+  posix_spawnattr_t attributes;
+  posix_spawnattr_init(&attributes);
+  posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSID);
   pid_t pid = 0;
-  const int error = posix_spawn(&pid, path.c_str(), &actions, nullptr, argv.data(), environ);
+  const int error = posix_spawn(&pid, path.c_str(), &actions, &attributes, argv.data(), environ);
+  posix_spawnattr_destroy(&attributes);
   posix_spawn_file_actions_destroy(&actions);
   if (error != 0) return {strerror(error), "", 0, false};
   input.Reset();
-  const uint64_t deadline = Clock::Real()->BootNanos() + kRunNanos;
-  result.last_line = LastLine(ReadUntil(output.get(), deadline));
-  result.too_long = Clock::Real()->BootNanos() >= deadline;
-  // It has closed its output: it ends, or it is made to.
-  for (int tries = 0; waitpid(pid, &result.status, WNOHANG) == 0; ++tries) {
-    if (tries == 100 || result.too_long) kill(pid, SIGKILL);
-    usleep(10'000);
+  absl::StatusOr<UniqueFd> pidfd = OpenPidfd(pid);
+  if (!pidfd.ok()) {
+    kill(-pid, SIGKILL);
+    waitpid(pid, nullptr, 0);
+    return {std::string(FromAbsl(pidfd.status().message())), "", 0, false};
   }
+  result.last_line = LastLine(ReadUntilExit(pidfd->get(), output.get(), limit_nanos));
+  result.too_long = !HasExited(pidfd->get());
+  kill(-pid, SIGKILL);  // before it is reaped: until then the number is its own
+  // Not for ever: the kernel need not let it die.
+  pollfd exit{.fd = pidfd->get(), .events = POLLIN, .revents = 0};
+  if (poll(&exit, 1, kKillMillis) == 1) waitpid(pid, &result.status, 0);
   return result;
 }
 
-std::string How(const RunResult& result) {
-  if (result.too_long) return "had not ended after 5 s";
+std::string How(const RunResult& result, uint64_t limit_nanos) {
+  if (result.too_long) return "had not ended after " + HumanDuration(limit_nanos);
   if (WIFSIGNALED(result.status)) return std::string("died of ") + strsignal(WTERMSIG(result.status));
   return "exit code " + std::to_string(WEXITSTATUS(result.status)) +
          (result.last_line.empty() ? "" : ": " + result.last_line);
@@ -116,21 +140,22 @@ WorkerCommand ParseSupervisorCommand(const std::string& cmdline) {
   return command;
 }
 
-std::string TryCandidate(const std::string& worker, pid_t supervisor) {
+std::string TryCandidate(const std::string& worker, pid_t supervisor, uint64_t limit_nanos) {
   const std::string process = "/proc/" + std::to_string(supervisor);
   absl::StatusOr<std::string> cmdline = ReadFile(process + "/cmdline");
   const WorkerCommand command = ParseSupervisorCommand(cmdline.ok() ? *cmdline : "");
   const std::string path = worker.empty() ? command.worker : worker;
   // Relative paths, also those in the worker's arguments, are relative to where the supervisor runs.
   const std::string folder = process + "/cwd";
-  RunResult test = RunProgram(path, {"--self-test"}, folder);
+  RunResult test = RunProgram(path, {"--self-test"}, folder, limit_nanos);
   if (!test.failed.empty()) return path + " cannot be executed: " + test.failed;
-  if (test.too_long || test.status != 0) return path + " --self-test: " + How(test);
-  RunResult start = RunProgram(path, command.args, folder);
+  if (test.too_long || test.status != 0) return path + " --self-test: " + How(test, limit_nanos);
+  RunResult start = RunProgram(path, command.args, folder, limit_nanos);
   if (start.last_line.find(kNoSupervisor) != std::string::npos) {
     return "its self-test passes and it accepts its arguments and configuration";
   }
-  return "its self-test passes, but it does not accept its arguments or its configuration: " + How(start);
+  return "its self-test passes, but it does not accept its arguments or its configuration: " +
+         How(start, limit_nanos);
 }
 
 }  // namespace holdfast::ctl

@@ -4,6 +4,7 @@
 
 #include <sys/types.h>
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -17,8 +18,11 @@ struct WorkerCommand {
 };
 WorkerCommand ParseSupervisorCommand(const std::string& cmdline);  // as in /proc/PID/cmdline
 
+inline constexpr uint64_t kTryNanos = 5'000'000'000;
+
 // Runs `worker` (absolute; empty: the one that supervisor was started with) with --self-test, then with the
-// node's worker arguments. Blocks, at most 10 s. Returns what it said, in words.
-std::string TryCandidate(const std::string& worker, pid_t supervisor);
+// node's worker arguments. Blocks, at most `limit_nanos` for each; what a run started ends with it. Returns
+// what it said, in words.
+std::string TryCandidate(const std::string& worker, pid_t supervisor, uint64_t limit_nanos = kTryNanos);
 
 }  // namespace holdfast::ctl

@@ -3,13 +3,19 @@
 #include "worker/ctl/control_client.h"
 
 #include <capnp/rpc-twoparty.h>
+#include <fcntl.h>
 #include <kj/async-io.h>
+#include <poll.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
+#include <chrono>
 #include <thread>
-
+#include "common/testing/time_limit.h"
 #include "gtest/gtest.h"
 #include "schema/control.capnp.h"
 #include "worker/ctl/candidate_check.h"
+#include "worker/ctl/format.h"
 
 #pragma GCC diagnostic ignored "-Wnon-virtual-dtor"
 
@@ -237,6 +243,33 @@ TEST(CandidateCheckTest, AProgramThatIsNoWorkerIsTriedAndItsWordsAreKept) {
             std::string::npos);
   ASSERT_TRUE(WriteFileAtomic(path, "#!/bin/sh\necho not started by holdfast-supervisor\n", 0755).ok());
   EXPECT_NE(TryCandidate(path, getpid()).find("accepts its arguments"), std::string::npos);
+}
+
+TEST(CandidateCheckTest, WhatATriedScriptStartedEndsWithItAndIsNotWaitedFor) {
+  constexpr uint64_t kLimit = kTimeFactor * 2'000'000'000ull;
+  for (const bool hangs : {true, false}) {
+    TempDir folder;
+    // Its processes hold `alive` open, and end in any case when this test closes `hold`.
+    const std::string path = folder.path() + "/worker", alive = folder.path() + "/alive",
+                      hold = folder.path() + "/hold";
+    ASSERT_EQ(mkfifo(alive.c_str(), 0600), 0);
+    ASSERT_EQ(mkfifo(hold.c_str(), 0600), 0);
+    UniqueFd held = OpenFile(hold, O_RDWR).value(), pipe = OpenFile(alive, O_RDONLY | O_NONBLOCK).value();
+    const std::string begin = "#!/bin/sh\nexec 3>" + alive + "\ncat <" + hold + " &\necho x >&3\n";
+    const std::string end = hangs ? "cat <" + hold + "\n" : "echo broken; exit 3\n";
+    ASSERT_TRUE(WriteFileAtomic(path, begin + end, 0755).ok());
+    const auto before = std::chrono::steady_clock::now();
+    const std::string said = TryCandidate(path, getpid(), kLimit);
+    EXPECT_EQ(said, path + " --self-test: " +
+                        (hangs ? "had not ended after " + HumanDuration(kLimit)
+                               : std::string("exit code 3: broken")));
+    EXPECT_EQ(std::chrono::steady_clock::now() - before >= std::chrono::nanoseconds(kLimit), hangs);
+    char text[4] = {};
+    EXPECT_EQ(read(pipe.get(), text, sizeof text), 2) << "it did not run";
+    pollfd all_ended{.fd = pipe.get(), .events = POLLIN, .revents = 0};
+    EXPECT_EQ(poll(&all_ended, 1, 5'000 * kTimeFactor), 1) << "something it started lives on";
+    EXPECT_EQ(all_ended.revents, POLLHUP);
+  }
 }
 
 }  // namespace

@@ -18,10 +18,15 @@ namespace {
 constexpr mode_t kMode = 0555;
 constexpr size_t kPiece = 1 << 18;
 
-absl::Status CheckProgram(int fd) {
+absl::Status CheckProgram(int fd, const std::string& path) {
   struct stat info;
   if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) return InvalidArgument("not a file");
   if ((info.st_mode & 0111) == 0) return PermissionDenied("not executable (chmod +x)");
+  if (info.st_size > kMostExecutableBytes) {
+    return InvalidArgument(path + " has " + std::to_string(info.st_size) +
+                           " bytes; a program may have at most " +
+                           std::to_string(kMostExecutableBytes >> 30) + " GiB");
+  }
   return absl::OkStatus();
 }
 
@@ -53,7 +58,7 @@ absl::StatusOr<std::shared_ptr<const Executable>> ExecutableStore::Add(const std
                                                                        Unhurried* unhurried) const {
   // A FIFO without a writer must not be waited for.
   HF_ASSIGN_OR_RETURN(UniqueFd source, OpenFile(path, O_RDONLY | O_NONBLOCK));
-  HF_RETURN_IF_ERROR(CheckProgram(source.get()));
+  HF_RETURN_IF_ERROR(CheckProgram(source.get(), path));
   auto executable = std::make_shared<Executable>();
   HF_ASSIGN_OR_RETURN(executable->sha256, Sha256OfFile(source.get(), unhurried));
   if (!IsCopy(PathOf(executable->sha256), executable->sha256, unhurried)) {

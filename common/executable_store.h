@@ -3,6 +3,7 @@
 // of one folder.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -12,6 +13,9 @@
 #include "common/unhurried.h"
 
 namespace holdfast {
+
+// A worker has some 10 MB. A larger file was named by mistake, and would fill the disk.
+inline constexpr int64_t kMostExecutableBytes = int64_t{1} << 30;
 
 struct Executable {
   std::string sha256;
@@ -24,8 +28,8 @@ class ExecutableStore {
   ExecutableStore(std::string folder, std::string name)
       : folder_(std::move(folder)), name_(std::move(name)) {}
 
-  // Copies the program at `path`, synced, mode 0555. The error says what is wrong with it. `unhurried`: it
-  // rests in between.
+  // Copies the program at `path`, synced, mode 0555. The error says what is wrong with it, also when it is
+  // larger than kMostExecutableBytes. `unhurried`: it rests in between.
   absl::StatusOr<std::shared_ptr<const Executable>> Add(const std::string& path,
                                                         Unhurried* unhurried = nullptr) const;
   // The copy that was kept under this digest; null when there is none, or it is damaged.

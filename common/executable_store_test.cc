@@ -1,6 +1,9 @@
 #include "common/executable_store.h"
 
 #include <sys/stat.h>
+#include <unistd.h>
+
+#include <chrono>
 
 #include "gtest/gtest.h"
 
@@ -36,6 +39,21 @@ TEST(ExecutableStoreTest, WhatIsNoProgramIsRefusedWithTheReason) {
   EXPECT_FALSE(store.Add(dir.path() + "/fifo").ok());
   ASSERT_TRUE(WriteFileAtomic(dir.path() + "/plain", "x", 0644).ok());
   EXPECT_EQ(store.Add(dir.path() + "/plain").status().code(), absl::StatusCode::kPermissionDenied);
+}
+
+TEST(ExecutableStoreTest, WhatIsTooLargeForAProgramIsRefusedBeforeItIsRead) {
+  TempDir dir;
+  ExecutableStore store(dir.path() + "/bin", "worker");
+  const std::string large = dir.path() + "/large";
+  ASSERT_TRUE(WriteFileAtomic(large, "", 0755).ok());
+  ASSERT_EQ(truncate(large.c_str(), 20ll << 30), 0);
+  const auto before = std::chrono::steady_clock::now();
+  const absl::Status status = store.Add(large).status();
+  EXPECT_LT(std::chrono::steady_clock::now() - before, std::chrono::seconds(3));
+  EXPECT_EQ(status.message(), large + " has 21474836480 bytes; a program may have at most 1 GiB");
+  EXPECT_FALSE(PathExists(dir.path() + "/bin"));
+  ASSERT_EQ(truncate(large.c_str(), static_cast<off_t>(kMostExecutableBytes) + 1), 0);
+  EXPECT_EQ(store.Add(large).status().code(), absl::StatusCode::kInvalidArgument);
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ namespace {
 
 constexpr uint64_t kWaitStepMillis = 2;
 constexpr uint64_t kFetchMillis = 5'000;
+constexpr uint64_t kCandidateMillis = 1'000;  // of it
 constexpr size_t kLivingWorkersBytes = 4'096;
 constexpr uint64_t kFetchPauseMillis = 200;
 constexpr int kFetchTries = 12;
@@ -215,13 +216,23 @@ void Supervisor::AdoptWorkers() {
   for (Generation generation : takeover_->state.machine->getHolders()) {
     if (alive.count(generation) != 0) state_.holders.insert(generation);
   }
-  KillOthers(takeover_->source);
+  // What a candidate has read and not answered is in its ledger only, of which nobody else has the
+  // descriptors.
+  const Generation trial = takeover_->state.machine->getTrialGeneration();
+  const bool stored = takeover_->fds.count(FdName(FdKind::kLedger, trial)) != 0;
+  if (trial != takeover_->owner && alive.count(trial) != 0 && !stored) {
+    const schema::SavedWorker::Reader candidate = *takeover_->state.workers.at(trial);
+    const bool comes = (candidate.getCapabilities() & schema::CAP_REATTACH) != 0;
+    if (comes && !candidate.getKilled() && !candidate.getRetired()) takeover_->candidate = trial;
+  }
+  KillOthers({takeover_->source, takeover_->candidate});
 }
 
 // Whoever is not to go on ends: at once, so that its exit is proven early. One that retires ends by itself.
-void Supervisor::KillOthers(Generation spared) {
+void Supervisor::KillOthers(const std::set<Generation>& spared) {
   for (const auto& [generation, worker] : workers_) {
-    if (generation != takeover_->owner && generation != spared && !worker->retired) KillWorker(generation);
+    if (generation != takeover_->owner && spared.count(generation) == 0 && !worker->retired)
+      KillWorker(generation);
   }
 }
 
@@ -231,8 +242,11 @@ bool Supervisor::WaitsForWorker() {
       return OpenIfAlive(living.pid, living.start_ticks).valid();
     });
   }
-  WorkerProcess* owner = Find(takeover_->owner);
-  return owner != nullptr && !owner->exited && owner->client == nullptr;
+  auto awaited = [this](Generation generation) {
+    WorkerProcess* worker = Find(generation);
+    return worker != nullptr && !worker->exited && worker->client == nullptr;
+  };
+  return awaited(takeover_->owner) || awaited(takeover_->candidate);
 }
 
 kj::Promise<void> Supervisor::WaitForWorker(uint64_t deadline_boot_nanos) {
@@ -302,7 +316,9 @@ kj::Promise<void> Supervisor::FetchDescriptors() {
         return TakeFd(kj::mv(descriptor), kSnapshotFd).attach(kj::mv(response));
       });
       listener = listener.catch_([](kj::Exception&&) {});  // it closes its own when it has to
-      fetched = kj::joinPromises(kj::arr(kj::mv(fetched), FetchLedgers(*client, 0), kj::mv(listener)));
+      // One after the other: both hold the owner's.
+      auto ledgers = FetchLedgers(*client, 0).then([this] { return FetchCandidatesLedger(); });
+      fetched = kj::joinPromises(kj::arr(kj::mv(fetched), kj::mv(ledgers), kj::mv(listener)));
     }
     // A mount whose device did not arrive is given up, so it is worth trying again: what has arrived is
     // skipped, and the worker reads on meanwhile.
@@ -387,6 +403,20 @@ kj::Promise<void> Supervisor::FetchLedgers(schema::Worker::Client worker, uint64
   });
 }
 
+// The owner's descriptors do not wait for a candidate that is silent, or dies.
+kj::Promise<void> Supervisor::FetchCandidatesLedger() {
+  WorkerProcess* candidate = Find(takeover_->candidate);
+  if (candidate == nullptr) return kj::READY_NOW;
+  KJ_IF_MAYBE (client, candidate->client) {
+    auto failed = [](kj::Exception&& exception) {
+      LOG(ERROR) << "event=candidates_ledger_not_fetched error=" << LogValue(Describe(exception));
+    };
+    return timer_.timeoutAfter(kCandidateMillis * kj::MILLISECONDS, FetchLedgers(*client, 0))
+        .catch_(kj::mv(failed));
+  }
+  return kj::READY_NOW;
+}
+
 kj::Promise<void> Supervisor::RestoreVault() {
   RestoredMounts restored =
       RestoreMounts(takeover_->state, takeover_->owner, takeover_->held, &takeover_->fds);
@@ -452,7 +482,7 @@ void Supervisor::EndTakeover() {
   WorkerProcess* owner = Find(takeover_->owner);
   bool resumes = owner != nullptr && owner->client != nullptr && !owner->exited && !owner->killed;
   if (!resumes) takeover_->owner = 0;
-  KillOthers(0);
+  KillOthers({});
   PassFault(faults_, "supervisor.takeover").IgnoreError();
   if (!journal_.active()) StartFresh();
   std::unique_ptr<Takeover> takeover = std::move(takeover_);  // from now on the journal is written

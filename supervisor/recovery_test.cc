@@ -295,6 +295,29 @@ TEST_P(EveryStepTest, Yielding) { DieAt({"yielding=kill", true, true}); }
 TEST_P(EveryStepTest, Committing) { DieAt({"committing=kill@2", false, false}); }
 TEST_P(EveryStepTest, Running) { DieAt({"running=kill@2", false, false}); }
 
+TEST_P(RecoveryTest, WhatACandidateHadReadIsAnsweredWhenTheNextSupervisorHasKilledIt) {
+  harness_.SetFaults("supervisor.phase.probing=kill");
+  harness_.Start();
+  MountView mount = harness_.Mount("a");
+  const auto owner = static_cast<pid_t>(harness_.Status().Worker("owner").pid);
+  bool changed = false;
+  EXPECT_NE(harness_.Upgrade(harness_.MakeWorker("good"), false, &changed), "");
+  ASSERT_EQ(harness_.WaitEnd(), -SIGKILL) << "the fault happened";
+  harness_.SetFaults("");
+  ASSERT_EQ(kill(owner, SIGSTOP), 0);  // so that the candidate reads
+  const std::string hold = harness_.state_dir() + "/hold", held = harness_.state_dir() + "/held";
+  std::ofstream(hold) << "1";
+  Stat stat(mount.path);
+  EXPECT_TRUE(Eventually([&] { return PathExists(held); }));
+  ASSERT_EQ(unlink(hold.c_str()), 0);
+  ASSERT_EQ(kill(owner, SIGCONT), 0);
+  EXPECT_FALSE(stat.Done(0)) << "the request was held";
+  harness_.StartAgain();
+  EXPECT_GT(stat.Result(), 0);
+  harness_.WaitPhase("running");
+  EXPECT_EQ(ExpectHealthy({mount}).Worker("owner").pid, owner);
+}
+
 TEST_P(RecoveryTest, TheWorkerDiesAndThenTheSupervisorWhenTheNextOneServes) {
   harness_.SetFaults("supervisor.phase.committing=kill@2");
   harness_.Start();

@@ -113,6 +113,7 @@ struct Takeover {
   bool adopted = false;              // `state` is valid
   Generation owner = 0;              // who is to go on; 0: nobody
   Generation source = 0;             // a worker that can hand out descriptors; 0: none
+  Generation candidate = 0;          // is to end once it has handed out its ledger; 0: none
   bool holds_metadata = false;       // the owner says so
   int fetch_failures = 0;
   std::optional<std::set<uint64_t>> held;  // mounts that the owner was given; unknown if it could not say
@@ -166,13 +167,14 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void StateUnusable(const absl::Status& why);
   void AdoptWorkers();
   std::shared_ptr<const Executable> KeptExecutable(const std::string& sha256) const;
-  void KillOthers(Generation spared);
+  void KillOthers(const std::set<Generation>& spared);
   bool WaitsForWorker();
   kj::Promise<void> WaitForWorker(uint64_t deadline_boot_nanos);
   kj::Promise<void> FetchDescriptors();
   kj::Promise<void> FetchMounts(schema::Worker::Client worker, uint64_t after,
                                 std::shared_ptr<std::set<uint64_t>> held);
   kj::Promise<void> FetchLedgers(schema::Worker::Client worker, uint64_t after);
+  kj::Promise<void> FetchCandidatesLedger();
   kj::Promise<void> TakeFd(schema::Descriptor::Client descriptor, std::string name);
   kj::Promise<void> RestoreVault();
   void RestoreLedgers();

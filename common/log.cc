@@ -7,6 +7,12 @@ namespace holdfast {
 void InitLogging(const char* program) {
   FLAGS_logtostderr = true;
   google::InitGoogleLogging(program);
+  // glog brings libunwind, through which every exception goes then. The first one makes it open a pipe;
+  // coming when no descriptor is left, that one would end the process.
+  try {
+    throw 0;
+  } catch (int) {
+  }
 }
 
 std::string LogValue(std::string_view value) {

@@ -136,6 +136,19 @@ TEST_P(SlowTest, AWorkerThatIsOnlySlowIsLeftAlone) {
 }
 INSTANTIATE_TEST_SUITE_P(Builds, SlowTest, ::testing::Values("good", "old"));
 
+TEST_F(HangTest, ASpareThatStoppedIsMadeAnewBeforeItIsNeeded) {
+  harness_.Start({"--hang-limit", "1000", "--spare"});
+  EXPECT_TRUE(Eventually([&] { return harness_.Status().spare == "ready"; }));
+  const pid_t stopped = harness_.Status().Worker("spare").pid;
+  ASSERT_EQ(kill(stopped, SIGSTOP), 0);
+  EXPECT_TRUE(Eventually([&] {
+    StatusView status = harness_.Status();
+    return status.spare == "ready" && status.Worker("spare").pid != stopped;
+  }));
+  EXPECT_EQ(harness_.Status().hangs, 0u) << "nobody's worker";
+  EXPECT_EQ(harness_.Status().crashes, 0u);
+}
+
 // A worker stops for good in a step of a swap. Somebody reads all the time.
 class HangInSwapTest : public HangTest {
  protected:
@@ -245,6 +258,22 @@ TEST_F(HangInSwapTest, AnAnswerThatComesWhileTheWorkerIsKilledForItDoesNotCount)
   StatusView after = harness_.WaitPhase("running");
   EXPECT_EQ(after.Worker("owner").generation, OldGeneration());
   EXPECT_EQ(after.hangs, 0u);
+}
+
+TEST_F(HangInSwapTest, ALimitThatPassedWhileTheSupervisorSleptCondemnsNobody) {
+  harness_.Start({"--limits", "yield=1500"}, "slow-yield");
+  harness_.WaitPhase("running");
+  std::thread sleep([this, supervisor = harness_.pid()] {
+    EXPECT_TRUE(Eventually([&] { return PathExists(File("yielding")); }));
+    kill(supervisor, SIGSTOP);
+    std::this_thread::sleep_for(std::chrono::seconds(4));  // what it sleeps through, not an order
+    kill(supervisor, SIGCONT);
+  });
+  bool changed = false;
+  EXPECT_EQ(harness_.Upgrade(harness_.MakeWorker("good"), false, &changed), "");
+  sleep.join();
+  EXPECT_EQ(harness_.Status().crashes, 0u);
+  EXPECT_FALSE(harness_.LogContains("event=hang "));
 }
 
 TEST_F(HangInSwapTest, WhenBothHangAFreshWorkerServes) {

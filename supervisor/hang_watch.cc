@@ -32,25 +32,26 @@ kj::Promise<void> Supervisor::WatchWorker() {
 
 void Supervisor::LookAt(WorkerProcess* worker) {
   const Ledger* ledger = ledgers_.Find(worker->generation);
-  bool reads =
-      worker->reading && !worker->retired && worker->dead_since_boot_nanos == 0 && worker->hung.empty();
-  if (!reads || ledger == nullptr) return void(worker->watch = nullptr);
+  bool spare = worker->generation == state_.spare && worker->client != nullptr;
+  bool lives = !worker->retired && worker->dead_since_boot_nanos == 0 && worker->hung.empty();
+  if (!lives || ledger == nullptr || !(worker->reading || spare)) return void(worker->watch = nullptr);
   if (worker->watch == nullptr) {
     worker->watch = std::make_unique<WorkerWatch>(HangLimits{.limit_ns = options_.hang_limit_ms * 1'000'000});
   }
   WorkerWatch& watch = *worker->watch;
   Ping(worker);
-  HangSample sample{.now_ns = clock_->BootNanos(),
-                    .received = ledger->received(),
-                    .heartbeat_ns = ledger->heartbeat(),
-                    .executing = ledger->ExecutingSlots(),
-                    .ping = watch.ping,
-                    .loop = watch.loop,
-                    .throttled_ns = ThrottledNanos(worker->pid)};
-  FindOverdue(worker->generation, &sample);
-  if ((worker->capabilities & schema::CAP_HEALTH) != 0) {
+  HangSample sample{
+      .now_ns = clock_->BootNanos(), .ping = watch.ping, .throttled_ns = ThrottledNanos(worker->pid)};
+  if (worker->reading) {  // of a spare only an answer is wanted
+    sample.received = ledger->received();
+    sample.heartbeat_ns = ledger->heartbeat();
+    sample.executing = ledger->ExecutingSlots();
+    FindOverdue(worker->generation, &sample);
+  }
+  if (worker->reading && (worker->capabilities & schema::CAP_HEALTH) != 0) {
     sample.readable = vault_.Readable();
     sample.held_back = watch.held_back;
+    sample.loop = watch.loop;
     // A call of the machine may take long, and has a limit of its own.
     if (worker->calls == 0) sample.loop_age_ns = watch.loop_age_ns;
   }

@@ -99,9 +99,11 @@ absl::StatusOr<SharedFd> ControlListener(const Options& options, FdStore* store,
   using Flags = kj::LowLevelAsyncIoProvider::Flags;
   auto listener = io.lowLevelProvider->wrapListenSocketFd(control->get(),
                                                           Flags::ALREADY_CLOEXEC | Flags::ALREADY_NONBLOCK);
-  auto serving = ServeControl(&supervisor, listener.get()).eagerlyEvaluate([](kj::Exception&& exception) {
-    LOG(ERROR) << "event=control_ended error=" << LogValue(exception.getDescription().cStr());
-  });
+  auto serving = ServeControl(&supervisor, listener.get(), &io.provider->getTimer())
+                     .eagerlyEvaluate([](kj::Exception&& exception) {
+                       LOG(ERROR) << "event=control_ended error="
+                                  << LogValue(exception.getDescription().cStr());
+                     });
   bool ending = false;
   auto left =
       io.unixEventPort.onSignal(SIGTERM).then([&](siginfo_t) { return supervisor.SaveLivingWorkers(); });

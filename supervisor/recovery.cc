@@ -521,8 +521,10 @@ void Supervisor::StartFresh() {
   if (!map.ok()) LOG(ERROR) << "event=no_state error=" << LogValue(map.status().ToString());
   for (const LivingWorker& worker : takeover_->living) {
     if (!OpenIfAlive(worker.pid, worker.start_ticks).valid()) continue;
-    warnings_.push_back("worker pid " + std::to_string(worker.pid) +
-                        " of an earlier supervisor did not come back; it serves what containers still use");
+    warnings_.push_back(
+        "worker pid " + std::to_string(worker.pid) +
+        " of an earlier supervisor did not come back; it may still serve what containers use. If the "
+        "phase stays no-metadata it hangs: end it (kill -9)");
   }
 }
 

@@ -21,6 +21,7 @@ namespace {
 constexpr unsigned kMountsPerPage = 200;
 constexpr unsigned kLedgersPerPage = 7;       // 33 descriptors each; 253 fit into one message
 constexpr unsigned kLedgersForControl = 250;  // without the pipes
+constexpr uint64_t kAcceptPauseMillis = 200;
 
 static_assert(static_cast<int>(schema::MountState::GONE) == static_cast<int>(MountState::kGone));
 schema::MountState Convert(MountState state) { return static_cast<schema::MountState>(state); }
@@ -263,15 +264,21 @@ kj::Promise<void> ServeClient(Supervisor* supervisor, kj::Own<kj::AsyncCapabilit
 
 class Clients final : private kj::TaskSet::ErrorHandler {
  public:
-  explicit Clients(Supervisor* supervisor) : supervisor_(supervisor), tasks_(*this) {}
+  Clients(Supervisor* supervisor, kj::Timer* timer)
+      : supervisor_(supervisor), timer_(*timer), tasks_(*this) {}
 
   kj::Promise<void> Accept(kj::ConnectionReceiver& listener) {
-    return listener.accept().then([this, &listener](kj::Own<kj::AsyncIoStream>&& stream) {
+    auto accepted = listener.accept().then([this](kj::Own<kj::AsyncIoStream>&& stream) {
       if (PeerIsRoot(*stream)) {
         tasks_.add(ServeClient(supervisor_, stream.downcast<kj::AsyncCapabilityStream>()));
       }
-      return Accept(listener);
     });
+    // No descriptor is left, say. Whoever is waiting to be accepted goes on waiting.
+    auto later = [this](kj::Exception&& exception) {
+      LOG(ERROR) << "event=accept_failed error=" << LogValue(exception.getDescription().cStr());
+      return timer_.afterDelay(kAcceptPauseMillis * kj::MILLISECONDS);
+    };
+    return accepted.catch_(kj::mv(later)).then([this, &listener] { return Accept(listener); });
   }
 
  private:
@@ -279,6 +286,7 @@ class Clients final : private kj::TaskSet::ErrorHandler {
     LOG(ERROR) << "event=client_failed error=" << LogValue(exception.getDescription().cStr());
   }
   Supervisor* const supervisor_;
+  kj::Timer& timer_;
   kj::TaskSet tasks_;
 };
 
@@ -318,8 +326,8 @@ void FillTakeover(const Vault& vault, const LedgerStore& ledgers, uint64_t worke
   }
 }
 
-kj::Promise<void> ServeControl(Supervisor* supervisor, kj::ConnectionReceiver* listener) {
-  auto clients = kj::heap<Clients>(supervisor);
+kj::Promise<void> ServeControl(Supervisor* supervisor, kj::ConnectionReceiver* listener, kj::Timer* timer) {
+  auto clients = kj::heap<Clients>(supervisor, timer);
   auto loop = clients->Accept(*listener);
   return loop.attach(kj::mv(clients));
 }

@@ -27,6 +27,6 @@ schema::MountView::Client MakeMountView(Vault* vault);
 // The bootstrap of a worker's connection.
 capnp::Capability::Client MakeSupervisorServer(Supervisor* supervisor, uint64_t generation);
 // Accepts holdfastctl's connections for ever; peers that are not root are turned away.
-kj::Promise<void> ServeControl(Supervisor* supervisor, kj::ConnectionReceiver* listener);
+kj::Promise<void> ServeControl(Supervisor* supervisor, kj::ConnectionReceiver* listener, kj::Timer* timer);
 
 }  // namespace holdfast::supervisor

@@ -23,6 +23,7 @@ namespace {
 constexpr unsigned kMaxIncomingFds = 16;
 constexpr uint64_t kMountingPollMillis = 5, kMountingMillis = 10'000;
 constexpr uint64_t kDistrustSeconds = 180;
+constexpr uint64_t kLateMillis = 500;
 constexpr uint64_t kUrgentMillis = 6'000;  // above a worker's own limit
 
 constexpr uint64_t kNeeded = schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER;
@@ -421,8 +422,11 @@ kj::Promise<void> Supervisor::StartTimer(uint64_t milliseconds, std::function<vo
 }
 
 void Supervisor::ArmTimer(uint64_t milliseconds) {
-  machine_timer_ = StartTimer(milliseconds, [this] {
+  uint64_t late = clock_->BootNanos() + milliseconds * 1'000'000 + kNanosPerSecond;
+  machine_timer_ = StartTimer(milliseconds, [this, late] {
     tasks_.add(kj::mv(machine_timer_));  // lives on until we return: what follows may arm the next one
+    // It was us who slept, or the machine: what came meanwhile is to be heard first.
+    if (clock_->BootNanos() > late) return ArmTimer(kLateMillis);
     Dispatch({.type = EventType::kTimer});
   });
 }

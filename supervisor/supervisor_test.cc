@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <set>
@@ -368,6 +369,34 @@ TEST(SupervisorTest, AWorkerThatKeepsDyingIsStartedAgainEverMoreSlowly) {
   ASSERT_TRUE(Eventually([&] { return harness.Status().crashes >= 4; }));
   harness.WaitPhase("backoff");
   EXPECT_LE(harness.Status().crashes, 6u);
+}
+
+// What the process may open from now on: nothing.
+rlimit LeaveNoDescriptor(pid_t pid) {
+  std::set<int> open;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/" + std::to_string(pid) + "/fd"))
+    open.insert(std::stoi(entry.path().filename()));
+  rlimit none{}, before{};
+  while (open.count(static_cast<int>(none.rlim_cur)) != 0) ++none.rlim_cur;
+  prlimit(pid, RLIMIT_NOFILE, nullptr, &before);
+  none.rlim_max = before.rlim_max;
+  prlimit(pid, RLIMIT_NOFILE, &none, nullptr);
+  return before;
+}
+
+TEST(SupervisorTest, WhoConnectsWhileNoDescriptorIsLeftIsHeardWhenThereIsOne) {
+  Harness harness;
+  harness.Start();
+  const rlimit before = LeaveNoDescriptor(harness.pid());
+  UniqueFd client(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  strncpy(address.sun_path, harness.control_socket().c_str(), sizeof(address.sun_path) - 1);
+  ASSERT_EQ(connect(client.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
+  EXPECT_TRUE(Eventually([&] { return harness.LogContains("event=accept_failed"); }));
+  ASSERT_EQ(prlimit(harness.pid(), RLIMIT_NOFILE, &before, nullptr), 0);
+  harness.Connect();
+  EXPECT_EQ(harness.Status().phase, "running");
 }
 
 // Once its exit is known.

@@ -495,6 +495,10 @@ class WorkerServer final : public schema::Worker::Server {
     StopIfAsked(c_, "yield");
     if (c_.mode == "die-yield") _exit(3);
     c_.metadata.Reset();
+    if (c_.mode == "slow-yield") {
+      if (!WriteFileAtomic(c_.state_dir + "/yielding", "1").ok()) _exit(93);
+      return c_.timer->afterDelay(500 * kj::MILLISECONDS);
+    }
     return kj::READY_NOW;
   }
   kj::Promise<void> retire(RetireContext) override {

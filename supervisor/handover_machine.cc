@@ -205,10 +205,6 @@ class Stepper {
     if (parked) return Enter(Phase::kResuming, s_.owner, Call::kResume, limits_.resume_ms);
     AfterResuming();
   }
-  void KillOwner(const std::string& reason) {
-    Do(Type::kKill, s_.owner);
-    Restart(reason);
-  }
   // The upgrade under way, if one is, failed.
   void SwapLost(const std::string& reason) {
     bool served = s_.trial != 0 && s_.phase >= Phase::kServing;
@@ -360,7 +356,10 @@ class Stepper {
   // The step under way came to nothing: back to the owner, or to a fresh worker.
   void StepFailed(const std::string& reason) {
     if (s_.phase == Phase::kStopYielding) return RetireOwner();
-    if (s_.phase == Phase::kResuming || s_.phase == Phase::kReclaiming) return KillOwner(reason);
+    if (s_.phase == Phase::kResuming) {
+      Do(Type::kKill, s_.owner);
+      return Restart(reason);
+    }
     Do(Type::kKill, s_.successor);
     SuccessorLost(reason);
   }

@@ -159,11 +159,12 @@ class HangInSwapTest : public HangTest {
     harness_.WaitPhase("running");
     mount_ = harness_.Mount("a");
     before_ = harness_.Status();
-    for (absl::string_view at : absl::StrSplit(stops_at, ' ')) Make("stop-" + std::string(at));
+    for (absl::string_view at : absl::StrSplit(stops_at, ' ', absl::SkipEmpty()))
+      Make("stop-" + std::string(at));
     bool changed = false;
     std::string error;
     ReadMeanwhile([&] { error = harness_.Upgrade(harness_.MakeWorker(mode), false, &changed); });
-    for (absl::string_view at : absl::StrSplit(stops_at, ' '))
+    for (absl::string_view at : absl::StrSplit(stops_at, ' ', absl::SkipEmpty()))
       EXPECT_FALSE(PathExists(File("stop-" + std::string(at)))) << "nobody stopped there";
     return error;
   }
@@ -246,13 +247,7 @@ TEST_F(HangInSwapTest, AnOwnerThatStopsShortlyBeforeItIsToParkHasNoMoreTimeForIt
 }
 
 TEST_F(HangInSwapTest, AnAnswerThatComesWhileTheWorkerIsKilledForItDoesNotCount) {
-  harness_.Start({"--limits", "prepare=500"});
-  harness_.WaitPhase("running");
-  mount_ = harness_.Mount("a");
-  before_ = harness_.Status();
-  bool changed = false;
-  std::string error;
-  ReadMeanwhile([&] { error = harness_.Upgrade(harness_.MakeWorker("late-prepare"), false, &changed); });
+  const std::string error = Upgrade("", {"--limits", "prepare=500"}, "late-prepare");
   EXPECT_NE(error.find("it took too long (phase preparing)"), std::string::npos) << error;
   EXPECT_LT(longest_, std::chrono::seconds(2));
   StatusView after = harness_.WaitPhase("running");

@@ -104,17 +104,15 @@ absl::StatusOr<SharedFd> ControlListener(const Options& options, FdStore* store,
                        LOG(ERROR) << "event=control_ended error="
                                   << LogValue(exception.getDescription().cStr());
                      });
-  bool ending = false;
   auto left =
       io.unixEventPort.onSignal(SIGTERM).then([&](siginfo_t) { return supervisor.SaveLivingWorkers(); });
-  left = left.then([&ending, store] {
+  left = left.then([&supervisor, store] {
                // Half of a full end is of no use to the next one.
-               if (!ending) LeaveToNext(store);
+               if (!supervisor.stopping()) LeaveToNext(store);
                LOG(WARNING) << "event=sigterm_ignored reason=\"everything is being ended\"";
              })
              .eagerlyEvaluate(nullptr);
   auto told = io.unixEventPort.onSignal(SIGINT).then([&](siginfo_t info) {
-    ending = true;
     sd_notify(0, "STOPPING=1");
     supervisor.Stop(strsignal(info.si_signo));
   });

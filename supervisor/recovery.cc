@@ -137,8 +137,9 @@ kj::Promise<void> Supervisor::Recover() {
   UniqueFd state = TakeOne(&takeover_->fds, kStateFd);
   if (state.valid()) {
     auto map = DurableMap::Open(state.get());
-    absl::Status status = map.ok() ? AdoptState(std::move(*map), "fd store", 0) : map.status();
-    if (!status.ok()) StateUnusable(status);
+    auto saved = map.ok() ? DecodeState(*map) : map.status();
+    if (saved.ok()) AdoptState(std::move(*map), *std::move(saved), "fd store", 0);
+    if (!saved.ok()) StateUnusable(saved.status());
   }
   return WaitForWorker(clock_->BootNanos() + kReattachMillis * kNanosPerMilli)
       .then([this] { return FetchDescriptors(); })
@@ -153,8 +154,8 @@ void Supervisor::StateUnusable(const absl::Status& why) {
   takeover_->kept.erase(kStateFd);
 }
 
-absl::Status Supervisor::AdoptState(DurableMap map, const char* source, Generation bringer) {
-  HF_ASSIGN_OR_RETURN(takeover_->state, DecodeState(map));
+void Supervisor::AdoptState(DurableMap map, SavedState state, const char* source, Generation bringer) {
+  takeover_->state = std::move(state);
   takeover_->adopted = true;
   takeover_->source = bringer;
   state_source_ = source;
@@ -173,7 +174,6 @@ absl::Status Supervisor::AdoptState(DurableMap map, const char* source, Generati
   AdoptWorkers();
   LOG(INFO) << "event=state_adopted source=" << LogValue(source) << " phase=" << saved.getPhase().cStr()
             << " mounts=" << takeover_->state.mounts.size() << " owner=" << takeover_->owner;
-  return absl::OkStatus();
 }
 
 // Opening one means reading all of it.
@@ -268,7 +268,8 @@ absl::Status Supervisor::AdoptBroughtState(Generation generation, pid_t pid, con
   auto it = saved.workers.find(generation);
   if (it == saved.workers.end() || token != it->second->getToken().cStr())
     return PermissionDenied("wrong token");
-  return AdoptState(std::move(map), "worker", generation);
+  AdoptState(std::move(map), std::move(saved), "worker", generation);
+  return absl::OkStatus();
 }
 
 void Supervisor::Reattach(Generation generation, schema::Hello::Reader hello,

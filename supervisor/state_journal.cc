@@ -39,21 +39,28 @@ Mount Decode(schema::SavedMount::Reader in) {
   return mount;
 }
 
-// A copy of its own. Cap'n Proto checks a field when it is read, and throws: so all are read here.
-template <typename Schema>
-kj::Own<typename Schema::Reader> Read(const std::string& value) {
+// Of a record: what `use` makes of it. Cap'n Proto checks a field when it is read, and throws.
+template <typename Schema, typename Use>
+auto Decoded(const std::string& value, Use use) {
   auto words = kj::heapArray<capnp::word>(value.size() / sizeof(capnp::word));  // aligned
   memcpy(words.begin(), value.data(), words.asBytes().size());
-  auto record = capnp::clone(capnp::FlatArrayMessageReader(words).getRoot<Schema>());
-  kj::str(*record);
-  return record;
+  return use(capnp::FlatArrayMessageReader(words).getRoot<Schema>());
+}
+
+// A copy of its own, of which all fields are read here, so that none throws later.
+template <typename Schema>
+kj::Own<typename Schema::Reader> Read(const std::string& value) {
+  return Decoded<Schema>(value, [](typename Schema::Reader record) {
+    kj::str(record);
+    return capnp::clone(record);
+  });
 }
 
 void DecodeRecord(const std::string& key, const std::string& value, SavedState* state) {
   if (key == kMachineKey) state->machine = Read<schema::SavedMachine>(value);
   uint64_t number = 0;
   if (key.size() < 3 || key[1] != '/' || !absl::SimpleAtoi(key.substr(2), &number)) return;
-  if (key[0] == 'm') state->mounts[number] = Decode(*Read<schema::SavedMount>(value));
+  if (key[0] == 'm') state->mounts[number] = Decoded<schema::SavedMount>(value, Decode);
   if (key[0] == 'w') state->workers[number] = Read<schema::SavedWorker>(value);
   if (key[0] == 'l') state->ledgers[number] = Read<schema::SavedLedger>(value);
 }

@@ -1,6 +1,5 @@
 #include "supervisor/supervisor.h"
 
-#include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>

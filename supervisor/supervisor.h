@@ -127,6 +127,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   kj::Promise<void> Run();
   // Takes all mounts out of the tree (what is in use lives on as long as its server), ends the workers.
   void Stop(const std::string& reason);
+  bool stopping() const { return stopping_; }
   // For the next supervisor. Resolves when the file has all of them.
   kj::Promise<void> SaveLivingWorkers();
   // Last: kills what is left.
@@ -162,7 +163,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
 
   // recovery.cc
   kj::Promise<void> Recover();
-  absl::Status AdoptState(DurableMap map, const char* source, Generation bringer);
+  void AdoptState(DurableMap map, SavedState state, const char* source, Generation bringer);
   absl::Status AdoptBroughtState(Generation generation, pid_t pid, const std::string& token, int state);
   void StateUnusable(const absl::Status& why);
   void AdoptWorkers();
@@ -288,8 +289,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   SharedFd touched_;  // what the candidate on trial answered for (schema/touched.h)
 
   SwapRecord swap_{clock_};
-  uint64_t hangs_ = 0, pings_ = 0;
-  uint64_t crashes_ = 0;
+  uint64_t crashes_ = 0, hangs_ = 0, pings_ = 0;
   Death last_death_;
   bool stopping_ = false;
   kj::Promise<void> living_saved_ = kj::READY_NOW;  // by the last write of the workers' file

@@ -431,6 +431,12 @@ void StopIfAsked(const Context& c, const std::string& where) {
   if (unlink((c.state_dir + "/stop-" + where).c_str()) == 0) kill(getpid(), SIGSTOP);
 }
 
+// Tells the test that it has come there, and takes its time.
+kj::Promise<void> Dawdle(const Context& c, const char* file, kj::Duration time) {
+  if (!WriteFileAtomic(c.state_dir + "/" + file, "1").ok()) _exit(93);
+  return c.timer->afterDelay(time);
+}
+
 class WorkerServer final : public schema::Worker::Server {
  public:
   explicit WorkerServer(Context* context) : c_(*context) {}
@@ -495,10 +501,7 @@ class WorkerServer final : public schema::Worker::Server {
     StopIfAsked(c_, "yield");
     if (c_.mode == "die-yield") _exit(3);
     c_.metadata.Reset();
-    if (c_.mode == "slow-yield") {
-      if (!WriteFileAtomic(c_.state_dir + "/yielding", "1").ok()) _exit(93);
-      return c_.timer->afterDelay(500 * kj::MILLISECONDS);
-    }
+    if (c_.mode == "slow-yield") return Dawdle(c_, "yielding", 500 * kj::MILLISECONDS);
     return kj::READY_NOW;
   }
   kj::Promise<void> retire(RetireContext) override {
@@ -552,10 +555,7 @@ class WorkerServer final : public schema::Worker::Server {
   kj::Promise<void> replay(ReplayContext context) override {
     c_.calls.push_back("replay " + std::to_string(context.getParams().getRequests().size()));
     if (c_.mode == "die-replay") _exit(3);
-    if (c_.mode == "slow-replay") {
-      if (!WriteFileAtomic(c_.state_dir + "/replaying", "1").ok()) _exit(93);
-      return c_.timer->afterDelay(2'600 * kj::MILLISECONDS);
-    }
+    if (c_.mode == "slow-replay") return Dawdle(c_, "replaying", 2'600 * kj::MILLISECONDS);
     if (c_.mode == "differs") context.getResults().initDifferent(1).set(0, 0);
     return kj::READY_NOW;
   }

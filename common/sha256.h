@@ -23,7 +23,7 @@ class Sha256 {
   std::string FinishHex();
 
  private:
-  void Block(const uint8_t* block);
+  void Blocks(const uint8_t* data, size_t blocks);
 
   const bool fast_;
   std::array<uint32_t, 8> state_ = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,

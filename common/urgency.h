@@ -7,7 +7,8 @@
 // Who is urgent: the supervisor's main thread and the thread on which a worker hears it, always; they do
 // little. A worker's other threads from its exec (when nobody serves) or from being told to serve, until soon
 // after it serves: UrgentTime ends it in any case. The thread that carries out a call for which reads wait,
-// until that has returned.
+// until that has returned. The threads that execute requests, while a swap is being prepared on the same
+// processors.
 //
 // How it fails: the kernel refuses it without CAP_SYS_NICE (or RLIMIT_RTPRIO), and in control groups that
 // have no real-time budget (CONFIG_RT_GROUP_SCHED). Then everything goes on in ordinary threads, on a busy

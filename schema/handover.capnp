@@ -156,7 +156,7 @@ interface Supervisor {
 }
 
 interface Worker {
-  # The methods from `prepare` on are called only when the capability that they need was agreed on.
+  # The methods from `prepare` on are called only when the capability that they need, if any, was agreed on.
 
   serve @0 (trial :Bool, touched :Descriptor, takeover :Takeover) -> ();
   # Take over reads: fetch the vault's pages and the old ledgers, adopt every record, start reading. Returns when every
@@ -226,4 +226,9 @@ interface Worker {
 
   heldListener @17 () -> (snapshotListener :Descriptor);
   # (capReattach)
+
+  swapAhead @18 () -> ();
+  # Somebody has asked for a swap. Copying, starting and checking the candidate takes processors for some tenths of a second; what this
+  # worker reads meanwhile shall not wait for them. Nothing depends on it, so there is no capability: a worker that does not know
+  # the method says so.
 }

@@ -232,6 +232,17 @@ TEST(SwapTest, WhatACandidateAnsweredOnTrialIsTakenBack) {
       Contains(harness.WorkerInfo().calls, "distrust " + std::to_string(bad) + " vault id 16 touched"));
 }
 
+TEST(SwapTest, TheWorkerThatReadsIsToldThatASwapWasAskedFor) {
+  Harness harness;
+  harness.Start();
+  harness.Mount("a", FUSE_IOCTL_DIR, "blob");
+  bool changed = false;
+  ASSERT_NE(harness.Upgrade(harness.MakeWorker("fail-prepare"), false, &changed), "");
+  EXPECT_TRUE(Contains(harness.WorkerInfo().calls, "swap ahead"));
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
+  EXPECT_FALSE(Contains(harness.WorkerInfo().calls, "swap ahead"));
+}
+
 TEST(SwapTest, ABuildThatKnowsNoTrialIsSwappedToWithoutOne) {
   Harness harness;
   harness.Start();

@@ -520,6 +520,10 @@ class WorkerServer final : public schema::Worker::Server {
     for (const auto& [id, blob] : blobs) list.set(i++, id);
     return kj::READY_NOW;
   }
+  kj::Promise<void> swapAhead(SwapAheadContext) override {
+    c_.calls.emplace_back("swap ahead");
+    return kj::READY_NOW;
+  }
   kj::Promise<void> prepare(PrepareContext) override {
     c_.calls.emplace_back("prepare");
     if (c_.mode == "fail-prepare") KJ_FAIL_REQUIRE("this build cannot prepare");

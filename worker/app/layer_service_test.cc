@@ -68,6 +68,7 @@ class FakeFuseServer final : public fuse::FuseServer {
   void Start() override {}
   void Park() override {}
   void Resume() override {}
+  void Hurry(uint64_t) override {}
   absl::Status BeginTrial(UniqueFd) override { return absl::OkStatus(); }
   void EndTrial() override {}
   absl::StatusOr<uint64_t> ForgetCached(UniqueFd) override { return 0; }

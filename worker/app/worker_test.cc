@@ -641,6 +641,16 @@ TEST_F(WorkerTest, WhatReadsWaitForIsUrgentAndSoonAfterItNoThreadIs) {
   while (UrgentThreads() != 0) usleep(1000);
 }
 
+TEST_F(WorkerTest, WhileASwapIsAheadOnlyThoseWhoExecuteRequestsAreUrgent) {
+  vault_.Put(1, 1);
+  options_.config.fuse.threads = 3;
+  Start();
+  ASSERT_TRUE(worker_->Serve({}).ok());
+  const bool permitted = std::async(std::launch::async, [] { return BecomeUrgent().ok(); }).get();
+  worker_->SwapAhead();
+  EXPECT_TRUE(WaitUntil([&] { return UrgentThreads() == (permitted ? 3 : 0); }));
+}
+
 TEST_F(WorkerTest, NoThreadHidesFromTheSignalThatShowsItsStack) {
   vault_.Put(1, 1);
   Start();

@@ -279,6 +279,10 @@ class ServerMain {
       server_->Park();
     } else if (verb == "resume") {
       server_->Resume();
+    } else if (verb == "hurry") {
+      uint64_t millis = 0;
+      in >> millis;
+      server_->Hurry(millis * 1'000'000);
     } else if (verb == "destroy") {
       server_.reset();
     } else if (verb == "adopt") {

@@ -103,9 +103,10 @@ struct ServerSetup {
 
 // A server in a process of its own, driven by one-line commands; each answers "ok ..." or an error text.
 //   start | begin (start, on a thread of its own) | atwork (what the LoopWatch says) | park | resume |
-//   destroy | stats | adopt GEN FINAL [HUNG] | drained GEN | trial LOG | endtrial | forget LOG (LOG: 1 =
-//   bench.touched, 0 = none) | heldback | fault SPEC | hold MOUNT 0/1 | release MOUNT | fail MOUNT | store
-//   MOUNT NODE HOW | waiting MOUNT | fetches MOUNT | fired POINT COUNT | unblock POINT | remove MOUNT | ended
+//   hurry MILLIS | destroy | stats | adopt GEN FINAL [HUNG] | drained GEN | trial LOG | endtrial | forget LOG
+//   (LOG: 1 = bench.touched, 0 = none) | heldback | fault SPEC | hold MOUNT 0/1 | release MOUNT | fail MOUNT
+//   | store MOUNT NODE HOW | waiting MOUNT | fetches MOUNT | fired POINT COUNT | unblock POINT | remove MOUNT
+//   | ended
 class ServerProcess {
  public:
   ServerProcess(Bench& bench, ServerSetup setup);

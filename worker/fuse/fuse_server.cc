@@ -30,6 +30,7 @@ class ServerImpl final : public FuseServer {
   void Start() override { core_->Start(); }
   void Park() override { core_->Park(); }
   void Resume() override { core_->Resume(); }
+  void Hurry(uint64_t nanos) override { core_->Hurry(nanos); }
   absl::Status BeginTrial(UniqueFd touched) override { return core_->BeginTrial(std::move(touched)); }
   void EndTrial() override { core_->EndTrial(); }
   absl::StatusOr<uint64_t> ForgetCached(UniqueFd touched) override {

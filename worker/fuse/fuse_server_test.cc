@@ -1,6 +1,7 @@
 // One server on real mounts: what a layer holds reads right, and a miss stops nobody but its reader.
 #include <dirent.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -11,8 +12,10 @@
 #include <cerrno>
 #include <chrono>
 #include <csignal>
+#include <future>
 #include <set>
 
+#include "common/urgency.h"
 #include "gtest/gtest.h"
 #include "worker/fuse/fuse_bench.h"
 
@@ -376,6 +379,31 @@ TEST_F(FuseServerTest, AnUnmountedFileSystemIsReportedAndOthersGoOn) {
   EXPECT_EQ(server.Call("remove 100"), "ok");
   EXPECT_EQ(Read([&] { return CheckFile(other + "/memory", kMemory, 0, 100); }), 0);
   EXPECT_EQ(server.Call("ended"), "ok 100");
+}
+
+TEST_F(FuseServerTest, InAHurryThePoolIsUrgentAndAfterThatOrdinaryAlsoIfItWasParkedMeanwhile) {
+  const bool permitted = std::async(std::launch::async, [] { return BecomeUrgent().ok(); }).get();
+  std::string root = bench_.Mount().path;
+  ServerProcess server(bench_, NewSetup());
+  ASSERT_EQ(server.Call("start"), "ok");
+  auto urgent_threads = [&] {
+    int urgent = 0;
+    for (const char* name : {"fuse-0", "fuse-1"})
+      urgent += (sched_getscheduler(server.ThreadNamed(name)) & ~SCHED_RESET_ON_FORK) == SCHED_RR;
+    return urgent;
+  };
+  for (const bool parked : {false, true}) {
+    EXPECT_EQ(urgent_threads(), 0);
+    ASSERT_EQ(server.Call("hurry 3000"), "ok");
+    // Idle threads look every second.
+    EXPECT_TRUE(Eventually([&] { return urgent_threads() == (permitted ? 2 : 0); }, 3));
+    if (parked) {
+      ASSERT_EQ(server.Call("park"), "ok");
+      ASSERT_EQ(server.Call("resume"), "ok");
+    }
+    EXPECT_EQ(Read([&] { return CheckFile(root + "/memory", kMemory, 0, 100); }), 0);
+    EXPECT_TRUE(Eventually([&] { return urgent_threads() == 0; }));
+  }
 }
 
 TEST_F(FuseServerTest, RemovingAMountDropsItsRecords) {

@@ -66,6 +66,7 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   void Start();
   void Park();
   void Resume();
+  void Hurry(uint64_t nanos);
   absl::Status BeginTrial(UniqueFd touched);
   void EndTrial();
   absl::StatusOr<uint64_t> ForgetCached(UniqueFd touched);
@@ -178,7 +179,8 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
 
   // receive.cc
   void PoolThread(uint32_t slot_index);
-  void Beat();
+  uint64_t Beat();  // returns the time
+  void KeepUrgency(uint64_t now, bool* urgent);
   void Tick(uint32_t slot_index, ReplyPipe* pipe);
   void Turn(uint32_t slot_index, uint64_t mount_id, ReplyPipe* pipe);
   Received ReceiveAndExecute(uint32_t slot_index, const std::shared_ptr<Mount>& mount, ReplyPipe* pipe);
@@ -298,6 +300,7 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   std::atomic<bool> stop_{false};
   Mutex pool_mutex_;
   std::vector<std::thread> pool_ ABSL_GUARDED_BY(pool_mutex_);
+  std::atomic<uint64_t> hurry_until_nanos_{0};
   std::atomic<uint64_t> next_tick_nanos_{0};
   std::atomic<int> throttled_mounts_{0};
   mutable Mutex held_back_mutex_;

@@ -97,6 +97,11 @@ class WorkerServer final : public schema::Worker::Server {
     return kj::READY_NOW;
   }
 
+  kj::Promise<void> swapAhead(SwapAheadContext) override {
+    if (WorkerActions* actions = callbacks_->actions) actions->SwapAhead();
+    return kj::READY_NOW;
+  }
+
   kj::Promise<void> prepare(PrepareContext) override { return Run(&WorkerActions::Prepare); }
   kj::Promise<void> endTrial(EndTrialContext) override { return Run(&WorkerActions::EndTrial); }
 

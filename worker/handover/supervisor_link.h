@@ -5,7 +5,7 @@
 // (WorkerActions) run one after the other on a second thread, Distrust, which may wait long, on a third,
 // calls of holdfastctl (AdminActions) on a fourth. The first is urgent (common/urgency.h), the second while
 // reads wait for what it does. The methods of SupervisorLink block their caller, are
-// thread-safe and must not be called from within `Ping`.
+// thread-safe and must not be called from within `Ping` or `SwapAhead`.
 //
 // How it fails: when the connection ends the supervisor is gone. Every call then returns Unavailable, and
 // SupervisorLost runs on the action thread; reads go on: they need no supervisor. If it says so, a further
@@ -181,8 +181,9 @@ class WorkerActions {
   virtual void Reattached(const std::string& vault_id) = 0;
   // The next supervisor does not want this worker. None is looked for any more.
   virtual void ReattachRefused(const absl::Status& why) = 0;
-  // On the event loop's thread: must not block.
+  // On the event loop's thread, beside the others: must not block.
   virtual Health Ping() = 0;
+  virtual void SwapAhead() = 0;
 };
 
 using admin::LayerInfo;

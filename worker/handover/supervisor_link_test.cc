@@ -295,6 +295,7 @@ class RecordingWorker final : public WorkerActions, public AdminActions {
   void Reattached(const std::string& vault_id) override { reattached.set_value(vault_id); }
   void ReattachRefused(const absl::Status& why) override { refused.set_value(why); }
   Health Ping() override { return {42, "fetch", {3, 8}}; }
+  void SwapAhead() override { swaps_ahead++; }
   std::vector<LayerInfo> Layers() override {
     LayerInfo layer;
     layer.digest = "sha256:aa";
@@ -309,6 +310,7 @@ class RecordingWorker final : public WorkerActions, public AdminActions {
 
   std::atomic<bool> serving{false}, trial_ended{false}, reattach{false}, distrust_waits{false};
   std::atomic<bool> served_urgently{false}, ended_urgently{false};
+  std::atomic<int> swaps_ahead{0};
   Noted<ServeOrder> order;
   std::atomic<uint64_t> exited{0}, distrusted{0};
   std::atomic<int> prepared{0}, attempts{0}, losses{0};
@@ -407,6 +409,8 @@ TEST_F(SupervisorLinkTest, PingAndTheWorkersOwnCallsAreAnsweredWhileAnActionTake
     });
   });
   EXPECT_EQ(age, 42u);
+  end_->Call([&] { return KJ_ASSERT_NONNULL(script_.worker).swapAheadRequest().send().ignoreResult(); });
+  EXPECT_EQ(worker_.swaps_ahead, 1);
   EXPECT_TRUE(link_->Drained(3).ok());
   EXPECT_EQ(script_.drained, 3u);
   uint64_t layers = end_->Call([&] {

@@ -42,5 +42,21 @@ TEST(Sha256Test, PiecesAndTheWholeGiveTheSameDigest) {
   EXPECT_EQ(hash.FinishHex(), Hash(text));
 }
 
+TEST(Sha256Test, TheRestOfABlockWholeBlocksAndABeginningComeInOneUpdateAtAnyAddress) {
+  std::mt19937_64 random(7);
+  std::string text(1 + 130 + 300, '\0');
+  for (char& byte : text) byte = static_cast<char>(random());
+  for (size_t head = 0; head <= 130; ++head) {
+    for (size_t body = 0; body <= 300; body += 1 + head % 7) {
+      const char* begin = text.data() + 1;
+      Sha256 hash;
+      hash.Update(begin, head);
+      hash.Update(begin + head, body);
+      ASSERT_EQ(hash.FinishHex(), Hash(std::string(begin, head + body), Sha256::Code::kPortable))
+          << head << " " << body;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace holdfast

@@ -14,6 +14,7 @@ namespace holdfast {
 namespace {
 
 constexpr int kPriority = 1;
+constexpr int kLoopPriority = 2;
 
 constexpr int kInherited = SCHED_RR;  // what it makes is urgent, too
 constexpr int kOwn = SCHED_RR | SCHED_RESET_ON_FORK;
@@ -23,6 +24,15 @@ bool Set(pid_t thread, int policy, int priority) {
   sched_param param{};
   param.sched_priority = priority;
   return sched_setscheduler(thread, policy, &param) == 0;
+}
+
+bool IsUrgentPolicy(int policy) { return policy == kInherited || policy == kOwn; }
+
+// Of a thread of this process; 0: the calling one. Only the privileged may take the flag away; it does no
+// harm.
+void MakeOrdinary(pid_t thread) {
+  const int policy = sched_getscheduler(thread);
+  if (IsUrgentPolicy(policy)) Set(thread, SCHED_OTHER | (policy & SCHED_RESET_ON_FORK), 0);
 }
 
 absl::Status Refused(int error) { return ErrnoStatus(error, "real-time scheduling (SCHED_RR)"); }
@@ -59,18 +69,31 @@ void LeaveUrgencyProcess() {
 
 }  // namespace
 
-bool IsUrgent() {
-  const int policy = sched_getscheduler(0);
-  return policy == kInherited || policy == kOwn;
-}
+bool IsUrgent() { return IsUrgentPolicy(sched_getscheduler(0)); }
 
-absl::Status BecomeUrgent() { return Set(0, kOwn, kPriority) ? absl::OkStatus() : Refused(errno); }
+absl::Status BecomeUrgent() { return Set(0, kOwn, kLoopPriority) ? absl::OkStatus() : Refused(errno); }
 
 void MakeUrgent(pid_t thread) { Set(thread, kOwn, kPriority); }
 
-void LeaveUrgency() {
-  // Only the privileged may take the flag away; it does no harm.
-  if (IsUrgent()) Set(0, SCHED_OTHER | (sched_getscheduler(0) & SCHED_RESET_ON_FORK), 0);
+void LeaveUrgency() { MakeOrdinary(0); }
+
+void UrgentThreads::Join() {
+  MutexLock lock(&mutex_);
+  threads_.push_back(gettid());
+  if (end_nanos_ != 0) MakeUrgent(gettid());
+}
+
+void UrgentThreads::Begin(uint64_t end_nanos) {
+  MutexLock lock(&mutex_);
+  end_nanos_ = end_nanos;
+  for (pid_t thread : threads_) MakeUrgent(thread);
+}
+
+void UrgentThreads::EndIf(uint64_t now_nanos) {
+  MutexLock lock(&mutex_);
+  if (end_nanos_ == 0 || now_nanos < end_nanos_) return;  // it has begun anew, or another one was first
+  end_nanos_ = 0;
+  for (pid_t thread : threads_) MakeOrdinary(thread);
 }
 
 void EndUrgencyOf(pid_t process) { EndUrgency(std::to_string(process), 0); }

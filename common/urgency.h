@@ -1,8 +1,9 @@
 // Real-time scheduling for the few milliseconds of a takeover. When a worker has died, everything that reads
 // from its mounts waits; on a busy machine the supervisor that has to notice it and the successor that has to
 // start would queue behind all other work, several times in a row (docs/adr/0005 has the figures). So both
-// run in SCHED_RR at the lowest priority, 1: before ordinary threads, behind every other real-time thread,
-// and among themselves in turns, so that none starves the other.
+// run in SCHED_RR at the lowest priorities, 1 and 2: before ordinary threads, behind every other real-time
+// thread, and among themselves in turns, so that none starves the other. Priority 2 is of the two event loops
+// that have to notice when a thread of priority 1 spins.
 //
 // Who is urgent: the supervisor's main thread and the thread on which a worker hears it, always; they do
 // little. A worker's other threads from its exec (when nobody serves) or from being told to serve, until soon
@@ -13,14 +14,17 @@
 // How it fails: the kernel refuses it without CAP_SYS_NICE (or RLIMIT_RTPRIO), and in control groups that
 // have no real-time budget (CONFIG_RT_GROUP_SCHED). Then everything goes on in ordinary threads, on a busy
 // machine later. To give up urgency is never refused. A thread that spins in spite of all gets 95 % of a
-// processor (kernel.sched_rt_runtime_us), until the turn of UrgentTime's thread comes; one that made itself
-// urgent, until its process is replaced because its loop does not answer.
+// processor (kernel.sched_rt_runtime_us), until the turn of UrgentTime's thread comes. One that made itself
+// urgent, or all of UrgentThreads at once, until the process is replaced because it hangs.
 #pragma once
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <thread>
+#include <vector>
 
 #include "common/mutex.h"
 #include "common/status.h"
@@ -40,6 +44,29 @@ void MakeUrgent(pid_t thread);
 
 // Makes the calling thread ordinary, and what it makes from now on.
 void LeaveUrgency();
+
+// Urgency of some threads of this process, for a limited time. Thread-safe; no call waits for anything.
+class UrgentThreads {
+ public:
+  // The calling thread is one of them from now on, until it ends.
+  void Join();
+  // They are urgent on return, as far as that is permitted. In any clock. Called again, it begins anew.
+  void Begin(uint64_t end_nanos);
+  // It is that late. Each of them says so now and then, and the first one that finds the time over makes all
+  // of them ordinary.
+  void Passed(uint64_t now_nanos) {
+    const uint64_t end = end_nanos_.load(std::memory_order_relaxed);
+    if (end != 0 && now_nanos >= end) EndIf(now_nanos);
+  }
+  void End() { EndIf(UINT64_MAX); }
+
+ private:
+  void EndIf(uint64_t now_nanos);
+
+  Mutex mutex_;
+  std::vector<pid_t> threads_ ABSL_GUARDED_BY(mutex_);
+  std::atomic<uint64_t> end_nanos_{0};  // 0: they are not; written under mutex_
+};
 
 // Makes all threads of another process ordinary, as far as that is permitted, except those that made
 // themselves urgent.

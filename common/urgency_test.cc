@@ -159,6 +159,57 @@ TEST(UrgencyTest, AllThreadsAreUrgentForTheTimeAndNoneAfterIt) {
   while (IsUrgent() || threads.Urgent() != 0) sched_yield();
 }
 
+TEST(UrgencyTest, ThoseWhoJoinedAreUrgentUntilOneOfThemFindsTheTimeOver) {
+  const bool permitted = Permitted();
+  UrgentThreads group;
+  std::atomic<int> joined{0};
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> members;
+  std::vector<pid_t> ids(2);
+  auto add = [&](size_t i) {
+    members.emplace_back([&, i] {
+      group.Join();
+      ids[i] = gettid();
+      ++joined;
+      while (!stop) usleep(500);
+    });
+    while (joined <= static_cast<int>(i)) sched_yield();
+  };
+  auto urgent = [&](size_t i) { return (sched_getscheduler(ids[i]) & ~SCHED_RESET_ON_FORK) == SCHED_RR; };
+  add(0);
+  EXPECT_FALSE(urgent(0));
+  group.Begin(1000);
+  EXPECT_EQ(urgent(0), permitted);
+  EXPECT_FALSE(IsUrgent()) << "who begins it is none of them";
+  add(1);
+  EXPECT_EQ(urgent(1), permitted) << "one that comes while it lasts";
+  group.Passed(999);
+  EXPECT_EQ(urgent(0), permitted);
+  group.Begin(2000);
+  group.Passed(1000);
+  EXPECT_EQ(urgent(0), permitted) << "it had begun anew";
+  group.Passed(2000);
+  EXPECT_FALSE(urgent(0) || urgent(1));
+  group.Begin(9000);
+  group.End();
+  EXPECT_FALSE(urgent(0) || urgent(1));
+  group.End();
+  stop = true;
+  for (std::thread& member : members) member.join();
+}
+
+TEST(UrgencyTest, TheEventLoopsGoBeforeWhatTheyHaveToNotice) {
+  if (!Permitted()) return;
+  std::async(std::launch::async, [] {
+    sched_param loop{}, other{};
+    ASSERT_TRUE(BecomeUrgent().ok());
+    sched_getparam(0, &loop);
+    MakeUrgent(gettid());
+    sched_getparam(0, &other);
+    EXPECT_GT(loop.sched_priority, other.sched_priority);
+  }).get();
+}
+
 TEST(UrgencyTest, ItEndsByItselfWhateverTheOtherThreadsDo) {
   // A process that was started urgent and never serves: two threads that spin, more than one in its turn.
   EXPECT_EQ(InChild([] {

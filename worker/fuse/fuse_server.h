@@ -129,8 +129,9 @@ class FuseServer {
   // without a Park before it.
   virtual void Resume() = 0;
 
-  // For so long the pool's threads are urgent (common/urgency.h): something else will take processors, and
-  // whoever reads shall not wait for it. Called again it begins anew. Waits for nobody.
+  // For so long, or until it parks, the pool's threads are urgent (common/urgency.h): something else will
+  // take processors, and whoever reads shall not wait for it. Called again it begins anew; parked, it is
+  // nothing. Waits for nobody.
   virtual void Hurry(uint64_t nanos) = 0;
 
   // On trial the kernel is told to keep nothing: times-to-live are 0, nothing stays over a close. Every node

@@ -381,29 +381,56 @@ TEST_F(FuseServerTest, AnUnmountedFileSystemIsReportedAndOthersGoOn) {
   EXPECT_EQ(server.Call("ended"), "ok 100");
 }
 
-TEST_F(FuseServerTest, InAHurryThePoolIsUrgentAndAfterThatOrdinaryAlsoIfItWasParkedMeanwhile) {
-  const bool permitted = std::async(std::launch::async, [] { return BecomeUrgent().ok(); }).get();
+TEST_F(FuseServerTest, InAHurryThePoolIsUrgentUntilItIsOverOrParked) {
+  const int all = std::async(std::launch::async, [] { return BecomeUrgent().ok(); }).get() ? 2 : 0;
   std::string root = bench_.Mount().path;
   ServerProcess server(bench_, NewSetup());
   ASSERT_EQ(server.Call("start"), "ok");
+  ASSERT_TRUE(
+      Eventually([&] { return server.ThreadNamed("fuse-0") > 0 && server.ThreadNamed("fuse-1") > 0; }));
   auto urgent_threads = [&] {
     int urgent = 0;
     for (const char* name : {"fuse-0", "fuse-1"})
       urgent += (sched_getscheduler(server.ThreadNamed(name)) & ~SCHED_RESET_ON_FORK) == SCHED_RR;
     return urgent;
   };
-  for (const bool parked : {false, true}) {
-    EXPECT_EQ(urgent_threads(), 0);
-    ASSERT_EQ(server.Call("hurry 3000"), "ok");
-    // Idle threads look every second.
-    EXPECT_TRUE(Eventually([&] { return urgent_threads() == (permitted ? 2 : 0); }, 3));
-    if (parked) {
-      ASSERT_EQ(server.Call("park"), "ok");
-      ASSERT_EQ(server.Call("resume"), "ok");
-    }
-    EXPECT_EQ(Read([&] { return CheckFile(root + "/memory", kMemory, 0, 100); }), 0);
-    EXPECT_TRUE(Eventually([&] { return urgent_threads() == 0; }));
-  }
+  EXPECT_EQ(urgent_threads(), 0);
+  ASSERT_EQ(server.Call("hurry 60000"), "ok");
+  EXPECT_EQ(urgent_threads(), all) << "also those that sleep";
+  EXPECT_EQ(Read([&] { return CheckFile(root + "/memory", kMemory, 0, 100); }), 0);
+  EXPECT_EQ(urgent_threads(), all);
+  ASSERT_EQ(server.Call("hurry 1"), "ok");
+  EXPECT_TRUE(Eventually([&] { return urgent_threads() == 0; }));
+  ASSERT_EQ(server.Call("hurry 60000"), "ok");
+  ASSERT_EQ(server.Call("park"), "ok");
+  EXPECT_EQ(urgent_threads(), 0);
+  ASSERT_EQ(server.Call("hurry 60000"), "ok");
+  EXPECT_EQ(urgent_threads(), 0) << "it reads nothing";
+  ASSERT_EQ(server.Call("resume"), "ok");
+  EXPECT_EQ(Read([&] { return CheckFile(root + "/memory", kMemory, 0, 100); }), 0);
+  EXPECT_EQ(urgent_threads(), 0);
+}
+
+TEST_F(FuseServerTest, AHurryEndsAlsoWhereAThreadOfThePoolIsStuck) {
+  const bool permitted = std::async(std::launch::async, [] { return BecomeUrgent().ok(); }).get();
+  std::string root = bench_.Mount().path;
+  ServerSetup setup = NewSetup();
+  setup.faults = "fuse.stuck=block@1";
+  ServerProcess server(bench_, setup);
+  ASSERT_EQ(server.Call("start"), "ok");
+  auto reader = Reader([&] { return CheckFile(root + "/memory", kMemory, 0, 100); });
+  ASSERT_EQ(server.Call("fired fuse.stuck 1"), "ok");
+  auto urgent = [&](const char* name) {
+    return (sched_getscheduler(server.ThreadNamed(name)) & ~SCHED_RESET_ON_FORK) == SCHED_RR;
+  };
+  ASSERT_EQ(server.Call("hurry 60000"), "ok");
+  EXPECT_EQ(urgent("fuse-0"), permitted);
+  EXPECT_EQ(urgent("fuse-1"), permitted);
+  ASSERT_EQ(server.Call("hurry 1"), "ok");
+  EXPECT_TRUE(Eventually([&] { return !urgent("fuse-0") && !urgent("fuse-1"); }))
+      << "the other one sees to it";
+  ASSERT_EQ(server.Call("unblock fuse.stuck"), "ok");
+  EXPECT_EQ(reader->Wait(20), 0);
 }
 
 TEST_F(FuseServerTest, RemovingAMountDropsItsRecords) {

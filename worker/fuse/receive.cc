@@ -11,7 +11,6 @@
 #include <string>
 
 #include "common/crc32c.h"
-#include "common/urgency.h"
 #include "glog/logging.h"
 #include "worker/fuse/crash_recorder.h"
 #include "worker/fuse/server_core.h"
@@ -37,34 +36,27 @@ bool ReadPipe(int fd, uint8_t* out, size_t size) {
 
 }  // namespace
 
-uint64_t ServerCore::Beat() {
+void ServerCore::Beat() {
   const uint64_t now = options_.clock->BootNanos();
   Shared(ledger_->header()->loop_heartbeat_ns).store(now, std::memory_order_relaxed);
-  return now;
+  urgent_pool_.Passed(now);
 }
 
-void ServerCore::Hurry(uint64_t nanos) { hurry_until_nanos_ = options_.clock->BootNanos() + nanos; }
-
-// Each thread sees to itself, at its next turn: one that sleeps has nobody waiting.
-void ServerCore::KeepUrgency(uint64_t now, bool* urgent) {
-  const bool shall = now < hurry_until_nanos_.load(std::memory_order_relaxed);
-  if (shall == *urgent) return;
-  *urgent = shall;
-  if (!shall) return LeaveUrgency();
-  BecomeUrgent().IgnoreError();  // refused to the supervisor as well, which says so
+void ServerCore::Hurry(uint64_t nanos) {
+  if (!parked_) urgent_pool_.Begin(options_.clock->BootNanos() + nanos);
 }
 
 void ServerCore::PoolThread(uint32_t slot_index) {
   pthread_setname_np(pthread_self(), ("fuse-" + std::to_string(slot_index)).c_str());
   AlternateStack stack;
   ReplyPipe pipe(options_.faults);
-  bool urgent = false;
+  urgent_pool_.Join();
   while (!stop_) {
     WaitWhileParked();
     epoll_event event{};
     int timeout = throttled_mounts_ > 0 ? kThrottledMillis : kIdleMillis;
     int n = epoll_wait(epoll_.get(), &event, 1, timeout);
-    KeepUrgency(Beat(), &urgent);
+    Beat();
     if (stop_) break;
     if (n == 1) Turn(slot_index, event.data.u64, &pipe);
     if (throttled_mounts_ > 0) Tick(slot_index, &pipe);

@@ -110,10 +110,13 @@ ServerCore::Alone::~Alone() {
 void ServerCore::Park() {
   parked_ = true;
   WakePool();  // it takes the mounts out of the epoll: our caller's readers wait, for the successor
-  MutexLock lock(&park_mutex_);
-  while (busy_.load() != 0 && parked_) {  // not for ever should Resume overtake it
-    park_changed_.WaitUntil(&park_mutex_, std::chrono::steady_clock::now() + std::chrono::milliseconds(50));
+  {
+    MutexLock lock(&park_mutex_);
+    while (busy_.load() != 0 && parked_) {  // not for ever should Resume overtake it
+      park_changed_.WaitUntil(&park_mutex_, std::chrono::steady_clock::now() + std::chrono::milliseconds(50));
+    }
   }
+  urgent_pool_.End();
 }
 
 void ServerCore::WakePool() {

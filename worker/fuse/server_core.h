@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "common/mutex.h"
+#include "common/urgency.h"
 #include "worker/fuse/exchange.h"
 #include "worker/fuse/fuse_server.h"
 #include "worker/fuse/ledger_view.h"
@@ -179,8 +180,7 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
 
   // receive.cc
   void PoolThread(uint32_t slot_index);
-  uint64_t Beat();  // returns the time
-  void KeepUrgency(uint64_t now, bool* urgent);
+  void Beat();
   void Tick(uint32_t slot_index, ReplyPipe* pipe);
   void Turn(uint32_t slot_index, uint64_t mount_id, ReplyPipe* pipe);
   Received ReceiveAndExecute(uint32_t slot_index, const std::shared_ptr<Mount>& mount, ReplyPipe* pipe);
@@ -300,7 +300,7 @@ class ServerCore : public std::enable_shared_from_this<ServerCore> {
   std::atomic<bool> stop_{false};
   Mutex pool_mutex_;
   std::vector<std::thread> pool_ ABSL_GUARDED_BY(pool_mutex_);
-  std::atomic<uint64_t> hurry_until_nanos_{0};
+  UrgentThreads urgent_pool_;  // in a hurry
   std::atomic<uint64_t> next_tick_nanos_{0};
   std::atomic<int> throttled_mounts_{0};
   mutable Mutex held_back_mutex_;

@@ -4,7 +4,6 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <stdio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -24,6 +23,7 @@ namespace {
 
 constexpr uint64_t kWaitStepMillis = 2;
 constexpr uint64_t kFetchMillis = 5'000;
+constexpr uint64_t kAskMillis = 2'000;
 constexpr uint64_t kCandidateMillis = 1'000;  // of it
 constexpr size_t kLivingWorkersBytes = 4'096;
 constexpr uint64_t kFetchPauseMillis = 200;
@@ -311,7 +311,8 @@ kj::Promise<void> Supervisor::FetchDescriptors() {
     auto fetched = FetchMounts(*client, 0, held).then([this, held, goes_on] {
       if (goes_on) takeover_->held = std::move(*held);
     });
-    if (!HasAllDescriptors(takeover_->state, takeover_->fds)) {
+    const bool complete = HasAllDescriptors(takeover_->state, takeover_->fds);
+    if (!complete) {
       auto listener = client->heldListenerRequest().send().then([this](auto&& response) {
         auto descriptor = response.getSnapshotListener();
         return TakeFd(kj::mv(descriptor), kSnapshotFd).attach(kj::mv(response));
@@ -322,18 +323,20 @@ kj::Promise<void> Supervisor::FetchDescriptors() {
       fetched = kj::joinPromises(kj::arr(kj::mv(fetched), kj::mv(ledgers), kj::mv(listener)));
     }
     // A mount whose device did not arrive is given up, so it is worth trying again: what has arrived is
-    // skipped, and the worker reads on meanwhile.
-    auto failed = [this](kj::Exception&& exception) -> kj::Promise<void> {
+    // skipped, and the worker reads on meanwhile. Not where nothing is missing: it may hang, and is then to
+    // be found out by how it resumes.
+    auto failed = [this, complete](kj::Exception&& exception) -> kj::Promise<void> {
       LOG(ERROR) << "event=descriptors_not_fetched error=" << LogValue(Describe(exception));
       WorkerProcess* owner = Find(takeover_->owner);
-      bool again = owner != nullptr && owner->client != nullptr && !owner->exited && !owner->killed &&
-                   ++takeover_->fetch_failures < kFetchTries;
+      bool again = !complete && owner != nullptr && owner->client != nullptr && !owner->exited &&
+                   !owner->killed && ++takeover_->fetch_failures < kFetchTries;
       if (!again) return kj::READY_NOW;
       return timer_.afterDelay(kFetchPauseMillis * kj::MILLISECONDS).then([this] {
         return FetchDescriptors();
       });
     };
-    return timer_.timeoutAfter(kFetchMillis * kj::MILLISECONDS, kj::mv(fetched)).catch_(kj::mv(failed));
+    return timer_.timeoutAfter((complete ? kAskMillis : kFetchMillis) * kj::MILLISECONDS, kj::mv(fetched))
+        .catch_(kj::mv(failed));
   }
   return kj::READY_NOW;
 }

@@ -477,6 +477,20 @@ TEST_P(BothDeadTest, WhatTheServiceManagerDidNotKeepComesFromTheWorker) {
   ExpectHealthy({mount});
 }
 
+TEST_P(BothDeadTest, AnOwnerThatComesBackAndHangsIsReplacedWhenItsDescriptorsAreHeldElsewhere) {
+  harness_.Start();
+  MountView mount = harness_.Mount("a");
+  const StatusView before = harness_.WaitPhase("running");
+  harness_.Stop(SIGKILL);
+  std::ofstream(harness_.state_dir() + "/stop-held") << "1";
+  harness_.StartAgain();
+  ASSERT_TRUE(Eventually([&] { return !PathExists(harness_.state_dir() + "/stop-held"); }))
+      << "it stops there";
+  const int64_t by = Stat(mount.path).Result();  // within 10 s
+  EXPECT_GT(by, static_cast<int64_t>(before.Worker("owner").generation));
+  EXPECT_EQ(ExpectHealthy({mount}).hangs, 1u);
+}
+
 INSTANTIATE_TEST_SUITE_P(Store, BothDeadTest, ::testing::Values(true), [](const auto&) { return "FdStore"; });
 
 class FdStoreTest : public ::testing::Test {

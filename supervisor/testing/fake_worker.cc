@@ -4,8 +4,8 @@
 // state folder steer a running one: while "hold" exists a request taken is left in its slot (and "held" is
 // made), with "hold-pipe" in its pipe; with "stuck" the reading thread never ends executing it, with "slow"
 // only after two seconds, with "deaf" it reads nothing; with "held-back" ping says that it does so on
-// purpose; "stop-<call>" (serve, take, park, resume, yield) stops the whole process there, the first one that
-// comes by.
+// purpose; "stop-<call>" (serve, take, park, resume, yield, held) stops the whole process there, the first
+// one that comes by.
 #include <capnp/rpc-twoparty.h>
 #include <dirent.h>
 #include <errno.h>
@@ -597,6 +597,7 @@ class WorkerServer final : public schema::Worker::Server {
     });
   }
   kj::Promise<void> heldMounts(HeldMountsContext context) override {
+    StopIfAsked(c_, "held");
     auto devices = c_.server->devices();
     std::vector<std::pair<uint64_t, int>> page;
     bool more = false;

@@ -9,23 +9,6 @@ namespace {
 
 constexpr std::array<uint64_t, 6> kBackoffMillis = {0, 0, 0, 50, 200, 1'000};
 
-// Phases that wait for the answer to a call.
-struct Wait {
-  Phase phase;
-  Call call;
-  bool of_owner;
-};
-constexpr std::array<Wait, 10> kWaits = {{{Phase::kPreparing, Call::kPrepare, false},
-                                          {Phase::kRehearsing, Call::kRehearse, false},
-                                          {Phase::kParking, Call::kPark, true},
-                                          {Phase::kServing, Call::kServe, false},
-                                          {Phase::kProbing, Call::kProbe, false},
-                                          {Phase::kYielding, Call::kYield, true},
-                                          {Phase::kCommitting, Call::kTake, false},
-                                          {Phase::kResuming, Call::kResume, true},
-                                          {Phase::kReclaiming, Call::kTake, true},
-                                          {Phase::kStopYielding, Call::kYield, true}}};
-
 // One run of Step: the state being changed and the actions collected so far.
 class Stepper {
  public:
@@ -55,9 +38,28 @@ class Stepper {
   void Invoke(Generation generation, Call call) {
     actions_.push_back({.type = Type::kCall, .generation = generation, .call = call});
   }
-  void Enter(Phase phase, Generation generation, Call call, uint64_t limit) {
+  // A phase that waits for the answer to a call: whose, and what follows.
+  struct Wait {
+    Phase phase;
+    Call call;
+    Generation State::*of;
+    void (Stepper::*answered)();
+  };
+  static const std::array<Wait, 10> kWaits;
+  const Wait* CurrentWait() const {
+    auto wait =
+        std::find_if(kWaits.begin(), kWaits.end(), [this](const Wait& w) { return w.phase == s_.phase; });
+    return wait == kWaits.end() ? nullptr : wait;
+  }
+  // The answer that the phase waits for; else null.
+  const Wait* Awaited(Generation generation, Call call) const {
+    const Wait* wait = CurrentWait();
+    bool awaited = wait != nullptr && wait->call == call && generation != 0 && generation == s_.*wait->of;
+    return awaited ? wait : nullptr;
+  }
+  void Enter(Phase phase, uint64_t limit) {
     EnterTimed(phase, limit);
-    Invoke(generation, call);
+    Invoke(s_.*CurrentWait()->of, CurrentWait()->call);
   }
   void EnterQuiet(Phase phase) {
     s_.phase = phase;
@@ -106,7 +108,7 @@ class Stepper {
     if (s_.spare_ready) {
       s_.successor = std::exchange(s_.spare, 0);
       s_.spare_ready = false;
-      return Enter(Phase::kServing, s_.successor, Call::kServe, limits_.prepared_serve_ms);
+      return Enter(Phase::kServing, limits_.prepared_serve_ms);
     }
     if (wait == 0 || binary == Binary::kLastGood) return SpawnSuccessor(binary);
     EnterTimed(Phase::kBackoff, wait);
@@ -124,30 +126,31 @@ class Stepper {
     if (s_.owner == 0) return BeginServing();
     if (event.verifiable) {
       s_.trial = generation;
-      return Enter(Phase::kPreparing, generation, Call::kPrepare, limits_.prepare_ms);
+      return Enter(Phase::kPreparing, limits_.prepare_ms);
     }
     BeginParking();
   }
-  void BeginParking() { Enter(Phase::kParking, s_.owner, Call::kPark, limits_.park_ms); }
+  void BeginRehearsing() { Enter(Phase::kRehearsing, limits_.rehearse_ms); }
+  void BeginParking() { Enter(Phase::kParking, limits_.park_ms); }
   void BeginServing() {
     // An owner that is there can resume.
     bool soon = s_.trial != 0 || s_.owner != 0;
     uint64_t limit = soon ? limits_.prepared_serve_ms : Patience(limits_.serve_ms);
-    Enter(Phase::kServing, s_.successor, Call::kServe, limit);
+    Enter(Phase::kServing, limit);
   }
 
   void AfterServing() {
-    if (s_.trial != 0) return Enter(Phase::kProbing, s_.successor, Call::kProbe, limits_.probe_ms);
+    if (s_.trial != 0) return Enter(Phase::kProbing, limits_.probe_ms);
     AfterProbing();
   }
   void AfterProbing() {
     if (s_.owner == 0 || s_.holders.count(s_.owner) == 0) return CommitIfFree();
-    Enter(Phase::kYielding, s_.owner, Call::kYield, limits_.yield_ms);
+    Enter(Phase::kYielding, limits_.yield_ms);
   }
   void CommitIfFree() {
     if (OthersMayHold(s_.successor)) return EnterQuiet(Phase::kAwaitingExit);
     s_.holders.insert(s_.successor);
-    Enter(Phase::kCommitting, s_.successor, Call::kTake, limits_.take_ms);
+    Enter(Phase::kCommitting, limits_.take_ms);
   }
   void Committed() {
     if (s_.owner != 0) Invoke(s_.owner, Call::kRetire);
@@ -189,7 +192,7 @@ class Stepper {
   void Reclaim() {
     if (OthersMayHold(s_.owner)) return EnterQuiet(Phase::kReclaimWait);
     s_.holders.insert(s_.owner);
-    Enter(Phase::kReclaiming, s_.owner, Call::kTake, limits_.take_ms);
+    Enter(Phase::kReclaiming, limits_.take_ms);
   }
   void AfterResuming() {
     if (s_.holders.count(s_.owner) == 0) return Reclaim();
@@ -202,7 +205,7 @@ class Stepper {
     SwapLost(reason);
     s_.successor = 0;
     if (s_.owner == 0) return Restart(reason);
-    if (parked) return Enter(Phase::kResuming, s_.owner, Call::kResume, limits_.resume_ms);
+    if (parked) return Enter(Phase::kResuming, limits_.resume_ms);
     AfterResuming();
   }
   // The upgrade under way, if one is, failed.
@@ -256,7 +259,9 @@ class Stepper {
     WantSpareAgain();
   }
   void WantSpareAgain() {
-    if (s_.phase == Phase::kRunning && s_.stable && !s_.probation) Timer(limits_.spare_retry_ms);
+    // Else it comes when the timer has told that the build is proven.
+    if (s_.phase == Phase::kRunning && s_.stable && !s_.probation && !s_.reverted)
+      Timer(limits_.spare_retry_ms);
   }
 
   void OnDied(Generation generation, const std::string& reason) {
@@ -301,14 +306,6 @@ class Stepper {
     actions_.push_back({.type = Type::kTellExited, .generation = reader, .subject = exited});
   }
 
-  // The answer that the phase waits for.
-  bool IsAwaited(Generation generation, Call call) const {
-    return std::any_of(kWaits.begin(), kWaits.end(), [&](const Wait& wait) {
-      return wait.phase == s_.phase && wait.call == call && generation != 0 &&
-             generation == (wait.of_owner ? s_.owner : s_.successor);
-    });
-  }
-
   void OnReplied(Generation generation, Call call) {
     if (call == Call::kDistrust) return Distrusted(generation, "");
     if (call == Call::kPrepare && generation != 0 && generation == s_.spare) s_.spare_ready = true;
@@ -316,18 +313,7 @@ class Stepper {
     bool yielded = call == Call::kYield && generation == s_.owner && s_.phase != Phase::kReclaiming;
     if (yielded) s_.holders.erase(generation);
     if (yielded && s_.phase == Phase::kRunning) return Reclaim();
-    if (!IsAwaited(generation, call)) return;
-    if (s_.phase == Phase::kPreparing)
-      return Enter(Phase::kRehearsing, s_.successor, Call::kRehearse, limits_.rehearse_ms);
-    if (s_.phase == Phase::kRehearsing) return BeginParking();
-    if (s_.phase == Phase::kParking) return BeginServing();
-    if (s_.phase == Phase::kServing) return AfterServing();
-    if (s_.phase == Phase::kProbing) return AfterProbing();
-    if (s_.phase == Phase::kYielding) return CommitIfFree();
-    if (s_.phase == Phase::kCommitting) return Committed();
-    if (s_.phase == Phase::kResuming) return AfterResuming();
-    if (s_.phase == Phase::kReclaiming) return EnterRunning();
-    if (s_.phase == Phase::kStopYielding) return RetireOwner();
+    if (const Wait* wait = Awaited(generation, call)) (this->*wait->answered)();
   }
 
   void OnFailed(Generation generation, Call call, const std::string& reason) {
@@ -337,7 +323,7 @@ class Stepper {
       DropSpare();
       return WantSpareAgain();
     }
-    if (!IsAwaited(generation, call)) return;
+    if (Awaited(generation, call) == nullptr) return;
     if (s_.phase == Phase::kReclaiming) return WithoutMetadata();
     std::string why = std::string(CallName(call)) + " failed: " + reason;
     if (s_.phase != Phase::kCommitting || s_.owner != 0) return StepFailed(why);
@@ -378,9 +364,7 @@ class Stepper {
     if (s_.phase == Phase::kRehearsing || s_.phase == Phase::kProbing) return StepFailed(why);
     if (s_.phase == Phase::kStopYielding) return RetireOwner();
     if (s_.phase == Phase::kStarting) return KillHung(s_.successor, why);
-    for (const Wait& wait : kWaits) {
-      if (wait.phase == s_.phase) return KillHung(wait.of_owner ? s_.owner : s_.successor, why);
-    }
+    if (const Wait* wait = CurrentWait()) KillHung(s_.*wait->of, why);
   }
   // The phase stays until the death is told.
   void KillHung(Generation generation, const std::string& reason) {
@@ -412,12 +396,15 @@ class Stepper {
     if (s_.owner != 0) {
       s_.successor = 0;
       if (s_.holders.count(s_.owner) == 0) return RetireOwner();
-      return Enter(Phase::kStopYielding, s_.owner, Call::kYield, limits_.yield_ms);
+      return Enter(Phase::kStopYielding, limits_.yield_ms);
     }
     if (s_.successor == 0) return Stopped();
     EnterTimed(Phase::kStopKilling, limits_.stop_kill_ms);
   }
-  void RetireOwner() { Enter(Phase::kStopRetiring, s_.owner, Call::kRetire, limits_.stop_retire_ms); }
+  void RetireOwner() {
+    EnterTimed(Phase::kStopRetiring, limits_.stop_retire_ms);
+    Invoke(s_.owner, Call::kRetire);
+  }
   void Stopped() {
     EnterQuiet(Phase::kStopped);
     Do(Type::kExit, 0);
@@ -427,6 +414,18 @@ class Stepper {
   const Limits& limits_;
   std::vector<Action> actions_;
 };
+
+const std::array<Stepper::Wait, 10> Stepper::kWaits = {
+    {{Phase::kPreparing, Call::kPrepare, &State::successor, &Stepper::BeginRehearsing},
+     {Phase::kRehearsing, Call::kRehearse, &State::successor, &Stepper::BeginParking},
+     {Phase::kParking, Call::kPark, &State::owner, &Stepper::BeginServing},
+     {Phase::kServing, Call::kServe, &State::successor, &Stepper::AfterServing},
+     {Phase::kProbing, Call::kProbe, &State::successor, &Stepper::AfterProbing},
+     {Phase::kYielding, Call::kYield, &State::owner, &Stepper::CommitIfFree},
+     {Phase::kCommitting, Call::kTake, &State::successor, &Stepper::Committed},
+     {Phase::kResuming, Call::kResume, &State::owner, &Stepper::AfterResuming},
+     {Phase::kReclaiming, Call::kTake, &State::owner, &Stepper::EnterRunning},
+     {Phase::kStopYielding, Call::kYield, &State::owner, &Stepper::RetireOwner}}};
 
 }  // namespace
 

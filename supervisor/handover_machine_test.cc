@@ -627,6 +627,18 @@ TEST(HandoverMachineTest, ADeathInProbationIsAnsweredByTheSpareOfTheProvenBuild)
   EXPECT_TRUE(m.Did("serve 6"));
 }
 
+TEST(HandoverMachineTest, ALostSpareDoesNotShortenTheTimeInWhichTheDataIsBlamed) {
+  State s = In(Phase::kRunning);
+  s.reverted = true;
+  Machine m(s, WithSpare());
+  m.On(EventType::kTimer);
+  EXPECT_TRUE(m.Did("timer 60000"));
+  m.On(EventType::kDied, m.state().spare);
+  EXPECT_FALSE(m.Did("timer 5000"));
+  m.On(EventType::kDied, kOld);
+  EXPECT_TRUE(m.Did("data fault"));
+}
+
 TEST(HandoverMachineTest, AfterAProbationTheSpareIsMadeAnewFromTheProvenBuild) {
   State s = In(Phase::kRunning);
   s.probation = s.stable = true;

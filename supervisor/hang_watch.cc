@@ -1,11 +1,8 @@
 // The supervisor's look at the worker that reads, twice a second, and what follows a verdict (README.md,
 // "Hangs"), also where the swap machine's time limits gave it.
-#include <poll.h>
-
 #include <memory>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "common/cgroup.h"
 #include "common/hang_report.h"
@@ -46,7 +43,8 @@ void Supervisor::LookAt(WorkerProcess* worker) {
     sample.received = ledger->received();
     sample.heartbeat_ns = ledger->heartbeat();
     sample.executing = ledger->ExecutingSlots();
-    FindOverdue(worker->generation, &sample);
+    // In all ledgers: it has adopted what its predecessors left.
+    for (const Ledger* any : ledgers_.all()) any->FindOverdue(worker->generation, &sample);
   }
   if (worker->reading && (worker->capabilities & schema::CAP_HEALTH) != 0) {
     sample.readable = vault_.Readable();
@@ -84,19 +82,6 @@ void Supervisor::Ping(WorkerProcess* worker) {
       KJ_ASSERT_NONNULL(worker->client).pingRequest().send().then(kj::mv(answered), [find](kj::Exception&&) {
         find();
       }));
-}
-
-// In all ledgers: it has adopted what its predecessors left.
-void Supervisor::FindOverdue(Generation generation, HangSample* sample) const {
-  bool more = false;
-  for (const Ledger* ledger : ledgers_.Page(0, 0, SIZE_MAX, &more)) {
-    uint64_t mount = 0;
-    uint64_t deadline = ledger->OverdueDeadline(generation, sample->now_ns, &mount);
-    if (deadline == 0 || (sample->overdue_deadline_ns != 0 && deadline >= sample->overdue_deadline_ns))
-      continue;
-    sample->overdue_deadline_ns = deadline;
-    sample->overdue_mount = mount;
-  }
 }
 
 // Also for what the machine finds: a step that its worker does not end. One that is dead may be a candidate

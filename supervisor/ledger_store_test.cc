@@ -47,15 +47,22 @@ TEST(LedgerStoreTest, WhatIsExecutedAndWhatIsOverdueIsReadAsNumbersWhateverTheWo
   record(2, 5, 800);
   record(3, 5, 2'000);
   record(4, 4, 100);  // a successor's to answer, or nobody's
-  uint64_t mount = 0;
-  EXPECT_EQ(ledger->OverdueDeadline(5, 1'000, &mount), 0u) << "never used, says the worker";
+  auto overdue = [&](uint64_t generation, uint64_t now) {
+    HangSample sample{.now_ns = now};
+    ledger->FindOverdue(generation, &sample);
+    return std::pair(sample.overdue_deadline_ns, sample.overdue_mount);
+  };
+  using Found = std::pair<uint64_t, uint64_t>;
+  EXPECT_EQ(overdue(5, 1'000), Found()) << "never used, says the worker";
   view.header()->record_high_water = UINT32_MAX;
   view.header()->record_count = UINT32_MAX;
   view.header()->record_offset = UINT64_MAX;
-  EXPECT_EQ(ledger->OverdueDeadline(5, 1'000, &mount), 800u);
-  EXPECT_EQ(mount, 2u);
-  EXPECT_EQ(ledger->OverdueDeadline(5, 700, &mount), 0u);
-  EXPECT_EQ(ledger->OverdueDeadline((uint64_t{1} << 32) + 4, 1'000, &mount), 100u);
+  EXPECT_EQ(overdue(5, 1'000), Found(800, 2));
+  EXPECT_EQ(overdue(5, 700), Found());
+  EXPECT_EQ(overdue((uint64_t{1} << 32) + 4, 1'000), Found(100, 4));
+  HangSample worse{.now_ns = 1'000, .overdue_deadline_ns = 700, .overdue_mount = 9};
+  ledger->FindOverdue(5, &worse);
+  EXPECT_EQ(worse.overdue_mount, 9u) << "of another ledger";
 }
 
 TEST(LedgerStoreTest, CountsSlotsPipesAndRecordsThatWaitForAnAnswer) {

@@ -36,7 +36,7 @@ struct SavedState {
 // DataLoss when a record cannot be read, or none of the machine is there. Records of unknown kinds are left.
 absl::StatusOr<SavedState> DecodeState(const DurableMap& map);
 
-class StateJournal final : public VaultRecorder {
+class StateJournal {
  public:
   explicit StateJournal(FdStore* store) : store_(store) {}
 
@@ -46,10 +46,12 @@ class StateJournal final : public VaultRecorder {
   // For a worker, to bring to the next supervisor. Null when it cannot be opened.
   SharedFd ReadOnlyState() const;
 
-  void SaveMount(const Mount& mount) override;
-  void ForgetMount(uint64_t mount_id) override;
-  void SaveLedger(const Ledger& ledger, bool is_new) override;
-  void ForgetLedger(uint64_t generation) override;
+  // Of vault and ledgers. Intents before the action: an entry that is being mounted, one that is about to be
+  // unmounted.
+  void SaveMount(const Mount& mount);
+  void ForgetMount(uint64_t mount_id);
+  void SaveLedger(const Ledger& ledger, bool is_new);
+  void ForgetLedger(uint64_t generation);
   // `record`: filled in, as schema/vault_state.capnp has it.
   void SaveMachine(capnp::MessageBuilder* record);
   void SaveWorker(uint64_t generation, capnp::MessageBuilder* record);

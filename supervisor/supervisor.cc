@@ -119,7 +119,11 @@ void Supervisor::Apply(const Event& event) {
     PassFault(faults_, "supervisor.phase." + std::string(PhaseName(state_.phase))).IgnoreError();
   }
   // Now, and not when the next worker is waited for.
-  if (before != state_.phase && state_.phase == Phase::kRunning) generations_.Reserve().IgnoreError();
+  if (before != state_.phase && state_.phase == Phase::kRunning) {
+    generations_.Reserve().IgnoreError();
+    probation_ends_boot_nanos_ =
+        clock_->BootNanos() + (options_.limits.stable_ms + options_.limits.probation_ms) * 1'000'000;
+  }
   if (swap_.asked() && before != state_.phase) swap_.NotePhase(before, state_.phase, state_.upgrade);
   for (const Action& action : result.actions) Do(action);
   SaveMachine();  // what the actions counted
@@ -171,9 +175,6 @@ void Supervisor::Do(const Action& action) {
     case ActionType::kSwapDone:
       // The first build that ever ran here: nothing else could be brought back.
       if (last_good_ == nullptr) SetLastGood(running_);
-      if (state_.probation && !state_.stable)
-        probation_ends_boot_nanos_ =
-            clock_->BootNanos() + (options_.limits.stable_ms + options_.limits.probation_ms) * 1'000'000;
       FinishSwap("done");
       break;
     case ActionType::kSwapFailed:

@@ -248,7 +248,6 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   kj::Promise<void> WatchWorker();
   void LookAt(WorkerProcess* worker);
   void Ping(WorkerProcess* worker);
-  void FindOverdue(Generation generation, HangSample* sample) const;
   void KillHung(Generation generation, const HangVerdict& verdict);
 
   void NotifyGone(const std::vector<uint64_t>& ids);
@@ -282,8 +281,8 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   std::map<Generation, std::unique_ptr<WorkerProcess>> workers_;
   std::shared_ptr<const Executable> running_, previous_, candidate_, last_good_;
   std::string running_build_;
-  std::string reverted_;  // why last-good was brought back; empty: it was not
-  uint64_t probation_ends_boot_nanos_ = 0;
+  std::string reverted_;                    // why last-good was brought back; empty: it was not
+  uint64_t probation_ends_boot_nanos_ = 0;  // if the build that runs is in one
   Verifiers verifiers_;
   kj::Maybe<kj::Own<Verifiers::Task>> verifier_;  // of the swap under way, from its rehearsal on
   SharedFd touched_;  // what the candidate on trial answered for (schema/touched.h)

@@ -243,6 +243,17 @@ TEST(SwapTest, TheWorkerThatReadsIsToldThatASwapWasAskedFor) {
   EXPECT_FALSE(Contains(harness.WorkerInfo().calls, "swap ahead"));
 }
 
+TEST(SwapTest, AFailedUpgradeBeginsTheProbationOfTheRunningBuildAnewAndStatusSaysSo) {
+  Harness harness;
+  harness.Start();
+  bool changed = false;
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
+  const uint64_t first = harness.Status().probation_seconds;
+  ASSERT_TRUE(Eventually([&] { return harness.Status().probation_seconds < first - 1; }));
+  ASSERT_NE(harness.Upgrade(harness.MakeWorker("differs"), false, &changed), "");
+  EXPECT_GE(harness.WaitPhase("running").probation_seconds, first - 1);
+}
+
 TEST(SwapTest, ABuildThatKnowsNoTrialIsSwappedToWithoutOne) {
   Harness harness;
   harness.Start();

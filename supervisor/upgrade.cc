@@ -61,10 +61,10 @@ void Supervisor::ClaimSwap(const std::string& kind, kj::Maybe<schema::Progress::
   if (takeover_ != nullptr)
     Throw(Unavailable("the supervisor is still taking over from the one before; try again in some seconds"));
   if (stopping_) Throw(Unavailable("the supervisor is shutting down"));
+  if (WorkerProcess* owner = Find(state_.owner)) {
+    KJ_IF_MAYBE (client, owner->client) Ignore(client->swapAheadRequest().send().ignoreResult());
+  }
   swap_.Ask(kind, kj::mv(progress));
-  WorkerProcess* owner = Find(state_.owner);
-  if (owner == nullptr) return;
-  KJ_IF_MAYBE (client, owner->client) Ignore(client->swapAheadRequest().send().ignoreResult());
 }
 
 kj::Promise<bool> Supervisor::SwapTo(std::shared_ptr<const Executable> executable) {

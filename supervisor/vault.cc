@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "supervisor/state_journal.h"
+
 namespace holdfast::supervisor {
 namespace {
 
@@ -41,12 +43,12 @@ absl::StatusOr<uint64_t> Vault::Allocate(const std::string& path, std::string bl
 void Vault::Restore(Mount mount) { mounts_[mount.id] = std::move(mount); }
 
 void Vault::Save(const Mount& mount) {
-  if (recorder_ != nullptr) recorder_->SaveMount(mount);
+  if (journal_ != nullptr) journal_->SaveMount(mount);
 }
 
 void Vault::Forget(uint64_t id) {
   mounts_.erase(id);
-  if (recorder_ != nullptr) recorder_->ForgetMount(id);
+  if (journal_ != nullptr) journal_->ForgetMount(id);
 }
 
 Mount* Vault::Find(uint64_t id) {
@@ -153,21 +155,20 @@ std::vector<ExecutingSlot> Ledger::ExecutingSlots() const {
   return slots;
 }
 
-uint64_t Ledger::OverdueDeadline(uint64_t generation, uint64_t now, uint64_t* mount) const {
-  uint64_t earliest = 0;
+void Ledger::FindOverdue(uint64_t generation, HangSample* sample) const {
   map_.VisitPending([&](const hf_record* record) {
     const uint64_t deadline = Load(record->deadline_ns);
-    if (Load(record->owner_generation) != static_cast<uint32_t>(generation) || deadline >= now) return;
-    if (earliest != 0 && deadline >= earliest) return;
-    earliest = deadline;
-    *mount = Load(record->mount_id);
+    const uint64_t noted = sample->overdue_deadline_ns;
+    if (Load(record->owner_generation) != static_cast<uint32_t>(generation)) return;
+    if (deadline >= (noted != 0 ? noted : sample->now_ns)) return;
+    sample->overdue_deadline_ns = deadline;
+    sample->overdue_mount = Load(record->mount_id);
   });
-  return earliest;
 }
 
 absl::StatusOr<Ledger*> LedgerStore::Create(uint64_t generation) {
   HF_ASSIGN_OR_RETURN(auto ledger, Ledger::Create(generation));
-  if (recorder_ != nullptr) recorder_->SaveLedger(*ledger, true);
+  if (journal_ != nullptr) journal_->SaveLedger(*ledger, true);
   return (ledgers_[generation] = std::move(ledger)).get();
 }
 
@@ -180,7 +181,7 @@ void LedgerStore::Restore(std::unique_ptr<Ledger> ledger) {
 
 void LedgerStore::Drop(uint64_t generation) {
   ledgers_.erase(generation);
-  if (recorder_ != nullptr) recorder_->ForgetLedger(generation);
+  if (journal_ != nullptr) journal_->ForgetLedger(generation);
 }
 
 Ledger* LedgerStore::Find(uint64_t generation) const {
@@ -210,7 +211,7 @@ void LedgerStore::OwnerExited(uint64_t generation) {
   if (ledger == nullptr) return;
   ledger->owner_exited = true;
   if (ledger->CountUnanswered() == 0) return Drop(generation);
-  if (recorder_ != nullptr) recorder_->SaveLedger(*ledger, false);
+  if (journal_ != nullptr) journal_->SaveLedger(*ledger, false);
 }
 
 void LedgerStore::Drained(uint64_t generation) {

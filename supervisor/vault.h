@@ -34,20 +34,11 @@ struct Mount {
 
 class Ledger;
 
-// Is told what the next supervisor must know. Intents before the action: an entry that is being mounted, one
-// that is about to be unmounted.
-class VaultRecorder {
- public:
-  virtual ~VaultRecorder() = default;
-  virtual void SaveMount(const Mount& mount) = 0;
-  virtual void ForgetMount(uint64_t mount_id) = 0;
-  virtual void SaveLedger(const Ledger& ledger, bool is_new) = 0;
-  virtual void ForgetLedger(uint64_t generation) = 0;
-};
+class StateJournal;  // null: nothing is recorded
 
 class Vault {
  public:
-  explicit Vault(IdFile ids, VaultRecorder* recorder = nullptr) : ids_(std::move(ids)), recorder_(recorder) {}
+  explicit Vault(IdFile ids, StateJournal* journal = nullptr) : ids_(std::move(ids)), journal_(journal) {}
 
   // A new entry in state mounting. AlreadyExists while another mounting or live entry has the path.
   absl::StatusOr<uint64_t> Allocate(const std::string& path, std::string blob, uint64_t caller,
@@ -74,7 +65,7 @@ class Vault {
   // The entries whose descriptor polls one of `wanted`. No epoll: it would be woken by every request.
   std::vector<uint64_t> Polled(short events, short wanted) const;
   IdFile ids_;
-  VaultRecorder* const recorder_;
+  StateJournal* const journal_;
   std::map<uint64_t, Mount> mounts_;
 };
 
@@ -103,8 +94,9 @@ class Ledger {
   // For the hang monitor. heartbeat: of the pool, 0 when that build has none.
   uint64_t heartbeat() const { return Load(map_.header()->loop_heartbeat_ns); }
   std::vector<ExecutingSlot> ExecutingSlots() const;
-  // The earliest deadline, if before `now`, of a pending record that `generation` must answer; else 0.
-  uint64_t OverdueDeadline(uint64_t generation, uint64_t now, uint64_t* mount) const;
+  // Notes the pending record that is longest past its deadline, of those that `generation` must answer, if
+  // longer than the one noted.
+  void FindOverdue(uint64_t generation, HangSample* sample) const;
 
   bool owner_exited = false;
   bool owner_hung = false;  // it was killed because it hung
@@ -120,7 +112,7 @@ class Ledger {
 
 class LedgerStore {
  public:
-  explicit LedgerStore(VaultRecorder* recorder = nullptr) : recorder_(recorder) {}
+  explicit LedgerStore(StateJournal* journal = nullptr) : journal_(journal) {}
 
   absl::StatusOr<Ledger*> Create(uint64_t generation);
   // One of an earlier supervisor; is not recorded again, but dropped at once if nobody needs it.
@@ -138,7 +130,7 @@ class LedgerStore {
  private:
   void Drop(uint64_t generation);
 
-  VaultRecorder* const recorder_;
+  StateJournal* const journal_;
   std::map<uint64_t, std::unique_ptr<Ledger>> ledgers_;
 };
 

@@ -9,6 +9,9 @@ fetches are outstanding when the worker goes. Those reads count for failures, no
 Counted are operations begun or under way from the upgrade command (of a crash or hang: from the signal) until reads are taken
 over (of an upgrade: until it is over) and 20 ms more. The latency added is an operation's own minus the median of the same kind of
 operation in the undisturbed time between the rounds. Each case ends with rounds while the registry is down.
+
+Every upgrade is followed by a control: a window of the same length with the same cold reads and no upgrade. What its operations
+took longer than usual is the machine's doing, and that of the cold reads.
 """
 
 from __future__ import annotations
@@ -86,7 +89,8 @@ class Driver:
         # Workers that retire may stay as long as containerd keeps its connection.
         return status["phase"] == "running" and "owner" in roles and ("spare" in roles) == self._spare
 
-    def round(self, case: str, number: int, cold: bool) -> Round:
+    def round(self, case: str, number: int, cold: bool, length_ns: int = 0) -> Round:
+        """With a length: the control, in which nothing happens."""
         wait_for("the node to settle", self._settled, 30, 0.1)
         pid = self._holdfast.worker_pid()
         if cold:
@@ -95,6 +99,8 @@ class Driver:
             self._load.cold(COLD_THREADS, 60 if planned else 0)
             time.sleep(0.03 + self._rng.random() * 0.05)
         try:
+            if length_ns:
+                return self._control(length_ns)
             return self._planned() if case == "planned" else self._death(pid, case)
         finally:
             self._load.cold(0)
@@ -115,6 +121,11 @@ class Driver:
         carried = int(taken.fields["requests_carried_over"])
         stopped = taken.at - pause
         return Round(stopped, asked, end, stopped, taken.at, pause / 1e6, 0, carried)
+
+    def _control(self, length_ns: int) -> Round:
+        begin = time.monotonic_ns()
+        time.sleep(length_ns / 1e9)
+        return Round(begin, begin, begin + length_ns, begin, begin, 0, 0, 0)
 
     def _death(self, pid: int, case: str) -> Round:
         fault = time.monotonic_ns()
@@ -157,8 +168,13 @@ def end_of_longest_silence(operations: list[Operation], window: Round) -> int:
     return max(gaps)[1]
 
 
-def summary(case: str, mounts: int, busy: int, rounds: list[Round], result: LoadResult) -> dict[str, Any]:
-    met, undisturbed = by_window(result.operations, rounds)
+def summary(
+    case: str, mounts: int, busy: int, rounds: list[Round], controls: list[Round], result: LoadResult
+) -> dict[str, Any]:
+    windows = sorted(rounds + controls, key=lambda one: one.begin)
+    by_time, undisturbed = by_window(result.operations, windows)
+    in_control = set(controls)
+    met = [found for window, found in zip(windows, by_time) if window not in in_control]
     lengths: dict[str, list[float]] = defaultdict(list)
     for one in undisturbed:
         if one.kind != "cold":
@@ -166,6 +182,10 @@ def summary(case: str, mounts: int, busy: int, rounds: list[Round], result: Load
     usual = {kind: statistics.median(values) for kind, values in lengths.items()}
     rest = [(one.end - one.begin) / 1e6 - usual[one.kind] for one in undisturbed if one.kind != "cold"]
 
+    def added_to(operations: list[Operation]) -> list[float]:
+        return [max(0.0, (one.end - one.begin) / 1e6 - usual[one.kind]) for one in operations if one.kind != "cold"]
+
+    control = [added_to(found) or [0.0] for window, found in zip(windows, by_time) if window in in_control]
     added: list[list[float]] = []
     first: list[float] = []
     everyone: list[float] = []
@@ -173,7 +193,7 @@ def summary(case: str, mounts: int, busy: int, rounds: list[Round], result: Load
         timed = [one for one in operations if one.kind != "cold"]
         if not timed:
             raise HarnessError(f"no operation met a round of {case}: the figures would mean nothing")
-        added.append([max(0.0, (one.end - one.begin) / 1e6 - usual[one.kind]) for one in timed])
+        added.append(added_to(timed))
         first_end = end_of_longest_silence(timed, window)
         answered: dict[int, int] = {}
         for one in sorted(timed, key=lambda o: o.end):
@@ -207,6 +227,8 @@ def summary(case: str, mounts: int, busy: int, rounds: list[Round], result: Load
         "usual_ms": {kind: round(value, 3) for kind, value in usual.items()},
         "undisturbed_added_p99_ms": round(percentile(rest, 0.99), 2),
         "undisturbed_added_max_ms": round(max(rest), 2),
+        "control_added_p99_ms": middle([percentile(values, 0.99) for values in control]) if control else None,
+        "control_added_max_ms": middle([max(values) for values in control]) if control else None,
         "rounds_without_fetch_outstanding": sum(one.carried_over == 0 for one in rounds),
         "window_ms": middle([(one.end - one.begin) / 1e6 for one in rounds]),
         "errors": result.errors,
@@ -248,7 +270,8 @@ def run_rounds(
     load = MixedLoad(node.box, node.targets, ops_per_second=ops, seed=rng.randrange(1 << 30))
     driver = Driver(node.holdfast, load, node.proxy, case == "crash_spare", rng)
     time.sleep(QUIET_SECONDS)
-    done = []
+    done: list[Round] = []
+    controls: list[Round] = []
     for number in range(rounds):
         done.append(driver.round(case, number, cold=not down))
         gone.append((done[-1].gone, done[-1].taken_over))
@@ -257,10 +280,13 @@ def run_rounds(
             f" {done[-1].detect_ms:.1f} ms, {done[-1].carried_over} requests carried over"
         )
         time.sleep(QUIET_SECONDS)
+        if case == "planned":
+            controls.append(driver.round(case, number, cold=not down, length_ns=done[-1].end - done[-1].begin))
+            time.sleep(QUIET_SECONDS)
     result = load.stop()
     if result.cold_used_up:
         raise HarnessError("everything cold was read before the last round: fewer rounds, or a larger fleet")
-    return summary(case, mounts, len(node.targets), done, result)
+    return summary(case, mounts, len(node.targets), done, controls, result)
 
 
 def measure(case: str, fleet: fleets.Fleet, rounds: int, down_rounds: int, ops: float, seed: int) -> list[dict[str, Any]]:
@@ -325,6 +351,7 @@ COLUMNS: list[tuple[str, str, Callable[[dict[str, Any]], Any]]] = [
     ("p99", ">7", lambda o: o["latency_added_p99_ms"]),
     ("max", ">7", lambda o: o["latency_added_max_ms"]),
     ("worst", ">7", lambda o: o["latency_added_worst_ms"]),
+    ("control p99/max", ">15", lambda o: f"{o['control_added_p99_ms']}/{o['control_added_max_ms']}" if o["control_added_p99_ms"] is not None else "-"),
     ("pause", ">7", lambda o: o["pause_ms"]),
     ("detect", ">7", lambda o: o["detect_ms"]),
     ("sup/worker/spare KiB", ">20", lambda o: f"{o['supervisor_kib']}/{o['worker_kib']}/{o['spare_kib'] or '-'}"),

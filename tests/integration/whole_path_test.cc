@@ -21,8 +21,11 @@ namespace holdfast::test {
 namespace {
 
 bool WaitUntil(const std::function<bool()>& condition) {
-  for (int i = 0; i < 2000 && !condition(); ++i) usleep(5000);
-  return condition();
+  for (int i = 0; i < 2000; ++i) {
+    if (condition()) return true;  // it may be so for a moment only
+    usleep(5000);
+  }
+  return false;
 }
 
 class WholePathTest : public ::testing::Test {

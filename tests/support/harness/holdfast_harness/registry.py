@@ -90,9 +90,15 @@ class SlowProxy:
         program = Path(__file__).with_name("slow_proxy.py")
         self.ranges = box.root / f"proxy-{self.port}.ranges"  # slow_proxy.py says what is in it
         command = [sys.executable, program, str(self.port), upstream, str(self._control), str(self.ranges)]
-        box.daemon("proxy", command).wait_ready(lambda: self._control.exists() and _listening(self.port), 20)
+        box.daemon("proxy", command).wait_ready(self._answers, 20)
         if delay_ms:
             self.delay(delay_ms)
+
+    def _answers(self) -> bool:
+        try:
+            return _listening(self.port) and bool(self.counters())
+        except OSError:  # the socket's file is there before anybody listens
+            return False
 
     def _ask(self, **words: Any) -> dict[str, Any]:
         with socket.socket(socket.AF_UNIX) as control:

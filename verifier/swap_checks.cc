@@ -89,7 +89,12 @@ kj::Promise<std::string> SwapChecks::Rehearse(schema::Worker::Client owner, sche
   auto request = owner.samplesRequest();
   request.setLimit(kSamples);
   using Samples = capnp::Response<schema::Worker::SamplesResults>;
-  return request.send().then([this, candidate](Samples&& samples) mutable {
+  auto failed = [](kj::Exception&& exception) -> kj::Promise<Samples> {
+    if (exception.getType() == kj::Exception::Type::DISCONNECTED) return kj::mv(exception);
+    return Failed("the running worker cannot say what it answered: " + Describe(exception));
+  };
+  kj::Promise<Samples> sampled = request.send();
+  return sampled.catch_(kj::mv(failed)).then([this, candidate](Samples&& samples) mutable {
     for (auto file : samples.getFiles()) files_[file.getMountId()].push_back(Convert(file));
     return Compare(candidate, kj::mv(samples)).then([this, candidate](std::string compared) mutable {
       return WalkCanaries(candidate).then([this, compared](size_t canaries) {

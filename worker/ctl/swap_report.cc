@@ -36,6 +36,9 @@ std::string RefusedAdvice(const SwapFailure& failure) {
   if (Has(failure.message, "taking over") || Has(failure.message, "being replaced")) {
     return "a worker is just being started; `holdfastctl status` shows when one runs. Try again then";
   }
+  if (Has(failure.message, "being taken back")) {
+    return "nothing was changed. It takes some seconds, three minutes at most; try again then";
+  }
   if (Has(failure.message, "probation")) {
     return "the running build is still in probation; `holdfastctl status` says for how long. Wait until it "
            "is over, or "
@@ -64,6 +67,10 @@ std::string NotJudgedAdvice(const SwapFailure& failure) {
   if (Has(failure.message, "the running worker died")) {
     return "no fault was found with this build: the running worker died meanwhile, and is replaced. "
            "`holdfastctl status` shows by what; try again";
+  }
+  if (Has(failure.message, "the running worker cannot")) {
+    return "no fault was found with this build: it is the running one that failed. It serves on\n"
+           "  try again; if it happens again, look for its log lines: journalctl -u holdfast";
   }
   if (Has(failure.message, "No space left on device")) {
     return "no fault was found with this build: the disk of the state folder is full. The old worker serves\n"

@@ -71,7 +71,7 @@ bool HasShaInstructions() {
 
 // Intel SDM, "Intel SHA Extensions": the state lies in two registers as {f, e, b, a} and {h, g, d, c}, lowest
 // word first; each step does four rounds, with four words of the message schedule. Unrolled, all of it stays
-// in registers, which makes it more than twice as fast.
+// in registers, which makes it twice as fast.
 __attribute__((target("sha,ssse3,sse4.1"))) void ShaBlocks(State* state, const uint8_t* data, size_t blocks) {
   auto load = [](const void* at) __attribute__((target("sse4.1"))) {
     return _mm_loadu_si128(static_cast<const __m128i*>(at));

@@ -90,10 +90,17 @@ void UrgentThreads::Begin(uint64_t end_nanos) {
 }
 
 void UrgentThreads::EndIf(uint64_t now_nanos) {
-  MutexLock lock(&mutex_);
-  if (end_nanos_ == 0 || now_nanos < end_nanos_) return;  // it has begun anew, or another one was first
-  end_nanos_ = 0;
-  for (pid_t thread : threads_) MakeOrdinary(thread);
+  bool one_of_them = false;
+  {
+    MutexLock lock(&mutex_);
+    if (end_nanos_ == 0 || now_nanos < end_nanos_) return;  // it has begun anew, or another one was first
+    end_nanos_ = 0;
+    for (pid_t thread : threads_) {
+      one_of_them |= thread == gettid();
+      if (thread != gettid()) MakeOrdinary(thread);
+    }
+  }
+  if (one_of_them) LeaveUrgency();  // last: as an ordinary one it would let those wait who want the lock
 }
 
 void EndUrgencyOf(pid_t process) { EndUrgency(std::to_string(process), 0); }

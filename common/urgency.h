@@ -11,8 +11,8 @@
 // until that has returned. The threads that execute requests, while a swap is being prepared on the same
 // processors.
 //
-// How it fails: the kernel refuses it without CAP_SYS_NICE (or RLIMIT_RTPRIO), and in control groups that
-// have no real-time budget (CONFIG_RT_GROUP_SCHED). Then everything goes on in ordinary threads, on a busy
+// How it fails: the kernel refuses it without CAP_SYS_NICE, and in control groups that have no real-time
+// budget (CONFIG_RT_GROUP_SCHED). Then everything goes on in ordinary threads, on a busy
 // machine later. To give up urgency is never refused. A thread that spins in spite of all gets 95 % of a
 // processor (kernel.sched_rt_runtime_us), until the turn of UrgentTime's thread comes. One that made itself
 // urgent, or all of UrgentThreads at once, until the process is replaced because it hangs.

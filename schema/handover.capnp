@@ -227,8 +227,8 @@ interface Worker {
   heldListener @17 () -> (snapshotListener :Descriptor);
   # (capReattach)
 
-  swapAhead @18 () -> ();
+  swapAhead @18 (over :Bool) -> ();
   # Somebody has asked for a swap. Copying, starting and checking the candidate takes processors for some tenths of a second; what this
-  # worker reads meanwhile shall not wait for them. Nothing depends on it, so there is no capability: a worker that does not know
-  # the method says so.
+  # worker reads meanwhile shall not wait for them. over: it was answered, whatever became of it. Nothing depends on it, so there
+  # is no capability: a worker that does not know the method says so.
 }

@@ -303,6 +303,7 @@ void Supervisor::CallWorker(const Action& action, uint64_t waited_ms) {
   if (call == Call::kRetire) {
     worker->retired = true;
     SaveWorker(*worker);
+    tasks_.add(SaveLivingWorkers());
     LimitRetirement(worker);
   }
   if (worker->client == nullptr) return;

@@ -198,6 +198,8 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void Do(const Action& action);
   void SpawnWorker(Generation generation, Binary binary);
   void ClaimSwap(const std::string& kind, kj::Maybe<schema::Progress::Client> progress);
+  void SwapAnswered();
+  void TellSwapAhead(bool over);
   kj::Promise<bool> SwapTo(std::shared_ptr<const Executable> executable);
   // Another build than the running one is last-good.
   bool RunsUnproven() const { return last_good_ != nullptr && last_good_->sha256 != running_->sha256; }

@@ -68,8 +68,9 @@ TEST(SwapTest, ACandidateIsComparedAndProbedBeforeItMayCommit) {
   EXPECT_TRUE(changed);
   Info info = harness.WorkerInfo();
   const std::string last = " last " + std::to_string(mount.id);
-  EXPECT_EQ(info.calls, (std::vector<std::string>{"prepare", "replay 1", "add 1",
-                                                  "serve trial" + last + " ledgers 1", "end trial"}));
+  EXPECT_EQ(info.calls,
+            (std::vector<std::string>{"prepare", "replay 1", "add 1", "serve trial" + last + " ledgers 1",
+                                      "end trial", "swap over"}));
   EXPECT_EQ(info.mount_ids, std::vector<uint64_t>{mount.id}) << "the canary is gone";
   StatusView status = harness.Status();
   EXPECT_EQ(StepNames(status), (std::vector<std::string>{"copy", "start", "prepare", "rehearse", "park",
@@ -232,13 +233,16 @@ TEST(SwapTest, WhatACandidateAnsweredOnTrialIsTakenBack) {
       Contains(harness.WorkerInfo().calls, "distrust " + std::to_string(bad) + " vault id 16 touched"));
 }
 
-TEST(SwapTest, TheWorkerThatReadsIsToldThatASwapWasAskedFor) {
+TEST(SwapTest, TheWorkerThatReadsIsToldThatASwapWasAskedForAndThatItIsOver) {
   Harness harness;
   harness.Start();
   harness.Mount("a", FUSE_IOCTL_DIR, "blob");
   bool changed = false;
   ASSERT_NE(harness.Upgrade(harness.MakeWorker("fail-prepare"), false, &changed), "");
-  EXPECT_TRUE(Contains(harness.WorkerInfo().calls, "swap ahead"));
+  EXPECT_EQ(Methods(harness.WorkerInfo().calls),
+            (std::vector<std::string>{"serve", "swap ahead", "swap over"}));
+  ASSERT_NE(harness.Upgrade("/nonexistent", false, &changed), "");
+  EXPECT_EQ(harness.WorkerInfo().calls.back(), "swap over");
   ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
   EXPECT_FALSE(Contains(harness.WorkerInfo().calls, "swap ahead"));
 }
@@ -260,9 +264,9 @@ TEST(SwapTest, ABuildThatKnowsNoTrialIsSwappedToWithoutOne) {
   harness.Mount("a", FUSE_IOCTL_DIR, "blob");
   bool changed = false;
   ASSERT_EQ(harness.Upgrade(harness.MakeWorker("old"), false, &changed), "");
-  EXPECT_EQ(Methods(harness.WorkerInfo().calls), std::vector<std::string>{"serve"});
+  EXPECT_EQ(Methods(harness.WorkerInfo().calls), (std::vector<std::string>{"serve", "swap over"}));
   ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
-  EXPECT_EQ(Methods(harness.WorkerInfo().calls), std::vector<std::string>{"serve"})
+  EXPECT_EQ(Methods(harness.WorkerInfo().calls), (std::vector<std::string>{"serve", "swap over"}))
       << "the old one can name no samples";
 }
 

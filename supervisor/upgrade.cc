@@ -25,7 +25,7 @@ constexpr uint64_t kSelfTestMillis = 5'500;             // above the verifier's 
 kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force,
                                       kj::Maybe<schema::Progress::Client> progress) {
   ClaimSwap("upgrade", kj::mv(progress));
-  auto free = kj::defer([this] { swap_.Answered(); });
+  auto free = kj::defer([this] { SwapAnswered(); });
   if (path.empty()) path = options_.worker;
   swap_.BeginStep("copy");
   swap_.TellProgress();
@@ -50,7 +50,7 @@ kj::Promise<bool> Supervisor::Upgrade(std::string path, bool force,
 
 kj::Promise<bool> Supervisor::Rollback(kj::Maybe<schema::Progress::Client> progress) {
   ClaimSwap("rollback", kj::mv(progress));
-  auto free = kj::defer([this] { swap_.Answered(); });
+  auto free = kj::defer([this] { SwapAnswered(); });
   auto target = RollbackTarget();
   if (target == nullptr) Throw(FailedPrecondition("no other build is kept here to roll back to"));
   return Keep(SwapTo(std::move(target)).attach(kj::mv(free)));
@@ -61,10 +61,23 @@ void Supervisor::ClaimSwap(const std::string& kind, kj::Maybe<schema::Progress::
   if (takeover_ != nullptr)
     Throw(Unavailable("the supervisor is still taking over from the one before; try again in some seconds"));
   if (stopping_) Throw(Unavailable("the supervisor is shutting down"));
-  if (WorkerProcess* owner = Find(state_.owner)) {
-    KJ_IF_MAYBE (client, owner->client) Ignore(client->swapAheadRequest().send().ignoreResult());
-  }
+  TellSwapAhead(false);
   swap_.Ask(kind, kj::mv(progress));
+}
+
+void Supervisor::SwapAnswered() {
+  swap_.Answered();
+  TellSwapAhead(true);
+}
+
+void Supervisor::TellSwapAhead(bool over) {
+  WorkerProcess* owner = Find(state_.owner);
+  if (owner == nullptr) return;
+  KJ_IF_MAYBE (client, owner->client) {
+    auto request = client->swapAheadRequest();
+    request.setOver(over);
+    request.send().ignoreResult().detach([](kj::Exception&&) {});  // builds of before do not know it
+  }
 }
 
 kj::Promise<bool> Supervisor::SwapTo(std::shared_ptr<const Executable> executable) {

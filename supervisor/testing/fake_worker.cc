@@ -520,8 +520,8 @@ class WorkerServer final : public schema::Worker::Server {
     for (const auto& [id, blob] : blobs) list.set(i++, id);
     return kj::READY_NOW;
   }
-  kj::Promise<void> swapAhead(SwapAheadContext) override {
-    c_.calls.emplace_back("swap ahead");
+  kj::Promise<void> swapAhead(SwapAheadContext context) override {
+    c_.calls.emplace_back(context.getParams().getOver() ? "swap over" : "swap ahead");
     return kj::READY_NOW;
   }
   kj::Promise<void> prepare(PrepareContext) override {

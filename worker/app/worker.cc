@@ -710,7 +710,7 @@ handover::Health Worker::Ping() {
   return health;
 }
 
-void Worker::SwapAhead() { server_->Hurry(kHurryNanos); }
+void Worker::SwapAhead(bool over) { server_->Hurry(over ? 0 : kHurryNanos); }
 
 void Worker::Housekeeping() {
   uint64_t next_flush = clock_->BootNanos() + kFlushEveryNanos;

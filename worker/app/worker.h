@@ -105,7 +105,7 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   void Reattached(const std::string& vault_id) override;
   void ReattachRefused(const absl::Status& why) override;
   handover::Health Ping() override;
-  void SwapAhead() override;
+  void SwapAhead(bool over) override;
 
   std::vector<handover::LayerInfo> Layers() override;
   std::vector<handover::SnapshotInfo> Snapshots() override;

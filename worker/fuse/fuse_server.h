@@ -130,8 +130,8 @@ class FuseServer {
   virtual void Resume() = 0;
 
   // For so long, or until it parks, the pool's threads are urgent (common/urgency.h): something else will
-  // take processors, and whoever reads shall not wait for it. Called again it begins anew; parked, it is
-  // nothing. Waits for nobody.
+  // take processors, and whoever reads shall not wait for it. Called again it begins anew; 0 ends it; parked,
+  // it is nothing. Waits for nobody.
   virtual void Hurry(uint64_t nanos) = 0;
 
   // On trial the kernel is told to keep nothing: times-to-live are 0, nothing stays over a close. Every node

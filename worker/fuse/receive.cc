@@ -43,6 +43,7 @@ void ServerCore::Beat() {
 }
 
 void ServerCore::Hurry(uint64_t nanos) {
+  if (nanos == 0) return urgent_pool_.End();
   if (!parked_) urgent_pool_.Begin(options_.clock->BootNanos() + nanos);
 }
 

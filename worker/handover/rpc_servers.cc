@@ -97,8 +97,8 @@ class WorkerServer final : public schema::Worker::Server {
     return kj::READY_NOW;
   }
 
-  kj::Promise<void> swapAhead(SwapAheadContext) override {
-    if (WorkerActions* actions = callbacks_->actions) actions->SwapAhead();
+  kj::Promise<void> swapAhead(SwapAheadContext context) override {
+    if (WorkerActions* actions = callbacks_->actions) actions->SwapAhead(context.getParams().getOver());
     return kj::READY_NOW;
   }
 

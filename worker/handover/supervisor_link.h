@@ -183,7 +183,7 @@ class WorkerActions {
   virtual void ReattachRefused(const absl::Status& why) = 0;
   // On the event loop's thread, beside the others: must not block.
   virtual Health Ping() = 0;
-  virtual void SwapAhead() = 0;
+  virtual void SwapAhead(bool over) = 0;
 };
 
 using admin::LayerInfo;

@@ -295,7 +295,7 @@ class RecordingWorker final : public WorkerActions, public AdminActions {
   void Reattached(const std::string& vault_id) override { reattached.set_value(vault_id); }
   void ReattachRefused(const absl::Status& why) override { refused.set_value(why); }
   Health Ping() override { return {42, "fetch", {3, 8}}; }
-  void SwapAhead() override { swaps_ahead++; }
+  void SwapAhead(bool over) override { swaps_ahead += over ? -1 : 1; }
   std::vector<LayerInfo> Layers() override {
     LayerInfo layer;
     layer.digest = "sha256:aa";
@@ -411,6 +411,12 @@ TEST_F(SupervisorLinkTest, PingAndTheWorkersOwnCallsAreAnsweredWhileAnActionTake
   EXPECT_EQ(age, 42u);
   end_->Call([&] { return KJ_ASSERT_NONNULL(script_.worker).swapAheadRequest().send().ignoreResult(); });
   EXPECT_EQ(worker_.swaps_ahead, 1);
+  end_->Call([&] {
+    auto request = KJ_ASSERT_NONNULL(script_.worker).swapAheadRequest();
+    request.setOver(true);
+    return request.send().ignoreResult();
+  });
+  EXPECT_EQ(worker_.swaps_ahead, 0);
   EXPECT_TRUE(link_->Drained(3).ok());
   EXPECT_EQ(script_.drained, 3u);
   uint64_t layers = end_->Call([&] {

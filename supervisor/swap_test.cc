@@ -106,6 +106,20 @@ TEST(SwapTest, ARetiredWorkerThatDoesNotEndIsKilledAtItsLimit) {
   EXPECT_EQ(harness.Status().crashes, 0u);
 }
 
+TEST(SwapTest, ARetiredWorkerIsNotAmongThoseThatTheNextSupervisorWaitsFor) {
+  Harness harness;
+  harness.Start({}, "hang-retire");
+  const pid_t old = harness.WaitPhase("running").Worker("owner").pid;
+  bool changed = false;
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
+  const auto listed = [&](pid_t pid) {
+    const std::string text = ReadFile(harness.state_dir() + "/supervisor/workers").value_or("");
+    return text.find("\n" + std::to_string(pid) + " ") != std::string::npos;
+  };
+  EXPECT_TRUE(Eventually([&] { return listed(harness.Status().Worker("owner").pid) && !listed(old); }));
+  EXPECT_EQ(harness.Status().Worker("retiring").pid, old) << "it is still there";
+}
+
 TEST(SwapTest, AVerifierThatDiesFailsTheUpgradeAtOnceAndNothingElse) {
   Harness harness;
   harness.Start({}, "hang-samples");  // so that the verifier waits for it

@@ -69,7 +69,7 @@ void LeaveUrgencyProcess() {
 
 }  // namespace
 
-bool IsUrgent() { return IsUrgentPolicy(sched_getscheduler(0)); }
+bool IsUrgent(pid_t thread) { return IsUrgentPolicy(sched_getscheduler(thread)); }
 
 absl::Status BecomeUrgent() { return Set(0, kOwn, kLoopPriority) ? absl::OkStatus() : Refused(errno); }
 

@@ -31,8 +31,8 @@
 
 namespace holdfast {
 
-// Whether the calling thread is.
-bool IsUrgent();
+// Whether a thread is, for whatever reason; 0: the calling one.
+bool IsUrgent(pid_t thread = 0);
 
 // Makes the calling thread urgent; the threads and processes that it makes are ordinary. It stays so until it
 // leaves: what ends the urgency of a process leaves out threads that made themselves urgent.

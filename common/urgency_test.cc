@@ -175,7 +175,7 @@ TEST(UrgencyTest, ThoseWhoJoinedAreUrgentUntilOneOfThemFindsTheTimeOver) {
     });
     while (joined <= static_cast<int>(i)) sched_yield();
   };
-  auto urgent = [&](size_t i) { return (sched_getscheduler(ids[i]) & ~SCHED_RESET_ON_FORK) == SCHED_RR; };
+  auto urgent = [&](size_t i) { return IsUrgent(ids[i]); };
   add(0);
   EXPECT_FALSE(urgent(0));
   group.Begin(1000);

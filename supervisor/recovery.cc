@@ -23,7 +23,7 @@ namespace {
 
 constexpr uint64_t kWaitStepMillis = 2;
 constexpr uint64_t kFetchMillis = 5'000;
-constexpr uint64_t kAskMillis = 2'000;
+constexpr uint64_t kAskMillis = 2'000;        // where no descriptor is missing
 constexpr uint64_t kCandidateMillis = 1'000;  // of it
 constexpr size_t kLivingWorkersBytes = 4'096;
 constexpr uint64_t kFetchPauseMillis = 200;

@@ -76,7 +76,8 @@ void Supervisor::TellSwapAhead(bool over) {
   KJ_IF_MAYBE (client, owner->client) {
     auto request = client->swapAheadRequest();
     request.setOver(over);
-    request.send().ignoreResult().detach([](kj::Exception&&) {});  // builds of before do not know it
+    // Builds of before do not know it. Not by Ignore: an upgrade may end because its task is cancelled.
+    request.send().ignoreResult().detach([](kj::Exception&&) {});
   }
 }
 

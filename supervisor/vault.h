@@ -34,10 +34,11 @@ struct Mount {
 
 class Ledger;
 
-class StateJournal;  // null: nothing is recorded
+class StateJournal;
 
 class Vault {
  public:
+  // `journal`: null: nothing is recorded.
   explicit Vault(IdFile ids, StateJournal* journal = nullptr) : ids_(std::move(ids)), journal_(journal) {}
 
   // A new entry in state mounting. AlreadyExists while another mounting or live entry has the path.

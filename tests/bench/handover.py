@@ -183,17 +183,18 @@ def summary(
     rest = [(one.end - one.begin) / 1e6 - usual[one.kind] for one in undisturbed if one.kind != "cold"]
 
     def added_to(operations: list[Operation]) -> list[float]:
-        return [max(0.0, (one.end - one.begin) / 1e6 - usual[one.kind]) for one in operations if one.kind != "cold"]
+        timed = [one for one in operations if one.kind != "cold"]
+        if not timed:
+            raise HarnessError(f"no operation met a window of {case}: the figures would mean nothing")
+        return [max(0.0, (one.end - one.begin) / 1e6 - usual[one.kind]) for one in timed]
 
-    control = [added_to(found) or [0.0] for window, found in zip(windows, by_time) if window in in_control]
+    control = [added_to(found) for window, found in zip(windows, by_time) if window in in_control]
     added: list[list[float]] = []
     first: list[float] = []
     everyone: list[float] = []
     for window, operations in zip(rounds, met):
+        added.append(added_to(operations))
         timed = [one for one in operations if one.kind != "cold"]
-        if not timed:
-            raise HarnessError(f"no operation met a round of {case}: the figures would mean nothing")
-        added.append(added_to(timed))
         first_end = end_of_longest_silence(timed, window)
         answered: dict[int, int] = {}
         for one in sorted(timed, key=lambda o: o.end):

@@ -26,8 +26,7 @@ using std::chrono::milliseconds;
 
 constexpr milliseconds kHousekeeping{200};
 constexpr milliseconds kUrgentServing{200};
-constexpr uint64_t kHurryNanos =
-    5'000'000'000;  // several times what a swap takes until this worker is parked
+constexpr uint64_t kHurryNanos = 5'000'000'000;  // several times what a swap takes until the park
 constexpr uint64_t kFlushEveryNanos = 5'000'000'000;
 constexpr uint64_t kMetadataLockWaitNanos = 5'000'000'000;
 constexpr milliseconds kDrainLimit{570'000};    // short of the supervisor's limit of 10 minutes

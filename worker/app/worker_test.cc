@@ -4,7 +4,6 @@
 
 #include <fcntl.h>
 #include <linux/fuse.h>
-#include <sched.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -623,8 +622,7 @@ TEST_F(WorkerTest, TheTableOfDescriptorsHasItsSizeBeforeThereAreThreads) {
 int UrgentThreads() {
   int urgent = 0;
   for (const auto& entry : std::filesystem::directory_iterator("/proc/self/task")) {
-    const pid_t thread = std::stoi(entry.path().filename());
-    urgent += (sched_getscheduler(thread) & ~SCHED_RESET_ON_FORK) == SCHED_RR;
+    urgent += IsUrgent(std::stoi(entry.path().filename()));
   }
   return urgent;
 }

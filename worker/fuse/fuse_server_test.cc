@@ -1,7 +1,6 @@
 // One server on real mounts: what a layer holds reads right, and a miss stops nobody but its reader.
 #include <dirent.h>
 #include <fcntl.h>
-#include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -389,10 +388,7 @@ TEST_F(FuseServerTest, InAHurryThePoolIsUrgentUntilItIsOverOrParked) {
   ASSERT_TRUE(
       Eventually([&] { return server.ThreadNamed("fuse-0") > 0 && server.ThreadNamed("fuse-1") > 0; }));
   auto urgent_threads = [&] {
-    int urgent = 0;
-    for (const char* name : {"fuse-0", "fuse-1"})
-      urgent += (sched_getscheduler(server.ThreadNamed(name)) & ~SCHED_RESET_ON_FORK) == SCHED_RR;
-    return urgent;
+    return IsUrgent(server.ThreadNamed("fuse-0")) + IsUrgent(server.ThreadNamed("fuse-1"));
   };
   EXPECT_EQ(urgent_threads(), 0);
   ASSERT_EQ(server.Call("hurry 60000"), "ok");
@@ -420,9 +416,7 @@ TEST_F(FuseServerTest, AHurryEndsAlsoWhereAThreadOfThePoolIsStuck) {
   ASSERT_EQ(server.Call("start"), "ok");
   auto reader = Reader([&] { return CheckFile(root + "/memory", kMemory, 0, 100); });
   ASSERT_EQ(server.Call("fired fuse.stuck 1"), "ok");
-  auto urgent = [&](const char* name) {
-    return (sched_getscheduler(server.ThreadNamed(name)) & ~SCHED_RESET_ON_FORK) == SCHED_RR;
-  };
+  auto urgent = [&](const char* name) { return IsUrgent(server.ThreadNamed(name)); };
   ASSERT_EQ(server.Call("hurry 60000"), "ok");
   EXPECT_TRUE(Eventually([&] { return urgent("fuse-0") == permitted && urgent("fuse-1") == permitted; }));
   ASSERT_EQ(server.Call("hurry 1"), "ok");

@@ -342,10 +342,9 @@ class Stepper {
   // The step under way came to nothing: back to the owner, or to a fresh worker.
   void StepFailed(const std::string& reason) {
     if (s_.phase == Phase::kStopYielding) return RetireOwner();
-    if (s_.phase == Phase::kResuming) {
-      Do(Type::kKill, s_.owner);
-      return Restart(reason);
-    }
+    // An owner that cannot do its part in a swap would keep every better build from taking over.
+    const Wait* wait = CurrentWait();
+    if (wait != nullptr && wait->of == &State::owner) return Kill(Type::kKillFailed, s_.owner, reason);
     Do(Type::kKill, s_.successor);
     SuccessorLost(reason);
   }
@@ -363,12 +362,12 @@ class Stepper {
     // What was late may be the verifier.
     if (s_.phase == Phase::kRehearsing || s_.phase == Phase::kProbing) return StepFailed(why);
     if (s_.phase == Phase::kStopYielding) return RetireOwner();
-    if (s_.phase == Phase::kStarting) return KillHung(s_.successor, why);
-    if (const Wait* wait = CurrentWait()) KillHung(s_.*wait->of, why);
+    if (s_.phase == Phase::kStarting) return Kill(Type::kKillHung, s_.successor, why);
+    if (const Wait* wait = CurrentWait()) Kill(Type::kKillHung, s_.*wait->of, why);
   }
   // The phase stays until the death is told.
-  void KillHung(Generation generation, const std::string& reason) {
-    actions_.push_back({.type = Type::kKillHung, .generation = generation, .reason = reason});
+  void Kill(Type how, Generation generation, const std::string& reason) {
+    actions_.push_back({.type = how, .generation = generation, .reason = reason});
   }
 
   void OnUpgrade(bool proven) {

@@ -148,6 +148,7 @@ enum class ActionType {
   kCall,        // call `call` of `generation`
   kTellExited,  // tell `generation` that the exit of `subject` is proven
   kKill,        // SIGKILL `generation`
+  kKillFailed,  // the same to a worker that cannot do what it must: `reason`. Its death is told at once
   kKillHung,    // the same, after its traces are kept: `reason`. Its death is told when it is killed, and
                 // nothing that it answers until then
   kTimer,       // arm the only timer (`milliseconds`); replaces an earlier one

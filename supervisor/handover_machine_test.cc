@@ -57,6 +57,8 @@ class Machine {
         return "exited " + std::to_string(action.subject) + " to" + who;
       case ActionType::kKill:
         return "kill" + who;
+      case ActionType::kKillFailed:
+        return "kill failed" + who;
       case ActionType::kKillHung:
         return "kill hung" + who;
       case ActionType::kTimer:
@@ -190,7 +192,8 @@ void CheckInvariants(const State& before, const Event& event, const StepResult& 
       EXPECT_EQ(after.phase, Phase::kStopped);
     }
     if (action.type == ActionType::kCall || action.type == ActionType::kKill ||
-        action.type == ActionType::kKillHung || action.type == ActionType::kSpawn) {
+        action.type == ActionType::kKillFailed || action.type == ActionType::kKillHung ||
+        action.type == ActionType::kSpawn) {
       EXPECT_NE(action.generation, 0u);
     }
   }
@@ -365,12 +368,12 @@ TEST(HandoverMachineTest, TheTable) {
       {P::kRehearsing, E::kDied, kOld, {}, P::kStarting, {"kill 8", "failed", "spawn 9"}},
       {P::kProbing, E::kDied, kOld, {}, P::kProbing, {}},
       {P::kParking, E::kDied, kOld, {}, P::kServing, {"serve 8"}},
-      {P::kParking, E::kFailed, kOld, Call::kPark, P::kResuming, {"kill 8", "failed", "resume 7"}},
+      {P::kParking, E::kFailed, kOld, Call::kPark, P::kParking, {"kill failed 7"}},
       {P::kParking, E::kTimer, 0, {}, P::kParking, {"kill hung 7"}},
       {P::kServing, E::kDied, kOld, {}, P::kServing, {}},
       {P::kYielding, E::kDied, kOld, {}, P::kAwaitingExit, {}},
       {P::kYielding, E::kExited, kOld, {}, P::kCommitting, {"takeMetadata 8"}},
-      {P::kYielding, E::kFailed, kOld, Call::kYield, P::kResuming, {"kill 8", "resume 7"}},
+      {P::kYielding, E::kFailed, kOld, Call::kYield, P::kYielding, {"kill failed 7"}},
       {P::kYielding, E::kTimer, 0, {}, P::kYielding, {"kill hung 7"}},
       {P::kCommitting, E::kDied, kOld, {}, P::kCommitting, {}},
       // Waiting for the proof.
@@ -380,7 +383,7 @@ TEST(HandoverMachineTest, TheTable) {
       {P::kReclaimWait, E::kTimer, 0, {}, P::kReclaimWait, {}},
       // After a rollback.
       {P::kResuming, E::kReplied, kOld, Call::kResume, P::kRunning, {}},
-      {P::kResuming, E::kFailed, kOld, Call::kResume, P::kStarting, {"kill 7", "spawn 9"}},
+      {P::kResuming, E::kFailed, kOld, Call::kResume, P::kResuming, {"kill failed 7"}},
       {P::kResuming, E::kTimer, 0, {}, P::kResuming, {"kill hung 7"}},
       {P::kReclaiming, E::kReplied, kOld, Call::kTake, P::kRunning, {}},
       {P::kReclaiming, E::kFailed, kOld, Call::kTake, P::kNoMetadata, {}},
@@ -515,6 +518,25 @@ TEST(HandoverMachineTest, AnOwnerThatHangsInASwapCostsTheCandidateNothing) {
   EXPECT_EQ(yielding.phase(), Phase::kAwaitingExit) << "the limit proves nothing: the metadata waits";
   yielding.On(EventType::kExited, kOld);
   EXPECT_TRUE(yielding.Did("takeMetadata 8"));
+}
+
+TEST(HandoverMachineTest, AnOwnerThatCannotDoItsPartInASwapCountsAsDead) {
+  Machine parking(In(Phase::kParking));
+  parking.On(EventType::kFailed, kOld, Call::kPark);
+  EXPECT_EQ(parking.actions(), std::vector<std::string>{"kill failed 7"});
+  parking.On(EventType::kDied, kOld);
+  EXPECT_EQ(parking.actions(), (std::vector<std::string>{"timer 3000", "serve 8"}));
+  EXPECT_EQ(parking.state().trial, kNew) << "the candidate is probed all the same";
+
+  Machine yielding(In(Phase::kYielding));
+  yielding.On(EventType::kFailed, kOld, Call::kYield).On(EventType::kDied, kOld);
+  EXPECT_EQ(yielding.phase(), Phase::kAwaitingExit) << "it may still hold the metadata";
+  yielding.On(EventType::kExited, kOld).On(EventType::kReplied, kNew, Call::kTake);
+  EXPECT_TRUE(yielding.Did("done 8"));
+
+  Machine resuming(In(Phase::kResuming));
+  resuming.On(EventType::kFailed, kOld, Call::kResume).On(EventType::kDied, kOld);
+  EXPECT_TRUE(resuming.Did("spawn 9"));
 }
 
 TEST(HandoverMachineTest, OnlyWhereReadsWaitIsTheFirstWorkerAfterACrashGivenLittleTime) {

@@ -108,11 +108,7 @@ void Supervisor::KillHung(Generation generation, const HangVerdict& verdict) {
   auto limited = told.exclusiveJoin(timer_.afterDelay(kSaveStacksMillis * kj::MILLISECONDS));
   auto dumped = limited.then([this] { return timer_.afterDelay(kDumpMillis * kj::MILLISECONDS); });
   tasks_.add(dumped.then([this, generation] {
-    WorkerProcess* hung = Find(generation);
-    if (hung == nullptr) return;
-    NoteDeath(hung, hung->hung);
-    KillWorker(generation);
-    Dispatch({.type = EventType::kDied, .generation = generation, .reason = hung->hung});
+    if (WorkerProcess* hung = Find(generation)) GiveUp(generation, hung->hung);
   }));
 }
 

@@ -149,6 +149,9 @@ void Supervisor::Do(const Action& action) {
       return TellExited(action.generation, action.subject);
     case ActionType::kKill:
       return KillWorker(action.generation);
+    case ActionType::kKillFailed:
+      swap_.Detail("the running worker was killed: " + action.reason);
+      return GiveUp(action.generation, action.reason);
     case ActionType::kKillHung:
       return KillHung(action.generation, {.what = action.reason});
     case ActionType::kTimer:
@@ -459,17 +462,25 @@ bool Supervisor::NoteReason(WorkerProcess* worker, const std::string& reason) {
   return true;
 }
 
+void Supervisor::GiveUp(Generation generation, const std::string& reason) {
+  WorkerProcess* worker = Find(generation);
+  if (worker == nullptr) return;
+  NoteDeath(worker, reason);
+  KillWorker(generation);
+  Dispatch({.type = EventType::kDied, .generation = generation, .reason = reason});
+}
+
 void Supervisor::OnDisconnected(Generation generation, const char* how) {
   WorkerProcess* worker = Find(generation);
   if (worker == nullptr || worker->disconnected) return;
   worker->disconnected = true;
   if (worker->retired) return;  // it may need its time to exit
-  NoteDeath(worker, how);
-  KillWorker(generation);
   // Nobody waits for a candidate that serves nobody: its exit tells more, or else the limit of its step
   // comes.
   bool idle = state_.owner != 0 && generation == state_.successor && state_.phase < Phase::kParking;
-  if (!idle) Dispatch({.type = EventType::kDied, .generation = generation, .reason = how});
+  if (!idle) return GiveUp(generation, how);
+  NoteDeath(worker, how);
+  KillWorker(generation);
 }
 
 void Supervisor::OnExit(Generation generation) {

@@ -120,6 +120,18 @@ TEST(SwapTest, ARetiredWorkerIsNotAmongThoseThatTheNextSupervisorWaitsFor) {
   EXPECT_EQ(harness.Status().Worker("retiring").pid, old) << "it is still there";
 }
 
+TEST(SwapTest, ARunningBuildThatCannotSayWhatItAnsweredKeepsNoOtherOut) {
+  Harness harness;
+  harness.Start({}, "fail-samples");
+  harness.WaitPhase("running");
+  harness.Mount("a", FUSE_IOCTL_DIR, "blob");
+  bool changed = false;
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
+  const std::string rehearsed = harness.Status().steps.at(3).detail;
+  EXPECT_EQ(rehearsed.rfind("nothing compared", 0), 0u) << rehearsed;
+  EXPECT_NE(rehearsed.find("this build forgets"), std::string::npos) << rehearsed;
+}
+
 TEST(SwapTest, AVerifierThatDiesFailsTheUpgradeAtOnceAndNothingElse) {
   Harness harness;
   harness.Start({}, "hang-samples");  // so that the verifier waits for it

@@ -89,22 +89,26 @@ kj::Promise<std::string> SwapChecks::Rehearse(schema::Worker::Client owner, sche
   auto request = owner.samplesRequest();
   request.setLimit(kSamples);
   using Samples = capnp::Response<schema::Worker::SamplesResults>;
-  auto failed = [](kj::Exception&& exception) -> kj::Promise<Samples> {
-    if (exception.getType() == kj::Exception::Type::DISCONNECTED) return kj::mv(exception);
-    return Failed("the running worker cannot say what it answered: " + Describe(exception));
-  };
-  kj::Promise<Samples> sampled = request.send();
-  return sampled.catch_(kj::mv(failed)).then([this, candidate](Samples&& samples) mutable {
+  auto sampled = [this, candidate](Samples&& samples) mutable {
     for (auto file : samples.getFiles()) files_[file.getMountId()].push_back(Convert(file));
-    return Compare(candidate, kj::mv(samples)).then([this, candidate](std::string compared) mutable {
-      return WalkCanaries(candidate).then([this, compared](size_t canaries) {
-        size_t files = 0;
-        for (const auto& [id, list] : files_) files += list.size();
-        return compared + std::to_string(canaries) + " canary mounts walked, " + std::to_string(files) +
-               " samples";
+    return Compare(candidate, kj::mv(samples));
+  };
+  // A running build with that fault must not keep every other one out.
+  auto failed = [](kj::Exception&& exception) -> kj::Promise<std::string> {
+    if (exception.getType() == kj::Exception::Type::DISCONNECTED) return kj::mv(exception);
+    return "nothing compared, for the running worker cannot say what it answered (" + Describe(exception) +
+           "), ";
+  };
+  return request.send()
+      .then(kj::mv(sampled), kj::mv(failed))
+      .then([this, candidate](std::string compared) mutable {
+        return WalkCanaries(candidate).then([this, compared](size_t canaries) {
+          size_t files = 0;
+          for (const auto& [id, list] : files_) files += list.size();
+          return compared + std::to_string(canaries) + " canary mounts walked, " + std::to_string(files) +
+                 " samples";
+        });
       });
-    });
-  });
 }
 
 // The candidate answers what the owner has answered.

@@ -499,6 +499,7 @@ class WorkerServer final : public schema::Worker::Server {
   }
   kj::Promise<void> yieldMetadata(YieldMetadataContext) override {
     StopIfAsked(c_, "yield");
+    if (c_.mode == "fail-yield") KJ_FAIL_REQUIRE("this build keeps the metadata");
     if (c_.mode == "die-yield") _exit(3);
     c_.metadata.Reset();
     if (c_.mode == "slow-yield") return Dawdle(c_, "yielding", 500 * kj::MILLISECONDS);
@@ -539,6 +540,7 @@ class WorkerServer final : public schema::Worker::Server {
   // The attributes of each root, and a name that no root has.
   kj::Promise<void> samples(SamplesContext context) override {
     if (c_.mode == "hang-samples") return kj::NEVER_DONE;
+    if (c_.mode == "fail-samples") KJ_FAIL_REQUIRE("this build forgets");
     auto blobs = c_.server->blobs();
     auto requests = context.getResults().initRequests(static_cast<unsigned>(blobs.size()));
     auto files = context.getResults().initFiles(static_cast<unsigned>(blobs.size()));

@@ -47,6 +47,7 @@ enum class Fault {
   kNewSendsNonsense,
   kOldSilent,
   kNewSilent,
+  kOldRefuses,
   kWrongBytes,
   kWrongEnoent,
   kWrongListing,
@@ -77,6 +78,7 @@ constexpr FaultInfo kFaults[] = {
     {Fault::kNewSendsNonsense, "new worker sends a malformed message"},
     {Fault::kOldSilent, "old worker never answers"},
     {Fault::kNewSilent, "new worker never answers"},
+    {Fault::kOldRefuses, "old worker answers with an error"},
     {Fault::kWrongBytes, "new worker serves wrong bytes"},
     {Fault::kWrongEnoent, "new worker serves wrong ENOENT"},
     {Fault::kWrongListing, "new worker serves wrong listing"},
@@ -111,6 +113,10 @@ const char* Impossible(Step step, Fault fault) {
     case Fault::kNewSilent:
       if (step == Step::kPark || step == Step::kYield) return "the new worker is asked nothing in this step";
       return nullptr;
+    case Fault::kOldRefuses:
+      return step == Step::kRehearse || step == Step::kPark || step == Step::kYield
+                 ? nullptr
+                 : "the old worker is asked nothing in this step";
     case Fault::kWrongBytes:
     case Fault::kWrongEnoent:
     case Fault::kWrongListing:
@@ -215,6 +221,7 @@ class Trial {
   void NextSupervisor();
   void OldSilent();
   void NewSilent();
+  void OldRefuses();
   void WrongBuild(const std::string& faults, const char* reason);
   void WrongRead();
   void MetadataLocked();
@@ -390,6 +397,24 @@ void Trial::NewSilent() {
     owner_ = held_.old_pid;
   }
   ExpectDead(held_.new_pid, "new worker");
+}
+
+// The build that runs cannot do its part: no reason to keep a better one out.
+void Trial::OldRefuses() {
+  static const std::map<Step, std::string> kPoints = {{Step::kRehearse, "worker.samples"},
+                                                      {Step::kPark, "worker.park"},
+                                                      {Step::kYield, "worker.yield_metadata"}};
+  const std::string& point = kPoints.at(step_);
+  rig_.BeginSwap(rig_.builds()->With(point + "=eio"));
+  Expect(rig_.SwapResult().empty(), "the build with the fault was not taken");
+  auto settled = rig_.WaitSettled();
+  if (!settled) return;
+  const auto old = static_cast<pid_t>(settled->workers.front().pid);
+  rig_.BeginSwap(rig_.builds()->clean());
+  End(Ends::kGoesOn, "");
+  Expect(Contains(rig_.Log(), "fault.fired point=" + point), "the fault did not fire");
+  if (step_ != Step::kRehearse) ExpectCrash(1);
+  ExpectDead(old, "old worker");
 }
 
 void Trial::WrongBuild(const std::string& faults, const char* reason) {
@@ -592,6 +617,8 @@ void Trial::Act() {
       return OldSilent();
     case Fault::kNewSilent:
       return NewSilent();
+    case Fault::kOldRefuses:
+      return OldRefuses();
     case Fault::kWrongBytes:
       return WrongBuild("fuse.wrong_bytes=wrong@0", "rehearse failed");
     case Fault::kWrongEnoent:

@@ -28,6 +28,8 @@ constexpr int kSettleTries = 400;
 constexpr milliseconds kSettlePause{20};
 // Of a worker's descriptors, these come and go.
 constexpr int kTablesAndContent = 12, kToRegistry = 8;
+// For replies, one a thread that replies; those of a ledger are 32.
+constexpr int kPipeEnds = 16;
 // A refused build's executable, until the next swap.
 constexpr int kCandidate = 1;
 
@@ -278,7 +280,7 @@ std::vector<std::string> Rig::LeftoversNow() {
   };
   compare("the supervisor", supervisor_fds, supervisor_fds_, {{"file", kCandidate}});
   compare("the worker", DescriptorsOf(pid), worker_fds_,
-          {{"file", kTablesAndContent}, {"socket", kToRegistry}});
+          {{"file", kTablesAndContent}, {"socket", kToRegistry}, {"pipe", kPipeEnds}});
   for (const Child& child : ChildrenOf(node_->supervisor())) {
     if (child.pid != pid) {
       left.push_back("process " + std::to_string(child.pid) + " (" + child.name + ", " + child.state + ")");

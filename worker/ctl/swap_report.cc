@@ -68,10 +68,6 @@ std::string NotJudgedAdvice(const SwapFailure& failure) {
     return "no fault was found with this build: the running worker died meanwhile, and is replaced. "
            "`holdfastctl status` shows by what; try again";
   }
-  if (Has(failure.message, "the running worker cannot")) {
-    return "no fault was found with this build: it is the running one that failed. It serves on\n"
-           "  try again; if it happens again, look for its log lines: journalctl -u holdfast";
-  }
   if (Has(failure.message, "No space left on device")) {
     return "no fault was found with this build: the disk of the state folder is full. The old worker serves\n"
            "  make room and try again";

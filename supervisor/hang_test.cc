@@ -136,6 +136,21 @@ TEST_P(SlowTest, AWorkerThatIsOnlySlowIsLeftAlone) {
 }
 INSTANTIATE_TEST_SUITE_P(Builds, SlowTest, ::testing::Values("good", "old"));
 
+TEST_F(HangTest, ASpareThatNeverGetsReadyIsMadeAnew) {
+  harness_.Start({"--spare", "--limits", "register=400,prepare=400"}, "hang-prepare");
+  auto spare = [&] {
+    const StatusView status = harness_.Status();
+    for (const auto& worker : status.workers) {
+      if (worker.role == "spare") return worker.pid;
+    }
+    return pid_t{0};
+  };
+  pid_t first = 0;
+  EXPECT_TRUE(Eventually([&] { return (first = spare()) != 0; }));
+  EXPECT_TRUE(Eventually([&] { return spare() != first && spare() != 0; }, 20));
+  EXPECT_EQ(harness_.Status().hangs, 0u) << "nobody's worker";
+}
+
 TEST_F(HangTest, ASpareThatStoppedIsMadeAnewBeforeItIsNeeded) {
   harness_.Start({"--hang-limit", "1000", "--spare"});
   EXPECT_TRUE(Eventually([&] { return harness_.Status().spare == "ready"; }));

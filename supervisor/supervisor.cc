@@ -227,6 +227,13 @@ void Supervisor::SpawnWorker(Generation generation, Binary binary) {
       if (!process->exited) EndUrgencyOf(process->pid);
     };
     if (urgent) worker->urgency_limit = StartTimer(kUrgentMillis, too_long);
+    if (generation == state_.spare) {
+      uint64_t limit = options_.limits.register_ms + options_.limits.prepare_ms;
+      worker->spare_limit = StartTimer(limit, [this, generation] {
+        bool waits = generation == state_.spare && !state_.spare_ready;
+        if (waits) KillHung(generation, {.what = "the spare does not get ready"});
+      });
+    }
     worker->pidfd = std::move(child.process.pidfd);
     worker->start_ticks = ProcessStartTicks(worker->pid).value_or(0);
     // Before it is given anything: it cannot register before we are back on the loop.

@@ -75,7 +75,8 @@ struct WorkerProcess {
   std::string hung{};    // the verdict; empty: none
   std::string death{};   // why it is dead or useless
   std::unique_ptr<WorkerWatch> watch;
-  kj::Promise<void> urgency_limit = nullptr, retirement_limit = nullptr;  // timers: they end with it
+  // Timers: they end with it.
+  kj::Promise<void> urgency_limit = nullptr, spare_limit = nullptr, retirement_limit = nullptr;
 };
 
 // Of a worker that was not asked to end, or came to nothing; not of candidates and spares.

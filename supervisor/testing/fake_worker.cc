@@ -528,6 +528,7 @@ class WorkerServer final : public schema::Worker::Server {
   kj::Promise<void> prepare(PrepareContext) override {
     c_.calls.emplace_back("prepare");
     if (c_.mode == "fail-prepare") KJ_FAIL_REQUIRE("this build cannot prepare");
+    if (c_.mode == "hang-prepare") return kj::NEVER_DONE;
     if (c_.mode == "die-prepare") _exit(3);
     if (c_.mode == "crash-prepare") {
       signal(SIGSEGV, SIG_DFL);  // a sanitizer would report it and exit

@@ -475,6 +475,15 @@ TEST(SupervisorTest, AWorkersDeathIsSeenByItsThreadBeforeItsConnectionEnds) {
   EXPECT_TRUE(Eventually([&] { return kill(worker.pid, 0) != 0; })) << "it is killed, as any that is lost";
 }
 
+TEST(SupervisorTest, AKillFromOutsideIsToldAsSuchThoughTheThreadsEndFirst) {
+  Harness harness;
+  harness.Start({}, "thread");
+  ASSERT_EQ(kill(harness.WaitPhase("running").Worker("owner").pid, SIGKILL), 0);
+  // Where the kernel says nothing of threads it may have been ours, which follows the end of the connection.
+  ExpectLastDeath(&harness, KernelTellsOfThreads() ? "signal 9 (Killed)" : "");
+  EXPECT_TRUE(Eventually([&] { return harness.Status().crashes == 1; }));
+}
+
 int Policy(pid_t pid) { return sched_getscheduler(pid); }
 
 bool UrgencyIsPermitted() {

@@ -511,8 +511,14 @@ void Supervisor::EndTakeover() {
   owner->reading = true;  // also if it was parked: its supervisor was gone
   if (takeover->holds_metadata) state_.holders.insert(owner->generation);
   if (!takeover->holds_metadata) state_.holders.erase(owner->generation);
+  const std::string build_before = running_build_;
   AdoptRunningBinary();
   state_.probation = RunsUnproven();
+  const Generation candidate = takeover->state.machine->getSuccessor();
+  if (candidate != 0 && takeover->state.machine->getOwner() != 0) {  // who asked for it was not told
+    swap_.Begin("upgrade", build_before);
+    FinishSwap(candidate == owner->generation ? "done" : "failed: the supervisor ended in it");
+  }
   SaveMachine();
   PassFault(faults_, "supervisor.phase." + std::string(PhaseName(state_.phase))).IgnoreError();
   ArmTimer(options_.limits.resume_ms);

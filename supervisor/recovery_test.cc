@@ -252,6 +252,7 @@ struct Step {
   const char* fault;
   bool old_goes_on;  // else the new one, or its successor
   bool distrusted;   // the candidate had served on trial
+  std::string told = old_goes_on ? "failed: the supervisor ended in it" : "done";
 };
 
 class EveryStepTest : public RecoveryTest {
@@ -281,6 +282,9 @@ class EveryStepTest : public RecoveryTest {
                          [](const std::string& call) { return call.substr(0, 8) == "distrust"; });
     };
     EXPECT_EQ(step.distrusted, step.distrusted ? Eventually(distrusted, 5) : distrusted());
+    after = harness_.Status();
+    EXPECT_EQ(after.swap_kind, step.told.empty() ? "none" : "upgrade");
+    EXPECT_EQ(after.swap_result, step.told);
     ASSERT_EQ(harness_.Upgrade(harness_.MakeWorker("good"), false, &changed), "") << "it can be tried again";
   }
 };
@@ -293,7 +297,7 @@ TEST_P(EveryStepTest, Serving) { DieAt({"serving=kill@2", true, true}); }
 TEST_P(EveryStepTest, Probing) { DieAt({"probing=kill", true, true}); }
 TEST_P(EveryStepTest, Yielding) { DieAt({"yielding=kill", true, true}); }
 TEST_P(EveryStepTest, Committing) { DieAt({"committing=kill@2", false, false}); }
-TEST_P(EveryStepTest, Running) { DieAt({"running=kill@2", false, false}); }
+TEST_P(EveryStepTest, Running) { DieAt({"running=kill@2", false, false, ""}); }
 
 TEST_P(RecoveryTest, WhatACandidateHadReadIsAnsweredWhenTheNextSupervisorHasKilledIt) {
   harness_.SetFaults("supervisor.phase.probing=kill");

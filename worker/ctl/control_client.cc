@@ -37,9 +37,13 @@ absl::Status FromException(const kj::Exception& exception) {
   std::string message = exception.getDescription().cStr();
   // What the other side threw arrives behind this prefix.
   static constexpr std::string_view kPrefix = "remote exception: ";
-  if (message.rfind(kPrefix, 0) == 0) message.erase(0, kPrefix.size());
+  const bool remote = message.rfind(kPrefix, 0) == 0;
+  if (remote) message.erase(0, kPrefix.size());
   if (exception.getType() == kj::Exception::Type::DISCONNECTED) {
-    return Unavailable("the supervisor closed the connection: " + message);
+    // The supervisor passes on what a worker answers, and that it does no more.
+    return Unavailable(remote
+                           ? "the worker died over its answer, or was replaced; try again (" + message + ")"
+                           : "the supervisor closed the connection: " + message);
   }
   if (exception.getType() == kj::Exception::Type::UNIMPLEMENTED) {
     return Unimplemented("the supervisor is older than this command: " + message);

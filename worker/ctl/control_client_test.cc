@@ -28,6 +28,7 @@ struct Script {
   std::string failure;             // of its last step; empty: it ends well
   bool old_supervisor = false;     // knows neither progress nor the newer methods
   bool silent_check = false;       // checkRollback is never answered
+  bool worker_died = false;        // while it was asked
 };
 
 class StandIn final : public schema::Control::Server {
@@ -63,6 +64,11 @@ class StandIn final : public schema::Control::Server {
     return Tell(params.getProgress(), 0).then([context]() mutable {
       context.getResults().initSwap().setPauseNanos(7);
     });
+  }
+
+  kj::Promise<void> workerAdmin(WorkerAdminContext context) override {
+    if (!script_.worker_died) return schema::Control::Server::workerAdmin(kj::mv(context));
+    return KJ_EXCEPTION(DISCONNECTED, "Peer disconnected.");
   }
 
   kj::Promise<void> rollback(RollbackContext context) override {
@@ -204,6 +210,13 @@ TEST_F(ControlClientTest, AnOldSupervisorUpgradesAndRefusesTheRestByName) {
   auto check = client_->CheckRollback();
   EXPECT_EQ(check.status().code(), absl::StatusCode::kUnimplemented) << check.status();
   EXPECT_NE(FromAbsl(check.status().message()).find("older than this command"), std::string::npos);
+}
+
+TEST_F(ControlClientTest, AWorkerThatDiesOverItsAnswerIsNotTheSupervisorsEnd) {
+  script_.worker_died = true;
+  const absl::Status status = client_->Layers().status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(FromAbsl(status.message()).find("the worker died over its answer"), 0u) << status;
 }
 
 TEST_F(ControlClientTest, TheRollbackCheckIsWaitedForSixSeconds) {

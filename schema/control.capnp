@@ -73,7 +73,7 @@ interface Control {
 
   upgrade @1 (path :Text, force :Bool, progress :Progress) -> (swap :SwapStatus, changed :Bool);
   # Swaps to the worker at `path` (empty: the path the supervisor was started with). Returns when the swap is over; the
-  # call fails with the reason when the old worker still serves. The running build again is a no-op unless forced.
+  # call fails with the reason when the old build still serves. The running build again is a no-op unless forced.
 
   mounts @2 (after :UInt64, limit :UInt32) -> (entries :List(Handover.MountEntry), more :Bool);
   # As Supervisor.mounts, without the descriptors.

@@ -176,6 +176,7 @@ interface Worker {
 
   park @3 () -> ();
   # Stop reading and stop answering: every request not answered stays in the ledger. Returns when no thread holds one.
+  # A worker that answers this, resume() or, in a swap, yieldMetadata() with an error is killed and counts as dead.
 
   resume @4 () -> ();
   # Undo park: adopt what is left in the own ledger and in the other ledgers, read again. Comes also without a park() before
@@ -202,6 +203,7 @@ interface Worker {
 
   samples @10 (limit :UInt32) -> (requests :List(SampleRequest), files :List(SampleFile));
   # (capTrial) Of the metadata owner: at most `limit` of each, spread over mounts; recent requests first. Nothing is fetched.
+  # An error, or none within 10 s: the successor is compared with nothing.
 
   replay @11 (requests :List(SampleRequest)) -> (different :List(UInt32), skipped :UInt32);
   # (capTrial) Execute these as if the kernel had sent them, without answering it, and compare. Indexes of those whose reply

@@ -16,11 +16,12 @@ interface Verifier {
   rehearse @0 (owner :Handover.Worker, candidate :Handover.Worker, mounts :MountView, canaryFolder :Text) -> (summary :Text);
   # Both workers know capTrial. The owner names requests it answered and things its mounts show (Worker.samples), all of it on
   # this disk. The candidate must answer the requests with the same bytes (replay), and then show the same things in canaries:
-  # private mounts in `canaryFolder` with the blobs of real ones (addMounts). No container is touched.
+  # private mounts in `canaryFolder` with the blobs of real ones (addMounts). No container is touched. When the owner names nothing,
+  # or cannot (the summary says so), the roots of canaries are opened.
 
   probeLive @1 (generation :UInt64) -> (summary :Text);
-  # After rehearse: up to 3 of the mounts that it had samples of must say that `generation` serves them (probe.h), and show the
-  # same things past the page cache.
+  # After rehearse: up to 3 of the mounts that it had samples of, or any, must say that `generation` serves them (probe.h), and show
+  # the same things past the page cache.
 
   selfTest @2 (executable :Handover.Descriptor) -> (passed :Bool, output :Text);
   # Starts this worker program with --self-test, which touches nothing. `output`: what it printed, or what went wrong.
@@ -30,7 +31,7 @@ interface MountView {
   # What a verifier may know of the supervisor's mounts.
 
   live @0 (mountIds :List(UInt64)) -> (entries :List(Handover.MountEntry));
-  # Those of them that are live, in the same order, without their descriptors.
+  # Those of them that are live, in the same order, without their descriptors. Of none: any three.
 
   newMountId @1 () -> (mountId :UInt64);
   # Never given before, nor again.

@@ -154,16 +154,18 @@ class Stepper {
   }
   void Committed() {
     if (s_.owner != 0) Invoke(s_.owner, Call::kRetire);
-    s_.owner = std::exchange(s_.successor, 0);
-    if (std::exchange(s_.trial, 0) != 0) Invoke(s_.owner, Call::kEndTrial);
-    if (std::exchange(s_.upgrade, false)) {
-      s_.probation = !s_.candidate_proven;
-      s_.probation_deaths = 0;
-      s_.reverted = false;
-    }
+    SuccessorOwns();
     EnterRunning();
     // After a failed upgrade, what became of that is told when the candidate's answers are taken back.
     if (s_.tainted == 0) Do(Type::kSwapDone, s_.owner);
+  }
+  void SuccessorOwns() {
+    s_.owner = std::exchange(s_.successor, 0);
+    if (std::exchange(s_.trial, 0) != 0) Invoke(s_.owner, Call::kEndTrial);
+    if (!std::exchange(s_.upgrade, false)) return;
+    s_.probation = !s_.candidate_proven;
+    s_.probation_deaths = 0;
+    s_.reverted = false;
   }
   void EnterRunning() {
     s_.stable = false;
@@ -329,9 +331,7 @@ class Stepper {
     if (s_.phase != Phase::kCommitting || s_.owner != 0) return StepFailed(why);
     // With nobody to go back to, reads go on without the metadata, which is tried again and again.
     if (s_.tainted == 0 || s_.upgrade) Fail(Type::kSwapFailed, why);
-    s_.owner = std::exchange(s_.successor, 0);
-    if (std::exchange(s_.trial, 0) != 0) Invoke(s_.owner, Call::kEndTrial);
-    s_.upgrade = false;
+    SuccessorOwns();
     WithoutMetadata();
   }
   void WithoutMetadata() {
@@ -343,8 +343,7 @@ class Stepper {
   void StepFailed(const std::string& reason) {
     if (s_.phase == Phase::kStopYielding) return RetireOwner();
     // An owner that cannot do its part in a swap would keep every better build from taking over.
-    const Wait* wait = CurrentWait();
-    if (wait != nullptr && wait->of == &State::owner) return Kill(Type::kKillFailed, s_.owner, reason);
+    if (CurrentWait()->of == &State::owner) return Kill(Type::kKillFailed, s_.owner, reason);
     Do(Type::kKill, s_.successor);
     SuccessorLost(reason);
   }

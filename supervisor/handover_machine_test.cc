@@ -539,6 +539,16 @@ TEST(HandoverMachineTest, AnOwnerThatCannotDoItsPartInASwapCountsAsDead) {
   EXPECT_TRUE(resuming.Did("spawn 9"));
 }
 
+TEST(HandoverMachineTest, ACandidateWithNobodyToGoBackToIsInProbationAlsoWithoutTheMetadata) {
+  Machine m(In(Phase::kCommitting));
+  m.On(EventType::kDied, kOld).On(EventType::kFailed, kNew, Call::kTake);
+  EXPECT_EQ(m.phase(), Phase::kNoMetadata);
+  EXPECT_EQ(m.state().owner, kNew);
+  EXPECT_TRUE(m.state().probation);
+  m.On(EventType::kDied, kNew).On(EventType::kDied, 9);
+  EXPECT_TRUE(m.Did("reverted"));
+}
+
 TEST(HandoverMachineTest, OnlyWhereReadsWaitIsTheFirstWorkerAfterACrashGivenLittleTime) {
   Machine boot;
   boot.On(EventType::kStart);

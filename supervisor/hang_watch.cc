@@ -95,7 +95,6 @@ void Supervisor::KillHung(Generation generation, const HangVerdict& verdict) {
   LOG(ERROR) << "event=hang generation=" << generation << " pid=" << worker->pid
              << " seen=" << LogValue(verdict.what);
   if (Ledger* ledger = ledgers_.Find(generation)) ledger->owner_hung = true;
-  if (generation == state_.owner) swap_.Detail("the running worker " + worker->hung);
   // Reads stopped when it began, not now.
   if (worker->reading) swap_.ReadsStopped(clock_->BootNanos() - verdict.age_ns);
   using Saved = absl::StatusOr<std::string>;

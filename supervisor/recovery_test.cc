@@ -350,6 +350,21 @@ TEST_P(RecoveryTest, TheNextSupervisorMayDieInTheTakeoverToo) {
   }
 }
 
+TEST_P(RecoveryTest, AWorkerThatComesBackButCannotResumeIsReplaced) {
+  harness_.Start({}, "fail-resume");
+  harness_.WaitPhase("running");
+  MountView mount = harness_.Mount("a");
+  const StatusView before = harness_.Status();
+  harness_.Stop(SIGKILL);
+  Stat stat(mount.path);
+  harness_.StartAgain();
+  EXPECT_GT(stat.Result(), 0) << "asked while there was no supervisor";
+  const StatusView after = ExpectHealthy({mount});
+  EXPECT_NE(after.Worker("owner").pid, before.Worker("owner").pid);
+  EXPECT_EQ(after.crashes, 1u);
+  EXPECT_EQ(after.swap_kind, "crash");
+}
+
 TEST_P(RecoveryTest, AWorkerWithAWrongTokenIsNotBelieved) {
   harness_.Start({}, "reattach-wrong-token");
   harness_.WaitPhase("running");

@@ -151,7 +151,6 @@ void Supervisor::Do(const Action& action) {
     case ActionType::kKill:
       return KillWorker(action.generation);
     case ActionType::kKillFailed:
-      swap_.Detail("the running worker was killed: " + action.reason);
       return GiveUp(action.generation, action.reason);
     case ActionType::kKillHung:
       return KillHung(action.generation, {.what = action.reason});
@@ -229,11 +228,11 @@ void Supervisor::SpawnWorker(Generation generation, Binary binary) {
     };
     if (urgent) worker->urgency_limit = StartTimer(kUrgentMillis, too_long);
     if (generation == state_.spare) {
-      uint64_t limit = options_.limits.register_ms + options_.limits.prepare_ms;
-      worker->spare_limit = StartTimer(limit, [this, generation] {
-        bool waits = generation == state_.spare && !state_.spare_ready;
-        if (waits) KillHung(generation, {.what = "the spare does not get ready"});
-      });
+      worker->spare_limit =
+          StartTimer(options_.limits.register_ms + options_.limits.prepare_ms, [this, generation] {
+            if (generation == state_.spare && !state_.spare_ready)
+              GiveUp(generation, "it does not get ready");
+          });
     }
     worker->pidfd = std::move(child.process.pidfd);
     worker->start_ticks = ProcessStartTicks(worker->pid).value_or(0);
@@ -457,6 +456,7 @@ void Supervisor::NoteDeath(WorkerProcess* worker, const std::string& reason) {
     ++crashes_;
     if (!worker->hung.empty()) ++hangs_;
   }
+  if (worker->generation == state_.owner) swap_.Detail("the running worker is lost: " + worker->death);
   LOG(ERROR) << "event=worker_died generation=" << worker->generation << " pid=" << worker->pid
              << " reason=" << LogValue(worker->death) << " phase=" << PhaseName(state_.phase);
 }
@@ -473,6 +473,7 @@ bool Supervisor::NoteReason(WorkerProcess* worker, const std::string& reason) {
 void Supervisor::GiveUp(Generation generation, const std::string& reason) {
   WorkerProcess* worker = Find(generation);
   if (worker == nullptr) return;
+  worker->disconnected = true;
   NoteDeath(worker, reason);
   KillWorker(generation);
   Dispatch({.type = EventType::kDied, .generation = generation, .reason = reason});
@@ -496,8 +497,9 @@ void Supervisor::OnExit(Generation generation) {
   std::string how = ReapReason(worker->pidfd.get());
   worker->exited = true;
   NoteDeath(worker, how);
-  // Our own signals tell nothing, nor does the end of what is no child of ours. Whose threads had ended by
-  // themselves was killed by somebody else, or by the kernel for lack of memory.
+  // Our own signals tell nothing, nor does the end of what is no child of ours. Whose threads had ended
+  // before was killed by somebody else, or by the kernel for lack of memory (or a thread ended alone: no
+  // build's do).
   bool ours = !worker->hung.empty() ||
               (worker->killed && worker->death != kThreadsEnded && how.rfind("signal 9 ", 0) == 0);
   if (worker->death.empty() || (!ours && how != "unknown")) worker->death = how;

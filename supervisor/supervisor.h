@@ -222,7 +222,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   // Armed as long as the promise exists, which `due` must not destroy.
   kj::Promise<void> StartTimer(uint64_t milliseconds, std::function<void()> due);
   void ArmTimer(uint64_t milliseconds);
-  // It lives, and counts as dead for this reason from now on.
+  // It may live, and counts as dead for this reason from now on.
   void GiveUp(Generation generation, const std::string& reason);
   void OnDisconnected(Generation generation, const char* how = "its connection ended");
   void OnExit(Generation generation);

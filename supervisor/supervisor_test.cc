@@ -241,6 +241,12 @@ TEST(SupervisorTest, AfterAnUpgradeToABadBuildTheOldWorkerStillServes) {
       << "and a good one can still come";
 }
 
+// Once its exit is known.
+void ExpectLastDeath(Harness* harness, const std::string& reason) {
+  EXPECT_TRUE(Eventually([&] { return harness->Status().last_death.find(reason) != std::string::npos; }))
+      << harness->Status().last_death;
+}
+
 TEST(SupervisorTest, WhenTheOldWorkerFailsDuringAnUpgradeReadsGoOn) {
   for (const char* mode : {"fail-park", "fail-yield", "die-park", "die-yield"}) {
     SCOPED_TRACE(mode);
@@ -254,8 +260,30 @@ TEST(SupervisorTest, WhenTheOldWorkerFailsDuringAnUpgradeReadsGoOn) {
     StatusView status = harness.WaitPhase("running");
     EXPECT_NE(status.Worker("owner").generation, old);
     EXPECT_EQ(status.crashes, 1u);
+    const std::string step = std::string(mode).substr(std::string(mode).find('-') + 1);
+    for (const auto& told : status.steps) {
+      EXPECT_EQ(told.detail.rfind("the running worker is lost: ", 0) == 0, told.name == step) << told.detail;
+    }
+    if (step == "park" && mode[0] == 'f') ExpectLastDeath(&harness, "park failed: ");
+    if (step == "yield" && mode[0] == 'f') ExpectLastDeath(&harness, "yieldMetadata failed: ");
     EXPECT_EQ(Stat(mount.path).Result(), static_cast<int64_t>(status.Worker("owner").generation));
   }
+}
+
+TEST(SupervisorTest, WhenNeitherTheNewWorkerServesNorTheOldOneResumesTheOldBuildIsStartedAgain) {
+  Harness harness;
+  harness.Start({}, "fail-resume");
+  const StatusView before = harness.WaitPhase("running");
+  MountView mount = harness.Mount("a");
+  bool changed = false;
+  const std::string error = harness.Upgrade(harness.MakeWorker("fail-serve"), false, &changed);
+  EXPECT_NE(error.find("this build cannot serve"), std::string::npos) << error;
+  const StatusView after = harness.WaitPhase("running");
+  EXPECT_EQ(after.Worker("owner").executable, before.Worker("owner").executable);
+  EXPECT_NE(after.Worker("owner").pid, before.Worker("owner").pid);
+  EXPECT_EQ(after.crashes, 1u);
+  ExpectLastDeath(&harness, "resume failed: ");
+  EXPECT_EQ(Stat(mount.path).Result(), static_cast<int64_t>(after.Worker("owner").generation));
 }
 
 TEST(SupervisorTest, ALayerThatAnOverlayUsesIsDetachedAndGoneOnlyAfterTheOverlay) {
@@ -401,12 +429,6 @@ TEST(SupervisorTest, WhoConnectsWhileNoDescriptorIsLeftIsHeardWhenThereIsOne) {
   EXPECT_EQ(harness.Status().phase, "running");
 }
 
-// Once its exit is known.
-void ExpectLastDeath(Harness* harness, const std::string& reason) {
-  EXPECT_TRUE(Eventually([&] { return harness->Status().last_death.find(reason) != std::string::npos; }))
-      << harness->Status().last_death;
-}
-
 TEST(SupervisorTest, StatusSaysHowTheLastWorkerDied) {
   Harness harness;
   harness.Start();
@@ -480,8 +502,11 @@ TEST(SupervisorTest, AKillFromOutsideIsToldAsSuchThoughTheThreadsEndFirst) {
   harness.Start({}, "thread");
   ASSERT_EQ(kill(harness.WaitPhase("running").Worker("owner").pid, SIGKILL), 0);
   // Where the kernel says nothing of threads it may have been ours, which follows the end of the connection.
-  ExpectLastDeath(&harness, KernelTellsOfThreads() ? "signal 9 (Killed)" : "");
-  EXPECT_TRUE(Eventually([&] { return harness.Status().crashes == 1; }));
+  if (KernelTellsOfThreads()) return ExpectLastDeath(&harness, "signal 9 (Killed)");
+  EXPECT_TRUE(Eventually([&] {
+    const std::string told = harness.Status().last_death;
+    return told == "its connection ended" || told == "signal 9 (Killed)";
+  }));
 }
 
 int Policy(pid_t pid) { return sched_getscheduler(pid); }

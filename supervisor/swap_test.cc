@@ -27,6 +27,7 @@ using testing::Info;
 using testing::MountView;
 using testing::Stat;
 using testing::StatusView;
+using testing::StepView;
 
 bool Contains(const std::vector<std::string>& list, const std::string& what) {
   return std::any_of(list.begin(), list.end(),
@@ -127,9 +128,14 @@ TEST(SwapTest, ARunningBuildThatCannotSayWhatItAnsweredKeepsNoOtherOut) {
   harness.Mount("a", FUSE_IOCTL_DIR, "blob");
   bool changed = false;
   ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
-  const std::string rehearsed = harness.Status().steps.at(3).detail;
+  const std::vector<StepView> steps = harness.Status().steps;
+  ASSERT_EQ(steps.size(), 9u);
+  const std::string rehearsed = steps[3].detail;
   EXPECT_EQ(rehearsed.rfind("nothing compared", 0), 0u) << rehearsed;
   EXPECT_NE(rehearsed.find("this build forgets"), std::string::npos) << rehearsed;
+  EXPECT_NE(rehearsed.find("1 canary mounts walked"), std::string::npos)
+      << "it opens, at least: " << rehearsed;
+  EXPECT_EQ(steps[6].detail, "1 live mounts probed: checked=1 skipped=0");
 }
 
 TEST(SwapTest, AVerifierThatDiesFailsTheUpgradeAtOnceAndNothingElse) {

@@ -99,7 +99,8 @@ kj::Promise<std::string> SwapChecks::Rehearse(schema::Worker::Client owner, sche
     return "nothing compared, for the running worker cannot say what it answered (" + Describe(exception) +
            "), ";
   };
-  return request.send()
+  kj::Promise<Samples> asked = request.send();
+  return timer_.timeoutAfter(kSamplesMillis * kj::MILLISECONDS, kj::mv(asked))
       .then(kj::mv(sampled), kj::mv(failed))
       .then([this, candidate](std::string compared) mutable {
         return WalkCanaries(candidate).then([this, compared](size_t canaries) {
@@ -260,7 +261,7 @@ kj::Promise<std::string> SwapChecks::ProbeLive(uint64_t generation) {
                               .files = files_[mount.getMountId()]});
     }
     size_t count = probe.mounts.size();
-    if (count == 0) return std::string("no mount with cached content to look at");
+    if (count == 0) return std::string("no mount to look at");
     return CheckMountsWithin(timer_, std::move(probe), kLiveProbeMillis)
         .then([count](absl::StatusOr<std::string> result) {
           if (!result.ok()) Throw(result.status());

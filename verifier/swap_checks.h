@@ -22,6 +22,7 @@ namespace holdfast::verifier {
 
 inline constexpr uint32_t kSamples = 256;  // requests, and things shown, that are asked for
 inline constexpr unsigned kCanaries = 3;   // mounts
+inline constexpr uint64_t kSamplesMillis = 10'000;
 inline constexpr uint64_t kCanaryWalkMillis = 10'000;
 inline constexpr uint64_t kLiveProbeMillis = 5'000;
 

@@ -494,6 +494,7 @@ class WorkerServer final : public schema::Worker::Server {
   }
   kj::Promise<void> resume(ResumeContext) override {
     StopIfAsked(c_, "resume");
+    if (c_.mode == "fail-resume") KJ_FAIL_REQUIRE("this build does not go back");
     c_.server->AdoptOwn();
     return WalkLedgers(c_, 0).then([this] { c_.server->SetReading(true); });
   }

@@ -21,14 +21,14 @@ WAITING = 20  # ten times the threads
 
 
 def _p99(root: Path, manifest: Path) -> float:
-    """Of O_DIRECT reads, each of which reaches the worker, in ms: the best of several seconds of them. What other processes of
-    the machine add comes and goes; who waits behind others does so in every second."""
+    """Of O_DIRECT reads, each of which reaches the worker, in ms: of several seconds of them the second best. What other processes
+    of the machine add comes and goes."""
     command = [binary("holdfast-reader"), "read", root, manifest, "--modes", "direct", "--threads", "1"]
     found = []
     for seed in range(5):
         done = run([*command, "--seconds", "1", "--ops-per-second", "500", "--seed", str(seed)], timeout=60)
         found.append(float(json.loads(done.stdout)["latency_ms"]["direct"]["p99"]))
-    return min(found)
+    return sorted(found)[1]
 
 
 def _cold_files(root: Path, count: int) -> list[Path]:

@@ -216,12 +216,8 @@ class Descriptors(NamedTuple):
         return Descriptors(_by_kind(supervisor), _by_kind(worker))
 
     def more_than(self, before: Descriptors) -> dict[str, int]:
-        """By kind, what there is more of than before; empty when neither process holds more in all."""
-        more = {}
-        for now, then in zip(self, before):
-            if sum(now.values()) > sum(then.values()):
-                more |= dict(now - then)
-        return more
+        """By kind, what either process holds more of than before."""
+        return dict((self.supervisor - before.supervisor) + (self.worker - before.worker))
 
 
 def _links(pid: int) -> Counter[str]:
@@ -236,9 +232,11 @@ def _links(pid: int) -> Counter[str]:
 
 
 def _by_kind(links: Counter[str]) -> Counter[str]:
+    """Files and sockets are one kind: which of them are open just then, the store's and containerd's, changes."""
     kinds: Counter[str] = Counter()
     for link, count in links.items():
-        kinds[re.sub(r":\[\d+\]$", "", link)] += count
+        file = link.startswith("/") and not link.startswith(("/dev/fuse", "/memfd:"))
+        kinds["file or socket" if file or link.startswith("socket:") else re.sub(r":\[\d+\]$", "", link)] += count
     return kinds
 
 

@@ -415,6 +415,12 @@ void Trial::OldRefuses() {
   End(Ends::kGoesOn, "");
   Expect(Contains(rig_.Log(), "fault.fired point=" + point), "the fault did not fire");
   if (step_ != Step::kRehearse) ExpectCrash(1);
+  if (auto status = rig_.Status(); step_ == Step::kRehearse && status) {
+    const auto& steps = status->last_swap.steps;
+    Expect(std::any_of(steps.begin(), steps.end(),
+                       [](const ctl::SwapStep& step) { return Contains(step.detail, "nothing compared"); }),
+           "it is not said that nothing was compared");
+  }
   ExpectDead(old, "old worker");
 }
 

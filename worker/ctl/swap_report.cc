@@ -91,7 +91,7 @@ std::string NotJudgedAdvice(const SwapFailure& failure) {
 
 // Once the old worker was told to stop reading.
 std::string NewWorkerDiedAdvice() {
-  return "rolled back: the new worker died or hung (see above); the old one serves\n"
+  return "rolled back: the new worker died or hung (see above); `holdfastctl status` shows who serves\n"
          "  do not use this build before its log lines are explained: journalctl -u holdfast\n"
          "  if it hung: what its threads did is in supervisor/hangs of the state folder";
 }
@@ -148,19 +148,10 @@ std::string SwapAdvice(const SwapFailure& failure) {
   }
   const bool handing_over = step == "park" || step == "yield" || step == "await-exit" || step == "commit";
   if (handing_over && Has(failure.message, "the new worker died")) return NewWorkerDiedAdvice();
-  if (step == "park") {
-    return "the old worker could not stop reading. It serves on\n"
-           "  try again; if it happens again, look for its log lines: journalctl -u holdfast";
-  }
   if (step == "serve" || step == "probe") {
-    return "rolled back: the new worker failed under the live mounts. The old one serves again, what the new "
-           "one had "
-           "answered was forgotten, what it had stored is verified once more\n"
+    return "rolled back: the new worker failed under the live mounts. The old build serves again, what the "
+           "new one had answered was forgotten, what it had stored is verified once more\n"
            "  do not use this build before its log lines are explained: journalctl -u holdfast";
-  }
-  if (step == "yield") {
-    return "rolled back: the old worker could not close its metadata. It serves on\n"
-           "  try again; if it happens again, look for its log lines: journalctl -u holdfast";
   }
   if (step == "await-exit" || step == "commit") {
     return "rolled back: the new worker could not take the metadata, e.g. because the disk is full. "

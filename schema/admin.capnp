@@ -57,4 +57,8 @@ interface WorkerAdmin {
   snapshots @1 () -> (snapshots :List(SnapshotInfo));
   stats @2 () -> (fetch :FetchStats, cache :CacheStats);
   trace @3 (limit :UInt32) -> (events :List(TraceEvent));
+
+  mountPrivate @4 (name :Text, blob :Data) -> (path :Text);
+  # For `holdfastctl drill`, of a worker that was started with --private: a mount <state>/drill/<name> with that blob, made by the
+  # supervisor like any other.
 }

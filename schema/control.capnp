@@ -97,6 +97,5 @@ interface Control {
   # `state` is Welcome.state: a supervisor without a state of its own (no service manager kept it) starts from that.
 
   mountPrivate @8 (name :Text, blob :Data, options :Handover.InitOptions) -> (mountId :UInt64, path :Text);
-  # For `holdfastctl drill`, on a private instance: a mount <state>/drill/<name> with that blob, served by the running worker
-  # and its successors like any other.
+  # Retired: not implemented any more. WorkerAdmin.mountPrivate took its place.
 }

@@ -44,32 +44,6 @@ kj::Promise<const Mount*> Supervisor::MountLayer(Generation caller, std::string 
   return Keep(mounted.then([this, id = *id](kj::Own<Result>&& r) { return FinishMount(id, std::move(*r)); }));
 }
 
-kj::Promise<const Mount*> Supervisor::MountPrivate(const std::string& name, InitOptions options,
-                                                   std::string blob) {
-  if (!options_.drill)
-    Throw(FailedPrecondition("only the private instance of a drill mounts for holdfastctl"));
-  bool plain = !name.empty() && name.find_first_not_of("0123456789") == std::string::npos;
-  if (!plain) Throw(InvalidArgument("'" + name + "' is no number"));
-  Generation owner = state_.owner;
-  WorkerProcess* worker = Find(owner);
-  bool able = worker != nullptr && (worker->capabilities & schema::CAP_TRIAL) != 0;
-  if (!able) Throw(FailedPrecondition("the running worker does not take private mounts"));
-  std::string path = options_.state_dir + "/drill/" + name;
-  absl::Status made = MakeDirs(path);
-  if (!made.ok()) Throw(made);
-  return MountLayer(owner, path, options, std::move(blob)).then([this, owner](const Mount* mount) {
-    WorkerProcess* server = Find(owner);
-    if (server == nullptr) Throw(Unavailable("the worker died meanwhile"));
-    auto request = KJ_ASSERT_NONNULL(server->client).addMountsRequest();
-    FillMountEntry(*mount, true, request.initEntries(1)[0]);
-    return request.send().ignoreResult().then([this, id = mount->id]() -> const Mount* {
-      const Mount* served = vault_.Find(id);
-      if (served == nullptr) Throw(NotFound("the mount was removed meanwhile"));
-      return served;
-    });
-  });
-}
-
 const Mount* Supervisor::FinishMount(uint64_t id, absl::StatusOr<FuseInit> result) {
   Mount* mount = vault_.Find(id);
   LOG(INFO) << "event=mount mount=" << id << " path=" << LogValue(mount->path)

@@ -99,10 +99,6 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
       options.worker_args.assign(args.begin() + static_cast<ptrdiff_t>(i) + 1, args.end());
       break;
     }
-    if (args[i] == "--private") {  // not for people, hence not in the help
-      options.drill = true;
-      continue;
-    }
     if (args[i] == "--spare") {
       options.limits.spare = true;
       continue;

@@ -20,7 +20,6 @@ struct Options {
   std::vector<std::string> worker_args;
   Limits limits;
   uint64_t hang_limit_ms = 3'000;  // 0: a hanging worker is left alone
-  bool drill = false;              // a private instance for `holdfastctl drill`, which may ask for mounts
   bool help = false;
 };
 

@@ -196,16 +196,6 @@ class ControlServer final : public schema::Control::Server {
     });
   }
 
-  kj::Promise<void> mountPrivate(MountPrivateContext context) override {
-    auto params = context.getParams();
-    auto mounted = supervisor_.MountPrivate(params.getName().cStr(), Convert(params.getOptions()),
-                                            String(params.getBlob()));
-    return mounted.then([context](const Mount* mount) mutable {
-      context.getResults().setMountId(mount->id);
-      context.getResults().setPath(mount->path.c_str());
-    });
-  }
-
   kj::Promise<void> mounts(MountsContext context) override {
     FillPage(supervisor_.vault(), context.getParams(), false, context.getResults());
     return kj::READY_NOW;

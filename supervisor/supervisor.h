@@ -145,8 +145,6 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   const std::string& vault_id() const { return vault_id_; }
   kj::Promise<const Mount*> MountLayer(Generation caller, std::string path, InitOptions options,
                                        std::string blob);
-  // For holdfastctl, on a private instance: a mount drill/<name>, served by the running worker at once.
-  kj::Promise<const Mount*> MountPrivate(const std::string& name, InitOptions options, std::string blob);
   kj::Promise<MountState> UnmountLayer(Generation caller, uint64_t mount_id);
   // True: swapped; false: the same build runs already. `progress` is told each step.
   kj::Promise<bool> Upgrade(std::string path, bool force, kj::Maybe<schema::Progress::Client> progress);

@@ -303,27 +303,6 @@ TEST(SupervisorTest, ALayerThatAnOverlayUsesIsDetachedAndGoneOnlyAfterTheOverlay
   ASSERT_TRUE(Eventually([&] { return harness.WorkerInfo().gone == std::vector<uint64_t>{mount.id}; }));
 }
 
-TEST(SupervisorTest, APrivateInstanceMountsForHoldfastctlAndNoOtherDoes) {
-  {
-    Harness harness;
-    harness.Start();
-    EXPECT_NE(harness.MountPrivate("0").find("only the private instance of a drill"), std::string::npos);
-    EXPECT_EQ(harness.Status().live, 0u);
-  }
-  Harness harness;
-  harness.Start({"--private"});
-  const std::string path = harness.MountPrivate("0");
-  ASSERT_EQ(path, harness.state_dir() + "/drill/0");
-  WorkerView first = harness.Status().Worker("owner");
-  EXPECT_EQ(Stat(path).Result(), static_cast<int64_t>(first.generation));
-  EXPECT_NE(harness.MountPrivate("../0").find("is no number"), std::string::npos);
-  EXPECT_NE(harness.MountPrivate("0").find("error: "), std::string::npos) << "that path is mounted";
-  kill(first.pid, SIGKILL);
-  EXPECT_TRUE(Eventually([&] { return harness.Status().crashes == 1; }));
-  harness.WaitPhase("running");
-  EXPECT_GT(Stat(path).Result(), static_cast<int64_t>(first.generation)) << "successors serve it, too";
-}
-
 TEST(SupervisorTest, AnUnusedLayerIsGoneAtOnceAndItsIdIsNeverUsedAgain) {
   Harness harness;
   harness.Start();

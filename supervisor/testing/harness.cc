@@ -299,17 +299,6 @@ std::string Harness::CheckRollback() {
   return std::string("not ready: ") + response.getReason().cStr();
 }
 
-std::string Harness::MountPrivate(const std::string& name) {
-  auto request = KJ_ASSERT_NONNULL(control_).mountPrivateRequest();
-  request.setName(name.c_str());
-  request.initOptions();
-  try {
-    return Wait(request.send().then([](auto&& r) { return kj::mv(r); })).getPath().cStr();
-  } catch (const kj::Exception& exception) {
-    return std::string("error: ") + exception.getDescription().cStr();
-  }
-}
-
 std::vector<MountView> Harness::Mounts(uint64_t after, uint32_t limit, bool* more) {
   auto request = KJ_ASSERT_NONNULL(control_).mountsRequest();
   request.setAfter(after);

@@ -102,8 +102,6 @@ class Harness {
   std::string Rollback(std::vector<std::string>* begun = nullptr);
   // "ready <sha>" or "not ready: <reason>".
   std::string CheckRollback();
-  // As `holdfastctl drill` asks for it: the path, or "error: why".
-  std::string MountPrivate(const std::string& name);
   std::vector<MountView> Mounts(uint64_t after, uint32_t limit, bool* more);
   std::vector<uint64_t> LedgerGenerations();
 

@@ -207,6 +207,11 @@ absl::Status LayerService::AdoptMount(handover::MountEntry entry, bool private_m
   return Serve(std::move(entry), handover::MountBlob(), unreadable, private_mount);
 }
 
+absl::Status LayerService::MountPrivate(const std::string& folder, const std::string& blob) {
+  HF_ASSIGN_OR_RETURN(handover::MountEntry entry, parts_.vault->Mount(folder, LayerInitOptions(), blob));
+  return AdoptMount(std::move(entry), /*private_mount=*/true);
+}
+
 void LayerService::OpenAhead(uint64_t budget_nanos) {
   struct Opened {
     IndexPtr index;

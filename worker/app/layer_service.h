@@ -71,6 +71,8 @@ class LayerService final : public snapshot::LayerMounter {
   // `private_mount`: read at once, also by a server that is not started, and not missed when the vault's list
   // does not have it.
   absl::Status AdoptMount(handover::MountEntry entry, bool private_mount = false);
+  // A mount of a drill.
+  absl::Status MountPrivate(const std::string& folder, const std::string& blob);
   // The vault says these are gone.
   void ForgetMounts(const std::vector<uint64_t>& mount_ids);
 

@@ -49,6 +49,7 @@ enum ExitCode { kDone = 0, kFailed = 1, kUsageError = 2 };
 struct Arguments {
   std::string config;
   bool help = false, version = false, self_test = false;
+  bool drill = false;  // --private: not for people, hence not in the help
 };
 
 bool ParseArguments(int argc, char** argv, Arguments* out) {
@@ -60,6 +61,8 @@ bool ParseArguments(int argc, char** argv, Arguments* out) {
       out->version = true;
     } else if (arg == "--self-test") {
       out->self_test = true;
+    } else if (arg == "--private") {
+      out->drill = true;
     } else if (arg == "--config" && i + 1 < argc) {
       out->config = argv[++i];
     } else if (arg.rfind("--config=", 0) == 0) {
@@ -135,6 +138,7 @@ int Serve(const Arguments& arguments) {
   }
   options.build = BuildName();
   options.urgency = &urgency;
+  options.drill = arguments.drill;
   options.exit = [](int code) { ExitNow(code); };
   absl::StatusOr<std::unique_ptr<Worker>> worker = Worker::Create(options);
   if (!worker.ok()) FailNow(worker.status());

@@ -825,4 +825,15 @@ std::vector<TraceEvent> Worker::Trace(uint32_t limit) {
   return events;
 }
 
+absl::StatusOr<std::string> Worker::MountPrivate(const std::string& name, const std::string& blob) {
+  if (!options_.drill)
+    return FailedPrecondition("only the private instance of a drill mounts for holdfastctl");
+  const bool plain = !name.empty() && name.find_first_not_of("0123456789") == std::string::npos;
+  if (!plain) return InvalidArgument("'" + name + "' is no number");
+  const std::string path = state_dir_ + "/drill/" + name;
+  HF_RETURN_IF_ERROR(MakeDirs(path));
+  HF_RETURN_IF_ERROR(layers_->MountPrivate(path, blob));
+  return path;
+}
+
 }  // namespace holdfast::app

@@ -66,6 +66,7 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
     int64_t api_wait_nanos = 100'000'000;
     std::string oom_score_file = "/proc/self/oom_score_adj";  // set to 0 when told to serve
     UrgentTime* urgency = nullptr;                            // outlives the worker
+    bool drill = false;  // of a private instance for `holdfastctl drill`, which may ask for mounts
     // Ends the process: the worker has retired (0) or has nothing left to do. Called once, on any thread.
     std::function<void(int exit_code)> exit;
   };
@@ -111,6 +112,7 @@ class Worker final : public handover::WorkerActions, public handover::AdminActio
   std::vector<handover::SnapshotInfo> Snapshots() override;
   handover::WorkerStats Stats() override;
   std::vector<TraceEvent> Trace(uint32_t limit) override;
+  absl::StatusOr<std::string> MountPrivate(const std::string& name, const std::string& blob) override;
 
  private:
   explicit Worker(const Options& options) : options_(options) {}

@@ -90,6 +90,7 @@ struct Vault {
   std::vector<uint64_t> old_ledgers ABSL_GUARDED_BY(mutex);
   std::atomic<bool> open{false};  // the worker takes calls
   std::atomic<bool> lost{false};
+  uint64_t next_mount = 0;                  // what a mount gets; 0: none can be made
   std::atomic<bool> asked_urgently{false};  // the last who asked for mounts
   std::atomic<int> ledgers_asked{0};
   std::optional<handover::OldLedger> with_requests ABSL_GUARDED_BY(mutex);  // given out once
@@ -152,9 +153,13 @@ class FakeLink final : public handover::SupervisorLink {
   }
   absl::Status Drained(uint64_t) override { return absl::OkStatus(); }
   bool lost() const override { return vault_.lost; }
-  absl::StatusOr<handover::MountEntry> Mount(const std::string&, const handover::InitOptions&,
-                                             const std::string&) override {
-    return Unavailable("the supervisor is gone");
+  absl::StatusOr<handover::MountEntry> Mount(const std::string& path, const handover::InitOptions&,
+                                             const std::string& blob) override {
+    if (vault_.next_mount == 0) return Unavailable("the supervisor is gone");
+    handover::MountEntry entry = vault_.Entry(std::exchange(vault_.next_mount, 0));
+    entry.path = path;
+    entry.blob = blob;
+    return entry;
   }
   absl::StatusOr<handover::MountState> Unmount(uint64_t) override { return Unavailable("gone"); }
 
@@ -573,6 +578,28 @@ TEST_F(WorkerTest, PrivateMountsAreNotMissedInTheVaultsListAndGoWhenTold) {
   EXPECT_EQ(Held(), std::vector<uint64_t>({1, 2, 90}));
   worker_->MountsGone({90});
   EXPECT_EQ(Held(), std::vector<uint64_t>({1, 2}));
+}
+
+TEST_F(WorkerTest, OnlyTheWorkerOfADrillMountsForHoldfastctl) {
+  const std::string blob = vault_.Entry(1).blob;
+  vault_.next_mount = 70;
+  Start();
+  ASSERT_TRUE(worker_->Serve({}).ok());
+  const absl::Status refused = worker_->MountPrivate("0", blob).status();
+  EXPECT_NE(FromAbsl(refused.message()).find("only the private instance of a drill"), std::string::npos);
+  End();
+  options_.drill = true;
+  Start();
+  ASSERT_TRUE(worker_->Serve({}).ok());
+  EXPECT_FALSE(worker_->MountPrivate("../0", blob).ok());
+  EXPECT_FALSE(worker_->MountPrivate("", blob).ok());
+  auto path = worker_->MountPrivate("0", blob);
+  ASSERT_TRUE(path.ok()) << path.status();
+  EXPECT_EQ(*path, dir_.path() + "/state/drill/0");
+  EXPECT_TRUE(PathExists(*path));
+  EXPECT_EQ(Held(), std::vector<uint64_t>({70}));
+  EXPECT_FALSE(worker_->MountPrivate("1", blob).ok()) << "the supervisor refuses";
+  EXPECT_EQ(Held(), std::vector<uint64_t>({70}));
 }
 
 TEST_F(WorkerTest, AReplayOfAnUnknownMountIsSkippedAndOneThatDiffersIsNamed) {

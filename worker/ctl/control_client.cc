@@ -184,19 +184,6 @@ std::string BlobWithoutImage(const std::string& blob) {
   return std::string(chars.begin(), chars.size());
 }
 
-// What FUSE_INIT was answered with for that mount, asked for again.
-void FillOptions(const std::string& init_reply, schema::InitOptions::Builder options) {
-  fuse_init_out out{};
-  KJ_REQUIRE(init_reply.size() >= sizeof(fuse_out_header) + 24, "the mount has no FUSE_INIT reply");
-  memcpy(&out, init_reply.data() + sizeof(fuse_out_header),
-         std::min(sizeof out, init_reply.size() - sizeof(fuse_out_header)));
-  options.setFlags(out.flags | (uint64_t{out.flags2} << 32));
-  options.setMaxBackground(out.max_background);
-  options.setCongestionThreshold(out.congestion_threshold);
-  options.setMaxPages(out.max_pages);
-  options.setMaxReadahead(out.max_readahead);
-}
-
 class ProgressServer final : public schema::Progress::Server {
  public:
   explicit ProgressServer(const OnStep& on_step) : on_step_(on_step) {}
@@ -374,15 +361,13 @@ class ClientImpl final : public ControlClient {
     });
   }
 
-  absl::StatusOr<PrivateMount> MountPrivate(const std::string& name, const MountInfo& like) override {
+  absl::StatusOr<std::string> MountPrivate(const std::string& name, const MountInfo& like) override {
     return Guard([&] {
       const std::string blob = BlobWithoutImage(like.blob);
-      auto request = control_.mountPrivateRequest();
+      auto request = Admin().mountPrivateRequest();
       request.setName(name.c_str());
       request.setBlob(ToBytes(blob));
-      FillOptions(like.init_reply, request.initOptions());
-      auto response = Wait(request.send());
-      return PrivateMount{response.getMountId(), TextOf(response.getPath())};
+      return TextOf(Wait(request.send()).getPath());
     });
   }
 

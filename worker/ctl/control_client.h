@@ -66,11 +66,6 @@ struct MountInfo {
   std::string blob, init_reply;  // as the supervisor keeps them
 };
 
-struct PrivateMount {
-  uint64_t mount_id = 0;
-  std::string path;
-};
-
 struct LedgerFd {
   uint64_t generation = 0;
   UniqueFd memory;
@@ -116,8 +111,8 @@ class ControlClient {
   // s, Unimplemented when the supervisor is too old.
   virtual absl::StatusOr<RollbackCheck> CheckRollback() = 0;
   // On the private instance of a drill: the layer of `like` once more, under the folder drill/<name>, and
-  // with an image reference that leads nowhere, so that nothing can be fetched.
-  virtual absl::StatusOr<PrivateMount> MountPrivate(const std::string& name, const MountInfo& like) = 0;
+  // with an image reference that leads nowhere, so that nothing can be fetched. Its path.
+  virtual absl::StatusOr<std::string> MountPrivate(const std::string& name, const MountInfo& like) = 0;
 };
 
 }  // namespace holdfast::ctl

@@ -221,8 +221,8 @@ absl::StatusOr<std::vector<std::string>> SetUp(const std::vector<LayerInfo>& lay
   HF_ASSIGN_OR_RETURN(*control, node->Connect());
   std::vector<std::string> roots;
   for (const MountInfo* mount : like) {
-    HF_ASSIGN_OR_RETURN(PrivateMount made, (*control)->MountPrivate(std::to_string(roots.size()), *mount));
-    roots.push_back(std::move(made.path));
+    HF_ASSIGN_OR_RETURN(std::string root, (*control)->MountPrivate(std::to_string(roots.size()), *mount));
+    roots.push_back(std::move(root));
   }
   return roots;
 }

@@ -182,7 +182,6 @@ absl::Status PrivateNode::Spawn() {
                       OpenFile("/proc/" + std::to_string(origin_.supervisor) + "/exe", O_RDONLY));
   HF_ASSIGN_OR_RETURN(UniqueFd log, OpenFile(folder_ + "/log", O_WRONLY | O_CREAT | O_APPEND));
   std::vector<std::string> words = {"holdfast-supervisor",
-                                    "--private",
                                     "--probation",
                                     "1",
                                     "--worker",
@@ -193,7 +192,8 @@ absl::Status PrivateNode::Spawn() {
                                     runtime_,
                                     "--",
                                     "--config",
-                                    folder_ + "/config.toml"};
+                                    folder_ + "/config.toml",
+                                    "--private"};
   std::vector<std::string> variables =
       EnvironmentWithout({"HOLDFAST_", "NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "GLOG_"});
   std::vector<char*> argv, environment;

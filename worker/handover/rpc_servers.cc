@@ -298,6 +298,16 @@ class AdminServer final : public schema::WorkerAdmin::Server {
         });
   }
 
+  kj::Promise<void> mountPrivate(MountPrivateContext context) override {
+    const std::string name = TextOf(context.getParams().getName());
+    const std::string blob = String(context.getParams().getBlob());
+    return RunOn<absl::StatusOr<std::string>>(
+               executor_, [c = callbacks_, name, blob] { return c->admin.load()->MountPrivate(name, blob); })
+        .then([context](absl::StatusOr<std::string> path) mutable {
+          context.getResults().setPath(ValueOrThrow(std::move(path)).c_str());
+        });
+  }
+
  private:
   static void Fill(const LayerInfo& layer, schema::LayerInfo::Builder out) {
     out.setDigest(layer.digest.c_str());

@@ -197,6 +197,7 @@ class AdminActions {
   virtual std::vector<SnapshotInfo> Snapshots() = 0;
   virtual WorkerStats Stats() = 0;
   virtual std::vector<TraceEvent> Trace(uint32_t limit) = 0;
+  virtual absl::StatusOr<std::string> MountPrivate(const std::string& name, const std::string& blob) = 0;
 };
 
 struct Identity {

@@ -305,6 +305,10 @@ class RecordingWorker final : public WorkerActions, public AdminActions {
   std::vector<SnapshotInfo> Snapshots() override { return {}; }
   WorkerStats Stats() override { return {}; }
   std::vector<TraceEvent> Trace(uint32_t) override { return {}; }
+  absl::StatusOr<std::string> MountPrivate(const std::string& name, const std::string& blob) override {
+    if (name.empty()) return InvalidArgument("no name");
+    return name + " of " + blob;
+  }
 
   static UniqueFd Null() { return std::move(*OpenFile("/dev/null", O_RDWR)); }
 
@@ -425,6 +429,17 @@ TEST_F(SupervisorLinkTest, PingAndTheWorkersOwnCallsAreAnsweredWhileAnActionTake
     });
   });
   EXPECT_EQ(layers, 3u);
+  auto mount_private = [&](const char* name) {
+    return end_->Call([&] {
+      auto request = KJ_ASSERT_NONNULL(script_.admin).mountPrivateRequest();
+      request.setName(name);
+      request.setBlob(kj::StringPtr("blob").asBytes());
+      return request.send().then([](auto&& r) { return std::string(r.getPath().cStr()); },
+                                 [](kj::Exception&& e) { return std::string(e.getDescription().cStr()); });
+    });
+  };
+  EXPECT_EQ(mount_private("7"), "7 of blob");
+  EXPECT_NE(mount_private("").find("no name"), std::string::npos);
   worker_.release.set_value();
   serve.get();
 }

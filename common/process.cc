@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <spawn.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -25,7 +26,8 @@ namespace holdfast {
 namespace {
 
 constexpr idtype_t kPidfd = static_cast<idtype_t>(3);  // P_PIDFD
-constexpr size_t kStartTimeAfterName = 19;             // field 22 of proc(5) stat, counted from the state on
+constexpr int kSocketOfChild = 3;
+constexpr size_t kStartTimeAfterName = 19;  // field 22 of proc(5) stat, counted from the state on
 
 std::vector<char*> Pointers(std::vector<std::string>& strings) {
   std::vector<char*> pointers;
@@ -115,6 +117,19 @@ std::vector<std::string> EnvironmentWithout(const std::vector<std::string_view>&
     if (!left_out) environment.emplace_back(text);
   }
   return environment;
+}
+
+absl::StatusOr<ConnectedProcess> StartConnected(ProcessSpec spec) {
+  int ends[2];
+  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) return ErrnoStatus(errno, "socketpair");
+  UniqueFd ours(ends[0]), theirs(ends[1]);
+  spec.descriptors.emplace_back(theirs.get(), kSocketOfChild);
+  for (std::string& variable :
+       EnvironmentWithout({"HOLDFAST_TOKEN=", "NOTIFY_SOCKET=", "LISTEN_", "WATCHDOG_"})) {
+    spec.environment.push_back(std::move(variable));
+  }
+  HF_ASSIGN_OR_RETURN(Process process, StartProcess(spec));
+  return ConnectedProcess{std::move(process), std::move(ours)};
 }
 
 absl::StatusOr<UniqueFd> OpenPidfd(pid_t pid) {

@@ -21,10 +21,10 @@ struct Process {
 
 struct ProcessSpec {
   int program = -1;  // open descriptor of the executable file
-  std::vector<std::string> argv;
-  std::vector<std::string> environment;  // "NAME=value"
+  std::vector<std::string> argv{};
+  std::vector<std::string> environment{};  // "NAME=value"
   // {ours, the child's number}. It keeps 0, 1 and 2; all others must be close-on-exec.
-  std::vector<std::pair<int, int>> descriptors;
+  std::vector<std::pair<int, int>> descriptors{};
   bool urgent = false;  // from its first instruction on, where that is permitted (urgency.h)
 };
 
@@ -33,6 +33,15 @@ absl::StatusOr<Process> StartProcess(const ProcessSpec& spec);
 
 // This process's environment without the variables whose names begin with one of `prefixes`.
 std::vector<std::string> EnvironmentWithout(const std::vector<std::string_view>& prefixes);
+
+// A child that we speak with: its end of the socket is its descriptor 3.
+struct ConnectedProcess {
+  Process process;
+  UniqueFd socket;  // our end
+};
+// It gets this process's environment, but not what was said to this process alone (by its service manager, or
+// by a supervisor), and then spec.environment.
+absl::StatusOr<ConnectedProcess> StartConnected(ProcessSpec spec);
 
 absl::StatusOr<UniqueFd> OpenPidfd(pid_t pid);
 bool HasExited(int pidfd);

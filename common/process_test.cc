@@ -75,6 +75,25 @@ TEST_F(ProcessTest, TheEnvironmentLeavesOutWhatIsNamed) {
   unsetenv("HFTEST_B");
 }
 
+TEST_F(ProcessTest, AConnectedChildHasOurEnvironmentButNotWhatWasSaidToUs) {
+  ASSERT_EQ(setenv("HFTEST_A", "1", 1), 0);
+  ASSERT_EQ(setenv("NOTIFY_SOCKET", "/manager", 1), 0);
+  ASSERT_EQ(setenv("HOLDFAST_TOKEN", "ours", 1), 0);
+  UniqueFd program = OpenFile("/bin/sh", O_RDONLY).value();
+  auto child = StartConnected(
+      {.program = program.get(),
+       .argv = {"sh", "-c", "read word <&3; echo $word $HFTEST_A $HOLDFAST_TOKEN $NOTIFY_SOCKET >&3"},
+       .environment = {"HOLDFAST_TOKEN=theirs"}});
+  for (const char* name : {"HFTEST_A", "NOTIFY_SOCKET", "HOLDFAST_TOKEN"}) unsetenv(name);
+  ASSERT_TRUE(child.ok()) << child.status();
+  ASSERT_EQ(write(child->socket.get(), "hello\n", 6), 6);
+  WaitExit(child->process);
+  char text[64] = {};
+  EXPECT_GT(read(child->socket.get(), text, sizeof(text)), 0);
+  EXPECT_STREQ(text, "hello 1 theirs\n");
+  EXPECT_EQ(read(child->socket.get(), text, sizeof(text)), 0) << "its end is closed, and nobody else has one";
+}
+
 TEST_F(ProcessTest, TheStartTimeTellsAProcessFromALaterOneWithItsPid) {
   EXPECT_EQ(ProcessStartTicks(getpid()).value(), ProcessStartTicks(getpid()).value());
   EXPECT_GT(ProcessStartTicks(getpid()).value(), ProcessStartTicks(1).value());

@@ -152,7 +152,7 @@ interface Supervisor {
   # drops a ledger by itself when the owner's exit is proven and nothing unanswered is in it.
 
   progress @7 (step :Text) -> ();
-  # For status and the log: what the worker is doing while it starts.
+  # Retired: not implemented any more.
 }
 
 interface Worker {

@@ -21,6 +21,11 @@ kj::ArrayPtr<const kj::byte> Bytes(const std::string& text);
 // For callers to read: nothing but the reason.
 kj::Exception Failed(const std::string& reason);
 [[noreturn]] void Throw(const absl::Status& status);
+template <typename T>
+T OrThrow(absl::StatusOr<T> value) {
+  if (!value.ok()) Throw(value.status());
+  return *std::move(value);
+}
 std::string Describe(const kj::Exception& exception);
 
 // A capability that carries `fd` and keeps it open.

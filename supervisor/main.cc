@@ -19,7 +19,6 @@
 #include "glog/logging.h"
 #include "supervisor/options.h"
 #include "supervisor/rpc.h"
-#include "supervisor/spawner.h"
 #include "supervisor/supervisor.h"
 
 namespace holdfast::supervisor {

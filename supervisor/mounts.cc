@@ -27,13 +27,10 @@ void Supervisor::RequireOwner(Generation caller) const {
 kj::Promise<const Mount*> Supervisor::MountLayer(Generation caller, std::string path, InitOptions options,
                                                  std::string blob) {
   RequireOwner(caller);
-  auto opened = OpenFuseDevice();
-  if (!opened.ok()) Throw(opened.status());
-  auto device = std::make_shared<UniqueFd>(std::move(*opened));
-  auto id = vault_.Allocate(path, std::move(blob), caller, device);
-  if (!id.ok()) Throw(id.status());
+  auto device = std::make_shared<UniqueFd>(OrThrow(OpenFuseDevice()));
+  const uint64_t id = OrThrow(vault_.Allocate(path, std::move(blob), caller, device));
   using Result = absl::StatusOr<FuseInit>;
-  auto mounted = Offload<Result>([this, name = FdName(FdKind::kMount, *id), device, path, options] {
+  auto mounted = Offload<Result>([this, name = FdName(FdKind::kMount, id), device, path, options] {
     store_->Push(name, {device});
     if (!store_->Flush(kStoreMillis)) LOG(WARNING) << "event=fd_store_slow name=" << name;
     PassFault(faults_, "supervisor.before_mount").IgnoreError();
@@ -41,7 +38,7 @@ kj::Promise<const Mount*> Supervisor::MountLayer(Generation caller, std::string 
     PassFault(faults_, "supervisor.after_mount").IgnoreError();
     return result;
   });
-  return Keep(mounted.then([this, id = *id](kj::Own<Result>&& r) { return FinishMount(id, std::move(*r)); }));
+  return Keep(mounted.then([this, id](kj::Own<Result>&& r) { return FinishMount(id, std::move(*r)); }));
 }
 
 const Mount* Supervisor::FinishMount(uint64_t id, absl::StatusOr<FuseInit> result) {

@@ -346,9 +346,7 @@ kj::Promise<void> Supervisor::TakeFd(schema::Descriptor::Client descriptor, std:
   // The capability owns the descriptor until it is duplicated.
   return fd.then([this, name, descriptor = kj::mv(descriptor)](kj::Maybe<int> maybe) {
     KJ_IF_MAYBE (number, maybe) {
-      auto copy = DupFd(*number);
-      if (!copy.ok()) Throw(copy.status());
-      takeover_->fds[name].push_back(std::move(*copy));
+      takeover_->fds[name].push_back(OrThrow(DupFd(*number)));
     }
   });
 }

@@ -112,12 +112,6 @@ class SupervisorServer final : public schema::Supervisor::Server {
     return kj::READY_NOW;
   }
 
-  kj::Promise<void> progress(ProgressContext context) override {
-    LOG(INFO) << "event=progress generation=" << generation_
-              << " step=" << LogValue(context.getParams().getStep().cStr());
-    return kj::READY_NOW;
-  }
-
  private:
   Supervisor& supervisor_;
   const uint64_t generation_;
@@ -144,9 +138,7 @@ class MountViewServer final : public schema::MountView::Server {
   }
 
   kj::Promise<void> newMountId(NewMountIdContext context) override {
-    auto id = vault_.NextId();
-    if (!id.ok()) Throw(id.status());
-    context.getResults().setMountId(*id);
+    context.getResults().setMountId(OrThrow(vault_.NextId()));
     return kj::READY_NOW;
   }
 

@@ -219,8 +219,12 @@ void Supervisor::SpawnWorker(Generation generation, Binary binary) {
     HF_RETURN_IF_ERROR(ledgers_.Create(generation).status());
     worker->token = absl::BytesToHexString(RandomBytes(32));
     bool urgent = state_.owner == 0 && generation == state_.successor;
-    HF_ASSIGN_OR_RETURN(WorkerChild child,
-                        Spawn(*worker->executable, options_.worker_args, worker->token, urgent));
+    ProcessSpec spec{.program = worker->executable->file.get(),
+                     .argv = {"holdfast-worker"},
+                     .environment = {"HOLDFAST_TOKEN=" + worker->token},
+                     .urgent = urgent};
+    spec.argv.insert(spec.argv.end(), options_.worker_args.begin(), options_.worker_args.end());
+    HF_ASSIGN_OR_RETURN(ConnectedProcess child, StartConnected(std::move(spec)));
     worker->pid = child.process.pid;
     // It ends by itself, but for builds that know nothing of it, and those that come to nothing.
     auto too_long = [process = worker.get()] {

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "common/clock.h"
+#include "common/executable_store.h"
 #include "common/fault.h"
 #include "common/fd_store.h"
 #include "common/fuse_mount.h"
@@ -29,7 +30,6 @@
 #include "supervisor/hang_monitor.h"
 #include "supervisor/options.h"
 #include "supervisor/recovery.h"
-#include "supervisor/spawner.h"
 #include "supervisor/state_journal.h"
 #include "supervisor/swap_record.h"
 #include "supervisor/vault.h"
@@ -39,6 +39,11 @@ namespace holdfast::supervisor {
 
 inline constexpr char kBuild[] = "holdfast-supervisor 0.1.0";
 inline constexpr char kLastGoodFile[] = "supervisor/last-good";  // in the state folder: that build's digest
+// Private copies of worker builds, as <state>/bin/<sha256>/holdfast-worker: started by descriptor, so that
+// what is at the path of the original may change.
+inline ExecutableStore WorkerCopies(const std::string& state_dir) {
+  return {state_dir + "/bin", "holdfast-worker"};
+}
 inline constexpr uint64_t kNanosPerSecond = 1'000'000'000;
 inline constexpr uint64_t kStopUnmountSeconds = 10;  // what is not unmounted by then is left to the kernel
 inline constexpr uint64_t kUnkillableSeconds = 5;    // a killed worker that still exists then is reported

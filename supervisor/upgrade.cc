@@ -103,9 +103,7 @@ kj::Promise<RollbackReadiness> Supervisor::CheckRollback() {
   auto tested = kj::evalNow([&] {
     auto task = verifiers_.Begin();
     auto request = task->client().selfTestRequest();
-    auto program = DupFd(target->file.get());
-    if (!program.ok()) Throw(program.status());
-    request.setExecutable(MakeDescriptor(std::move(*program)));
+    request.setExecutable(MakeDescriptor(OrThrow(DupFd(target->file.get()))));
     using Results = capnp::Response<schema::Verifier::SelfTestResults>;
     auto result = request.send().then([target](Results&& results) {
       return RollbackReadiness{results.getPassed(), target->sha256, results.getOutput().cStr()};

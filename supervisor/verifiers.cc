@@ -1,9 +1,7 @@
 #include "supervisor/verifiers.h"
 
-#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
-#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -16,18 +14,13 @@
 namespace holdfast::supervisor {
 namespace {
 
-constexpr int kSocket = 3;        // the verifier's end, in its process
 constexpr unsigned kMaxFds = 16;  // a message
 using Flags = kj::LowLevelAsyncIoProvider::Flags;
 
-absl::StatusOr<Process> StartVerifier(const std::string& path, int socket) {
+absl::StatusOr<ConnectedProcess> StartVerifier(const std::string& path) {
   auto program = OpenFile(path, O_RDONLY);
   if (!program.ok()) return Annotate(program.status(), "verifier " + path);
-  auto started = StartProcess(
-      {.program = program->get(),
-       .argv = {"holdfast-verifier"},
-       .environment = EnvironmentWithout({"NOTIFY_SOCKET=", "LISTEN_", "WATCHDOG_", "HOLDFAST_TOKEN="}),
-       .descriptors = {{socket, kSocket}}});
+  auto started = StartConnected({.program = program->get(), .argv = {"holdfast-verifier"}});
   if (!started.ok()) return Annotate(started.status(), "verifier " + path);
   return started;
 }
@@ -62,13 +55,9 @@ kj::Own<Verifiers::Task> Verifiers::Begin() {
   if (hanging >= static_cast<long>(kMostHanging)) {
     Throw(Unavailable(std::to_string(hanging) + " verifiers of earlier tasks still hang in a mount"));
   }
-  int ends[2];
-  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) Throw(ErrnoStatus(errno, "socketpair"));
-  UniqueFd ours(ends[0]), theirs(ends[1]);
-  auto started = StartVerifier(program_, theirs.get());
-  if (!started.ok()) Throw(started.status());
+  ConnectedProcess started = OrThrow(StartVerifier(program_));
   auto child = std::make_shared<Child>();
-  child->process = std::move(*started);
+  child->process = std::move(started.process);
   child->exit = kj::heap<kj::UnixEventPort::FdObserver>(io_.unixEventPort, child->process.pidfd.get(),
                                                         kj::UnixEventPort::FdObserver::OBSERVE_READ);
   children_.insert(child);
@@ -80,10 +69,10 @@ kj::Own<Verifiers::Task> Verifiers::Begin() {
     children_.erase(child);
     on_exit_();
   }));
-  return kj::heap<Task>(
-      child,
-      io_.lowLevelProvider->wrapUnixSocketFd(ours.Release(), Flags::TAKE_OWNERSHIP | Flags::ALREADY_CLOEXEC),
-      timer_);
+  return kj::heap<Task>(child,
+                        io_.lowLevelProvider->wrapUnixSocketFd(
+                            started.socket.Release(), Flags::TAKE_OWNERSHIP | Flags::ALREADY_CLOEXEC),
+                        timer_);
 }
 
 }  // namespace holdfast::supervisor

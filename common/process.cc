@@ -28,6 +28,7 @@ namespace {
 constexpr idtype_t kPidfd = static_cast<idtype_t>(3);  // P_PIDFD
 constexpr int kSocketOfChild = 3;
 constexpr size_t kStartTimeAfterName = 19;  // field 22 of proc(5) stat, counted from the state on
+constexpr size_t kExitCodeAfterName = 49;   // field 52
 
 std::vector<char*> Pointers(std::vector<std::string>& strings) {
   std::vector<char*> pointers;
@@ -64,6 +65,22 @@ class SpawnSettings {
   posix_spawn_file_actions_t actions;
   posix_spawnattr_t attributes;
 };
+
+// Of proc(5) stat: a number, counted from the state on.
+absl::StatusOr<uint64_t> StatField(pid_t pid, size_t index) {
+  std::string path = "/proc/" + std::to_string(pid) + "/stat";
+  absl::StatusOr<std::string> text = ReadFile(path);
+  if (!text.ok()) return NotFound("no process " + std::to_string(pid));
+  size_t name_end = text->rfind(')');  // the name before it may hold anything
+  if (name_end == std::string::npos) return DataLoss(path + " cannot be read");
+  std::istringstream words(text->substr(name_end + 1));
+  std::vector<std::string> fields{std::istream_iterator<std::string>(words), {}};
+  uint64_t value = 0;
+  if (fields.size() <= index || !absl::SimpleAtoi(fields[index], &value)) {
+    return DataLoss(path + " cannot be read");
+  }
+  return value;
+}
 
 }  // namespace
 
@@ -151,19 +168,11 @@ std::string ReapReason(int pidfd) {
   return "signal " + std::to_string(info.si_status) + " (" + strsignal(info.si_status) + ")";
 }
 
-absl::StatusOr<uint64_t> ProcessStartTicks(pid_t pid) {
-  std::string path = "/proc/" + std::to_string(pid) + "/stat";
-  absl::StatusOr<std::string> text = ReadFile(path);
-  if (!text.ok()) return NotFound("no process " + std::to_string(pid));
-  size_t name_end = text->rfind(')');  // the name before it may hold anything
-  if (name_end == std::string::npos) return DataLoss(path + " cannot be read");
-  std::istringstream words(text->substr(name_end + 1));
-  std::vector<std::string> fields{std::istream_iterator<std::string>(words), {}};
-  uint64_t ticks = 0;
-  if (fields.size() <= kStartTimeAfterName || !absl::SimpleAtoi(fields[kStartTimeAfterName], &ticks)) {
-    return DataLoss(path + " cannot be read");
-  }
-  return ticks;
+absl::StatusOr<uint64_t> ProcessStartTicks(pid_t pid) { return StatField(pid, kStartTimeAfterName); }
+
+int EndingSignal(pid_t pid) {
+  // A wait status: the signal is in the low seven bits.
+  return static_cast<int>(StatField(pid, kExitCodeAfterName).value_or(0) & 0x7f);
 }
 
 }  // namespace holdfast

@@ -50,6 +50,9 @@ bool HasExited(int pidfd);
 // child of ours.
 std::string ReapReason(int pidfd);
 
+// The signal that ends the process just now, also one that still exists; 0: none, or it cannot be known.
+int EndingSignal(pid_t pid);
+
 // When it started, in clock ticks since boot: with the pid, it names a process for as long as the machine is
 // up. NotFound when there is no such process.
 absl::StatusOr<uint64_t> ProcessStartTicks(pid_t pid);

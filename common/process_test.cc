@@ -75,6 +75,23 @@ TEST_F(ProcessTest, TheEnvironmentLeavesOutWhatIsNamed) {
   unsetenv("HFTEST_B");
 }
 
+TEST_F(ProcessTest, TheSignalThatEndsAProcessIsKnownBeforeItIsReaped) {
+  int ends[2];
+  ASSERT_EQ(pipe2(ends, O_CLOEXEC), 0);
+  UniqueFd read_end(ends[0]), write_end(ends[1]);
+  Process lives = Sh("read word <&5", {{read_end.get(), 5}});  // until it is killed
+  EXPECT_EQ(EndingSignal(lives.pid), 0);
+  ASSERT_EQ(kill(lives.pid, SIGKILL), 0);
+  WaitExit(lives);
+  EXPECT_EQ(EndingSignal(lives.pid), SIGKILL);
+  EXPECT_EQ(ReapReason(lives.pidfd.get()), "signal 9 (Killed)");
+  EXPECT_EQ(EndingSignal(lives.pid), 0) << "it is gone";
+  Process exits = Sh("exit 3");
+  WaitExit(exits);
+  EXPECT_EQ(EndingSignal(exits.pid), 0);
+  EXPECT_EQ(ReapReason(exits.pidfd.get()), "exit 3");
+}
+
 TEST_F(ProcessTest, AConnectedChildHasOurEnvironmentButNotWhatWasSaidToUs) {
   ASSERT_EQ(setenv("HFTEST_A", "1", 1), 0);
   ASSERT_EQ(setenv("NOTIFY_SOCKET", "/manager", 1), 0);

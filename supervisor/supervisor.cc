@@ -25,7 +25,6 @@ constexpr uint64_t kDistrustSeconds = 180;
 constexpr uint64_t kLateMillis = 500;
 constexpr uint64_t kUrgentMillis = 6'000;  // above a worker's own limit
 
-constexpr char kThreadsEnded[] = "its threads ended";
 constexpr uint64_t kNeeded = schema::CAP_SERVE_READS | schema::CAP_METADATA_HANDOVER;
 constexpr uint64_t kVerifiable = schema::CAP_PREPARE | schema::CAP_TRIAL;
 constexpr uint64_t kOurs = kNeeded | kVerifiable | schema::CAP_HEALTH | schema::CAP_REATTACH;
@@ -288,7 +287,7 @@ void Supervisor::WatchThread(WorkerProcess* worker, pid_t thread) {
       io_->unixEventPort, worker->thread.get(), kj::UnixEventPort::FdObserver::OBSERVE_READ);
   Generation generation = worker->generation;
   tasks_.add(worker->thread_observer->whenBecomesReadable().then(
-      [this, generation] { OnDisconnected(generation, kThreadsEnded); }));
+      [this, generation] { OnDisconnected(generation, "its threads ended"); }));
 }
 
 // Answers may still come from a worker that is known to be dead, or is about to be killed as hung.
@@ -488,6 +487,7 @@ void Supervisor::OnDisconnected(Generation generation, const char* how) {
   if (worker == nullptr || worker->disconnected) return;
   worker->disconnected = true;
   if (worker->retired) return;  // it may need its time to exit
+  worker->ending = EndingSignal(worker->pid) != 0;
   // Nobody waits for a candidate that serves nobody: its exit tells more, or else the limit of its step
   // comes.
   bool idle = state_.owner != 0 && generation == state_.successor && state_.phase < Phase::kParking;
@@ -501,11 +501,8 @@ void Supervisor::OnExit(Generation generation) {
   std::string how = ReapReason(worker->pidfd.get());
   worker->exited = true;
   NoteDeath(worker, how);
-  // Our own signals tell nothing, nor does the end of what is no child of ours. Whose threads had ended
-  // before was killed by somebody else, or by the kernel for lack of memory (or a thread ended alone: no
-  // build's do).
-  bool ours = !worker->hung.empty() ||
-              (worker->killed && worker->death != kThreadsEnded && how.rfind("signal 9 ", 0) == 0);
+  // Our own signals tell nothing, nor does the end of what is no child of ours.
+  bool ours = !worker->hung.empty() || (worker->killed && !worker->ending && how.rfind("signal 9 ", 0) == 0);
   if (worker->death.empty() || (!ours && how != "unknown")) worker->death = how;
   if (last_death_.generation == generation) last_death_.reason = worker->death;
   LOG(INFO) << "event=exited generation=" << generation << " pid=" << worker->pid << " how=" << LogValue(how);

@@ -66,6 +66,10 @@ class SpawnSettings {
   posix_spawnattr_t attributes;
 };
 
+std::string SignalText(int signal) {
+  return "signal " + std::to_string(signal) + " (" + strsignal(signal) + ")";
+}
+
 // Of proc(5) stat: a number, counted from the state on.
 absl::StatusOr<uint64_t> StatField(pid_t pid, size_t index) {
   std::string path = "/proc/" + std::to_string(pid) + "/stat";
@@ -165,14 +169,15 @@ std::string ReapReason(int pidfd) {
   // It has exited, so this does not sleep and cannot be interrupted.
   if (waitid(kPidfd, static_cast<id_t>(pidfd), &info, WEXITED) != 0) return "unknown";
   if (info.si_code == CLD_EXITED) return "exit " + std::to_string(info.si_status);
-  return "signal " + std::to_string(info.si_status) + " (" + strsignal(info.si_status) + ")";
+  return SignalText(info.si_status);
 }
 
 absl::StatusOr<uint64_t> ProcessStartTicks(pid_t pid) { return StatField(pid, kStartTimeAfterName); }
 
-int EndingSignal(pid_t pid) {
+std::string EndingReason(pid_t pid) {
   // A wait status: the signal is in the low seven bits.
-  return static_cast<int>(StatField(pid, kExitCodeAfterName).value_or(0) & 0x7f);
+  const auto signal = static_cast<int>(StatField(pid, kExitCodeAfterName).value_or(0) & 0x7f);
+  return signal == 0 ? "" : SignalText(signal);
 }
 
 }  // namespace holdfast

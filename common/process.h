@@ -50,8 +50,9 @@ bool HasExited(int pidfd);
 // child of ours.
 std::string ReapReason(int pidfd);
 
-// The signal that ends the process just now, also one that still exists; 0: none, or it cannot be known.
-int EndingSignal(pid_t pid);
+// As ReapReason, of a process that a signal ends just now, though it may exist for a while. Empty: none does,
+// or it cannot be known.
+std::string EndingReason(pid_t pid);
 
 // When it started, in clock ticks since boot: with the pid, it names a process for as long as the machine is
 // up. NotFound when there is no such process.

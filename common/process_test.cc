@@ -80,15 +80,15 @@ TEST_F(ProcessTest, TheSignalThatEndsAProcessIsKnownBeforeItIsReaped) {
   ASSERT_EQ(pipe2(ends, O_CLOEXEC), 0);
   UniqueFd read_end(ends[0]), write_end(ends[1]);
   Process lives = Sh("read word <&5", {{read_end.get(), 5}});  // until it is killed
-  EXPECT_EQ(EndingSignal(lives.pid), 0);
+  EXPECT_EQ(EndingReason(lives.pid), "");
   ASSERT_EQ(kill(lives.pid, SIGKILL), 0);
   WaitExit(lives);
-  EXPECT_EQ(EndingSignal(lives.pid), SIGKILL);
+  EXPECT_EQ(EndingReason(lives.pid), "signal 9 (Killed)");
   EXPECT_EQ(ReapReason(lives.pidfd.get()), "signal 9 (Killed)");
-  EXPECT_EQ(EndingSignal(lives.pid), 0) << "it is gone";
+  EXPECT_EQ(EndingReason(lives.pid), "") << "it is gone";
   Process exits = Sh("exit 3");
   WaitExit(exits);
-  EXPECT_EQ(EndingSignal(exits.pid), 0);
+  EXPECT_EQ(EndingReason(exits.pid), "");
   EXPECT_EQ(ReapReason(exits.pidfd.get()), "exit 3");
 }
 

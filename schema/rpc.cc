@@ -38,7 +38,13 @@ void Throw(const absl::Status& status) {
   __builtin_unreachable();
 }
 
-std::string Describe(const kj::Exception& exception) { return exception.getDescription().cStr(); }
+std::string Describe(const kj::Exception& exception) {
+  std::string reason = exception.getDescription().cStr();
+  // Each connection that it came through puts this before it.
+  static constexpr std::string_view kPrefix = "remote exception: ";
+  while (reason.rfind(kPrefix, 0) == 0) reason.erase(0, kPrefix.size());
+  return reason;
+}
 
 schema::Descriptor::Client MakeDescriptor(SharedFd fd) { return kj::heap<DescriptorServer>(std::move(fd)); }
 

@@ -61,4 +61,6 @@ struct SavedMachine {
   swaps @13 :UInt64;
   carriedOver @14 :UInt64;
   runningBuild @15 :Text;
+  swapKind @16 :Text;           # of a swap that was asked for and is not over: upgrade or rollback
+  swapGeneration @17 :UInt64;   # its candidate
 }

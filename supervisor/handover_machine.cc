@@ -91,17 +91,17 @@ class Stepper {
   }
 
   // No worker is left: the spare takes over, or the running binary is started again.
-  void Restart(const std::string& reason) {
+  void Restart() {
     s_.owner = s_.successor = s_.trial = s_.distrusting = 0;
     s_.upgrade = false;
     uint64_t wait = BackoffMillis(s_.quick_deaths++);
     Binary binary = Binary::kRunning;
-    if (s_.reverted) Fail(Type::kDataFault, reason);
+    if (s_.reverted) Do(Type::kDataFault, 0);
     if (s_.probation && (++s_.probation_deaths >= kProbationDeaths || s_.spare_ready)) {
       s_.probation = false;
       s_.reverted = true;
       binary = Binary::kLastGood;
-      Fail(Type::kReverted, reason);
+      Do(Type::kReverted, 0);
     } else {
       s_.reverted = false;  // told once
     }
@@ -206,7 +206,7 @@ class Stepper {
     bool parked = s_.phase >= Phase::kParking;
     SwapLost(reason);
     s_.successor = 0;
-    if (s_.owner == 0) return Restart(reason);
+    if (s_.owner == 0) return Restart();
     if (parked) return Enter(Phase::kResuming, limits_.resume_ms);
     AfterResuming();
   }
@@ -270,10 +270,10 @@ class Stepper {
     if (generation == 0 || (s_.phase >= Phase::kStopYielding && generation != s_.owner)) return;
     if (generation == s_.spare) return SpareLost();
     if (generation == s_.successor) return SuccessorLost("the new worker died: " + reason);
-    if (generation == s_.owner) OwnerDied(reason);
+    if (generation == s_.owner) OwnerDied();
   }
 
-  void OwnerDied(const std::string& reason) {
+  void OwnerDied() {
     if (s_.distrusting == s_.owner) s_.distrusting = 0;  // its successor shall do it
     if (s_.phase >= Phase::kStopRetiring) return;
     if (s_.phase == Phase::kStopYielding) return EnterTimed(Phase::kStopKilling, limits_.stop_kill_ms);
@@ -281,7 +281,7 @@ class Stepper {
       Do(Type::kKill, s_.successor);
       SwapLost("the running worker died while the new one started");
     }
-    if (s_.phase < Phase::kParking || s_.phase > Phase::kCommitting) return Restart(reason);
+    if (s_.phase < Phase::kParking || s_.phase > Phase::kCommitting) return Restart();
     s_.owner = 0;  // the successor goes on
     if (s_.phase == Phase::kParking) return BeginServing();
     if (s_.phase == Phase::kYielding) return CommitIfFree();
@@ -328,8 +328,8 @@ class Stepper {
     if (Awaited(generation, call) == nullptr) return;
     if (s_.phase == Phase::kReclaiming) return WithoutMetadata();
     std::string why = std::string(CallName(call)) + " failed: " + reason;
-    if (s_.phase != Phase::kCommitting || s_.owner != 0) return StepFailed(why);
-    // With nobody to go back to, reads go on without the metadata, which is tried again and again.
+    if (s_.phase != Phase::kCommitting || s_.owner != 0 || s_.trial != 0) return StepFailed(why);
+    // No other build would get further: reads go on without the metadata, which is tried again and again.
     if (s_.tainted == 0 || s_.upgrade) Fail(Type::kSwapFailed, why);
     SuccessorOwns();
     WithoutMetadata();

@@ -156,7 +156,7 @@ enum class ActionType {
   kSwapDone,  // the swap under way succeeded; `generation` owns everything and its binary is the running one
   kSwapFailed,  // the upgrade under way failed, or a crash's successor serves without metadata: `reason`
   kProven,      // the probation of `generation` is over: its build is last-good
-  kReverted,    // the running build did not survive its probation, last-good is brought back: `reason`
+  kReverted,    // the running build did not survive its probation, last-good is brought back
   kDataFault,   // last-good dies in the same way: not the build is to blame
   kRefused,     // the upgrade just asked for cannot begin: `reason`
   kExit,        // the supervisor may exit

@@ -539,14 +539,23 @@ TEST(HandoverMachineTest, AnOwnerThatCannotDoItsPartInASwapCountsAsDead) {
   EXPECT_TRUE(resuming.Did("spawn 9"));
 }
 
-TEST(HandoverMachineTest, ACandidateWithNobodyToGoBackToIsInProbationAlsoWithoutTheMetadata) {
+TEST(HandoverMachineTest, ACandidateThatCannotTakeTheMetadataIsLeftAlsoWhenTheOldWorkerIsDead) {
   Machine m(In(Phase::kCommitting));
   m.On(EventType::kDied, kOld).On(EventType::kFailed, kNew, Call::kTake);
+  EXPECT_TRUE(m.Did("kill 8"));
+  EXPECT_TRUE(m.Did("spawn 9")) << "the build that ran";
+  EXPECT_EQ(m.state().tainted, kNew) << "what it answered is taken back";
+}
+
+TEST(HandoverMachineTest, WithoutTheMetadataACandidateForWhichNobodyElseWouldServeIsInProbation) {
+  State state = In(Phase::kCommitting);
+  state.owner = state.trial = 0;  // as after an upgrade in backoff
+  Machine m(state);
+  m.On(EventType::kFailed, kNew, Call::kTake);
+  EXPECT_TRUE(m.Did("failed"));
   EXPECT_EQ(m.phase(), Phase::kNoMetadata);
   EXPECT_EQ(m.state().owner, kNew);
   EXPECT_TRUE(m.state().probation);
-  m.On(EventType::kDied, kNew).On(EventType::kDied, 9);
-  EXPECT_TRUE(m.Did("reverted"));
 }
 
 TEST(HandoverMachineTest, OnlyWhereReadsWaitIsTheFirstWorkerAfterACrashGivenLittleTime) {
@@ -706,7 +715,7 @@ TEST(HandoverMachineTest, AFailedUpgradeIsNotToldAsDoneWhenTheOldWorkerIsReplace
 
 TEST(HandoverMachineTest, ACrashSuccessorThatCannotTakeTheMetadataKeepsServing) {
   State s = In(Phase::kCommitting);
-  s.owner = 0;
+  s.owner = s.trial = 0;
   s.upgrade = false;
   Machine m(s);
   m.On(EventType::kFailed, kNew, Call::kTake);

@@ -54,7 +54,10 @@ void Supervisor::LookAt(WorkerProcess* worker) {
     if (worker->calls == 0) sample.loop_age_ns = watch.loop_age_ns;
   }
   auto verdict = watch.monitor.Tick(sample);
-  if (verdict) KillHung(worker->generation, *verdict);
+  if (!verdict) return;
+  if (spare)
+    return GiveUp(worker->generation, "hung: " + verdict->what);  // the reports are of who was read from
+  KillHung(worker->generation, *verdict);
 }
 
 // At most one is under way.

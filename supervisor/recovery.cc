@@ -491,6 +491,8 @@ void Supervisor::EndTakeover() {
   PushAll(*takeover);
   tasks_.add(SaveLivingWorkers());
   Generation trial = takeover->adopted ? takeover->state.machine->getTrialGeneration() : 0;
+  Generation candidate = takeover->adopted ? takeover->state.machine->getSwapGeneration() : 0;
+  std::string asked = takeover->adopted ? takeover->state.machine->getSwapKind().cStr() : "";
   if (trial != 0 && (!resumes || trial != owner->generation)) {
     WorkerProcess* tried = Find(trial);
     state_.tainted = trial;
@@ -499,6 +501,8 @@ void Supervisor::EndTakeover() {
   if (!resumes) {
     state_.probation = RunsUnproven();
     if (takeover->adopted) swap_.Begin("supervisor", running_build_);
+    if (!asked.empty() && takeover->state.machine->getOwner() != candidate)
+      warnings_.push_back("the " + asked + " that was under way when the supervisor ended has failed");
     if (vault_.Count(MountState::kLive) + vault_.Count(MountState::kDetached) != 0) {
       swap_.ReadsStopped(clock_->BootNanos());
     }
@@ -512,9 +516,8 @@ void Supervisor::EndTakeover() {
   const std::string build_before = running_build_;
   AdoptRunningBinary();
   state_.probation = RunsUnproven();
-  const Generation candidate = takeover->state.machine->getSuccessor();
-  if (candidate != 0 && takeover->state.machine->getOwner() != 0) {  // who asked for it was not told
-    swap_.Begin("upgrade", build_before);
+  if (!asked.empty()) {  // who asked for it was not told
+    swap_.Begin(asked, build_before);
     FinishSwap(candidate == owner->generation ? "done" : "failed: the supervisor ended in it");
   }
   SaveMachine();
@@ -583,6 +586,8 @@ void Supervisor::SaveMachine() {
   out.setSwaps(swap_.swaps());
   out.setCarriedOver(swap_.carried_over());
   out.setRunningBuild(running_build_.c_str());
+  out.setSwapKind(swap_.unfinished().c_str());
+  out.setSwapGeneration(swap_.candidate());
   journal_.SaveMachine(&record);
 }
 

@@ -283,7 +283,7 @@ class EveryStepTest : public RecoveryTest {
     };
     EXPECT_EQ(step.distrusted, step.distrusted ? Eventually(distrusted, 5) : distrusted());
     after = harness_.Status();
-    EXPECT_EQ(after.swap_kind, step.told.empty() ? "none" : "upgrade");
+    EXPECT_EQ(after.swap_kind, "upgrade");
     EXPECT_EQ(after.swap_result, step.told);
     ASSERT_EQ(harness_.Upgrade(harness_.MakeWorker("good"), false, &changed), "") << "it can be tried again";
   }
@@ -297,7 +297,29 @@ TEST_P(EveryStepTest, Serving) { DieAt({"serving=kill@2", true, true}); }
 TEST_P(EveryStepTest, Probing) { DieAt({"probing=kill", true, true}); }
 TEST_P(EveryStepTest, Yielding) { DieAt({"yielding=kill", true, true}); }
 TEST_P(EveryStepTest, Committing) { DieAt({"committing=kill@2", false, false}); }
-TEST_P(EveryStepTest, Running) { DieAt({"running=kill@2", false, false, ""}); }
+TEST_P(EveryStepTest, Running) { DieAt({"running=kill@2", false, false}); }
+
+TEST_P(RecoveryTest, HowASwapWentThatWasUnderWayIsToldAlsoWhenItHadFailedOrWasARollback) {
+  harness_.SetFaults("supervisor.phase.resuming=kill");
+  harness_.Start();
+  MountView mount = harness_.Mount("a");
+  bool changed = false;
+  EXPECT_NE(harness_.Upgrade(harness_.MakeWorker("fail-serve"), false, &changed), "");
+  ASSERT_EQ(harness_.WaitEnd(), -SIGKILL) << "the fault happened";
+  harness_.SetFaults("supervisor.phase.probing=kill@2");
+  harness_.StartAgain();
+  StatusView status = ExpectHealthy({mount});
+  EXPECT_EQ(status.swap_kind, "upgrade");
+  EXPECT_EQ(status.swap_result, "failed: the supervisor ended in it");
+  ASSERT_EQ(harness_.Upgrade(harness_.MakeWorker("good"), false, &changed), "");
+  EXPECT_NE(harness_.Rollback(), "");
+  ASSERT_EQ(harness_.WaitEnd(), -SIGKILL) << "the fault happened";
+  harness_.SetFaults("");
+  harness_.StartAgain();
+  status = ExpectHealthy({mount});
+  EXPECT_EQ(status.swap_kind, "rollback");
+  EXPECT_EQ(status.swap_result, "failed: the supervisor ended in it");
+}
 
 TEST_P(RecoveryTest, WhatACandidateHadReadIsAnsweredWhenTheNextSupervisorHasKilledIt) {
   harness_.SetFaults("supervisor.phase.probing=kill");

@@ -114,12 +114,21 @@ TEST(StateGoldenTest, RowsOfTheFirstReleaseStillMeanWhatTheyMeant) {
   EXPECT_TRUE(ledger.getOwnerHung());
 }
 
+TEST(StateGoldenTest, RowsOfTheSecondReleaseStillMeanWhatTheyMeant) {
+  absl::StatusOr<SavedState> state = Decode(Golden("2.txt"));
+  ASSERT_TRUE(state.ok()) << state.status();
+  EXPECT_EQ(state->machine->getOwner(), 4u);
+  EXPECT_STREQ(state->machine->getSwapKind().cStr(), "upgrade");
+  EXPECT_EQ(state->machine->getSwapGeneration(), 4u);
+}
+
 // Everything that could be refused when it is read: texts, data, lists.
 size_t ReadPointers(const SavedState& state) {
   auto machine = *state.machine;
   size_t bytes = machine.getPhase().size() + machine.getRunning().size() + machine.getPrevious().size() +
-                 machine.getLastGood().size() + machine.getRunningBuild().size() +
-                 machine.getVaultId().size() + Numbers(machine.getHolders()).size();
+                 machine.getLastGood().size() + machine.getSwapKind().size() +
+                 machine.getRunningBuild().size() + machine.getVaultId().size() +
+                 Numbers(machine.getHolders()).size();
   for (const auto& [generation, worker] : state.workers)
     bytes += worker->getToken().size() + worker->getExecutable().size() + worker->getBuild().size();
   for (const auto& [generation, ledger] : state.ledgers) bytes += Numbers(ledger->getPipeInodes()).size();

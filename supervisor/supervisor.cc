@@ -112,19 +112,22 @@ void Supervisor::Apply(const Event& event) {
   }
   if (result.state.next_generation != state_.next_generation)
     result.state.next_generation = 0;  // it is spent
-  Phase before = std::exchange(state_, std::move(result.state)).phase;
+  const State old = std::exchange(state_, std::move(result.state));
+  if (state_.upgrade && !old.upgrade) swap_.BeginAsked(running_build_, state_.successor);
   AdoptRunningBinary();
   SaveMachine();
-  if (before != state_.phase) {
+  if (old.phase != state_.phase) {
     PassFault(faults_, "supervisor.phase." + std::string(PhaseName(state_.phase))).IgnoreError();
   }
   // Now, and not when the next worker is waited for.
-  if (before != state_.phase && state_.phase == Phase::kRunning) {
+  if (old.phase != state_.phase && state_.phase == Phase::kRunning) {
     generations_.Reserve().IgnoreError();
     probation_ends_boot_nanos_ =
         clock_->BootNanos() + (options_.limits.stable_ms + options_.limits.probation_ms) * 1'000'000;
   }
-  if (swap_.asked() && before != state_.phase) swap_.NotePhase(before, state_.phase, state_.upgrade);
+  // A spare may take over in the phase in which the candidate died.
+  bool moved = old.phase != state_.phase || old.successor != state_.successor;
+  if (swap_.asked() && moved) swap_.NotePhase(old.phase, state_.phase, state_.upgrade);
   for (const Action& action : result.actions) Do(action);
   SaveMachine();  // what the actions counted
 }
@@ -163,16 +166,16 @@ void Supervisor::Do(const Action& action) {
       return SetLastGood(running_);
     case ActionType::kReverted:
       reverted_ = "build " + running_->sha256 + " (" + running_build_ + ") did not survive its probation (" +
-                  action.reason + "); " + last_good_->sha256 + " was brought back";
+                  last_death_.reason + "); " + last_good_->sha256 + " was brought back";
       LOG(ERROR) << "event=reverted reason=" << LogValue(reverted_);
       running_ = last_good_;  // also if it should die before it owns anything
       previous_ = nullptr;
       return;
     case ActionType::kDataFault:
-      reverted_ += "; it died too (" + action.reason +
+      reverted_ += "; it died too (" + last_death_.reason +
                    "), so the builds are not to blame: it was killed from outside, or a layer is damaged; "
                    "the log says";
-      LOG(ERROR) << "event=data_fault reason=" << LogValue(action.reason);
+      LOG(ERROR) << "event=data_fault reason=" << LogValue(last_death_.reason);
       return;
     case ActionType::kSwapDone:
       // The first build that ever ran here: nothing else could be brought back.
@@ -208,7 +211,6 @@ void Supervisor::SetLastGood(std::shared_ptr<const Executable> executable) {
 
 void Supervisor::SpawnWorker(Generation generation, Binary binary) {
   bool upgrade = binary == Binary::kCandidate;
-  if (upgrade) swap_.BeginAsked(running_build_);
   auto worker = std::make_unique<WorkerProcess>();
   worker->generation = generation;
   bool last_good = binary == Binary::kLastGood && last_good_ != nullptr;
@@ -482,12 +484,13 @@ void Supervisor::GiveUp(Generation generation, const std::string& reason) {
   Dispatch({.type = EventType::kDied, .generation = generation, .reason = reason});
 }
 
-void Supervisor::OnDisconnected(Generation generation, const char* how) {
+void Supervisor::OnDisconnected(Generation generation, std::string how) {
   WorkerProcess* worker = Find(generation);
   if (worker == nullptr || worker->disconnected) return;
   worker->disconnected = true;
   if (worker->retired) return;  // it may need its time to exit
-  worker->ending = EndingSignal(worker->pid) != 0;
+  // Before our own kill: somebody else's, or the kernel's for lack of memory.
+  if (std::string by = EndingReason(worker->pid); !by.empty()) how = by;
   // Nobody waits for a candidate that serves nobody: its exit tells more, or else the limit of its step
   // comes.
   bool idle = state_.owner != 0 && generation == state_.successor && state_.phase < Phase::kParking;
@@ -502,7 +505,7 @@ void Supervisor::OnExit(Generation generation) {
   worker->exited = true;
   NoteDeath(worker, how);
   // Our own signals tell nothing, nor does the end of what is no child of ours.
-  bool ours = !worker->hung.empty() || (worker->killed && !worker->ending && how.rfind("signal 9 ", 0) == 0);
+  bool ours = !worker->hung.empty() || (worker->killed && how.rfind("signal 9 ", 0) == 0);
   if (worker->death.empty() || (!ours && how != "unknown")) worker->death = how;
   if (last_death_.generation == generation) last_death_.reason = worker->death;
   LOG(INFO) << "event=exited generation=" << generation << " pid=" << worker->pid << " how=" << LogValue(how);

@@ -229,7 +229,7 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void ArmTimer(uint64_t milliseconds);
   // It may live, and counts as dead for this reason from now on.
   void GiveUp(Generation generation, const std::string& reason);
-  void OnDisconnected(Generation generation, const char* how = "its connection ended");
+  void OnDisconnected(Generation generation, std::string how = "its connection ended");
   void OnExit(Generation generation);
   void NoteDeath(WorkerProcess* worker, const std::string& reason);
   bool NoteReason(WorkerProcess* worker, const std::string& reason);

@@ -270,20 +270,29 @@ TEST(SupervisorTest, WhenTheOldWorkerFailsDuringAnUpgradeReadsGoOn) {
   }
 }
 
-TEST(SupervisorTest, WhenNeitherTheNewWorkerServesNorTheOldOneResumesTheOldBuildIsStartedAgain) {
-  Harness harness;
-  harness.Start({}, "fail-resume");
-  const StatusView before = harness.WaitPhase("running");
-  MountView mount = harness.Mount("a");
-  bool changed = false;
-  const std::string error = harness.Upgrade(harness.MakeWorker("fail-serve"), false, &changed);
-  EXPECT_NE(error.find("this build cannot serve"), std::string::npos) << error;
-  const StatusView after = harness.WaitPhase("running");
-  EXPECT_EQ(after.Worker("owner").executable, before.Worker("owner").executable);
-  EXPECT_NE(after.Worker("owner").pid, before.Worker("owner").pid);
-  EXPECT_EQ(after.crashes, 1u);
-  ExpectLastDeath(&harness, "resume failed: ");
-  EXPECT_EQ(Stat(mount.path).Result(), static_cast<int64_t>(after.Worker("owner").generation));
+TEST(SupervisorTest, WhenBothWorkersOfAnUpgradeFailTheBuildThatRanIsStartedAgain) {
+  struct Case {
+    const char *old, *candidate, *error, *death;
+  };
+  for (const Case& one :
+       {Case{"fail-resume", "fail-serve", "this build cannot serve", "resume failed: "},
+        Case{"fail-park", "fail-take", "this build cannot read the metadata", "park failed: "},
+        Case{"fail-yield", "die-take", "the new worker died", "yieldMetadata failed: "}}) {
+    SCOPED_TRACE(std::string(one.old) + " " + one.candidate);
+    Harness harness;
+    harness.Start({}, one.old);
+    const StatusView before = harness.WaitPhase("running");
+    MountView mount = harness.Mount("a", FUSE_IOCTL_DIR, "blob");
+    bool changed = false;
+    const std::string error = harness.Upgrade(harness.MakeWorker(one.candidate), false, &changed);
+    EXPECT_NE(error.find(one.error), std::string::npos) << error;
+    const StatusView after = harness.WaitPhase("running");
+    EXPECT_EQ(after.Worker("owner").executable, before.Worker("owner").executable);
+    EXPECT_NE(after.Worker("owner").pid, before.Worker("owner").pid);
+    EXPECT_EQ(after.crashes, 1u);
+    ExpectLastDeath(&harness, one.death);
+    EXPECT_EQ(Stat(mount.path).Result(), static_cast<int64_t>(after.Worker("owner").generation));
+  }
 }
 
 TEST(SupervisorTest, ALayerThatAnOverlayUsesIsDetachedAndGoneOnlyAfterTheOverlay) {

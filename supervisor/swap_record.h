@@ -23,6 +23,7 @@ class SwapRecord {
   void Ask(const std::string& kind, kj::Maybe<schema::Progress::Client> progress);
   void Answered() { asked_ = begun_ = false; }
   bool asked() const { return asked_; }
+  bool is_rollback() const { return asked_kind_ == "rollback"; }
   // Its steps: what the supervisor does by itself, then the machine's phases.
   void BeginStep(const std::string& name);
   void EndStep(bool ok);
@@ -32,13 +33,17 @@ class SwapRecord {
 
   // Any swap: `kind` as above, or "crash", "hang", "supervisor". BeginAsked: the one that was asked for.
   void Begin(const std::string& kind, const std::string& from_build);
-  void BeginAsked(const std::string& from_build) {
+  void BeginAsked(const std::string& from_build, Generation candidate) {
     Begin(asked_kind_, from_build);
     begun_ = true;
+    candidate_ = candidate;
   }
   // The one that was asked for has begun. Before, while its executable is copied, a crash is a swap of its
   // own.
   bool begun() const { return begun_; }
+  // The kind of the one that was asked for, from its beginning to its result; else "".
+  std::string unfinished() const { return begun_ && last_.result == "running" ? last_.kind : ""; }
+  Generation candidate() const { return candidate_; }  // of the last one that was asked for
   // `result`: "done", or what failed. Nothing if none is under way.
   void Finish(const std::string& result, const std::string& to_build);
 
@@ -73,6 +78,7 @@ class SwapRecord {
   Last last_;
   bool asked_ = false, begun_ = false, step_failed_ = false;
   std::string asked_kind_;
+  Generation candidate_ = 0;
   std::vector<Step> steps_;  // of the one asked for; the last one is under way
   kj::Maybe<schema::Progress::Client> progress_;
   std::vector<std::pair<Step, bool>> progress_due_;  // begun or (true) done, not told yet

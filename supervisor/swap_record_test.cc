@@ -52,7 +52,7 @@ class SwapRecordTest : public ::testing::Test {
 
 TEST_F(SwapRecordTest, ThePauseOfARolledBackSwapIsWhatReadersWaitedBothTimes) {
   record_.Ask("upgrade", nullptr);
-  record_.BeginAsked("old");
+  record_.BeginAsked("old", 8);
   record_.CarriesOver(3);
   record_.ReadsStopped(clock_.BootNanos());
   Pass(5);
@@ -82,7 +82,7 @@ TEST_F(SwapRecordTest, StepsEndWithTheOneThatFailedWhateverThePhasesAreAfterIt) 
   record_.Ask("upgrade", nullptr);
   record_.BeginStep("copy");
   record_.NotePhase(Phase::kRunning, Phase::kStarting, true);
-  record_.BeginAsked("old");
+  record_.BeginAsked("old", 8);
   record_.NotePhase(Phase::kStarting, Phase::kPreparing, true);
   record_.NotePhase(Phase::kPreparing, Phase::kStarting, false);  // both died: the running build is restarted
   record_.NotePhase(Phase::kStarting, Phase::kServing, false);
@@ -109,7 +109,7 @@ TEST_F(SwapRecordTest, ACrashWhileAnUpgradeIsStillCopiedIsASwapOfItsOwnAndEndsNo
   EXPECT_TRUE(Steps().empty());
   record_.EndStep(true);
   record_.NotePhase(Phase::kRunning, Phase::kStarting, true);
-  record_.BeginAsked("b");
+  record_.BeginAsked("b", 8);
   EXPECT_TRUE(record_.begun());
   record_.Finish("done", "c");
   EXPECT_EQ(Steps(), (std::vector<std::string>{"copy: ", "start: "}));
@@ -119,7 +119,7 @@ TEST_F(SwapRecordTest, ACrashWhileAnUpgradeIsStillCopiedIsASwapOfItsOwnAndEndsNo
 TEST_F(SwapRecordTest, WhoWatchesHearsOfParkAndServeOnlyWhenReadsGoOn) {
   std::vector<std::string> told;
   record_.Ask("rollback", schema::Progress::Client(kj::heap<ProgressServer>(&told)));
-  record_.BeginAsked("old");
+  record_.BeginAsked("old", 8);
   auto after = [&](Phase from, Phase to) {
     record_.NotePhase(from, to, true);
     kj::evalLast([] {}).wait(io_.waitScope);
@@ -145,6 +145,19 @@ TEST_F(SwapRecordTest, OnlyASwapThatIsUnderWayCanFinishAndOnlyOneThatWasAskedFor
   EXPECT_STREQ(Last().getToBuild().cStr(), "b");
   EXPECT_EQ(record_.swaps(), 1u);
   EXPECT_TRUE(Steps().empty());
+}
+
+TEST_F(SwapRecordTest, WhatWasAskedForIsUnfinishedUntilItsResult) {
+  record_.Begin("crash", "old");
+  EXPECT_EQ(record_.unfinished(), "") << "nobody asked for it";
+  record_.Finish("done", "old");
+  record_.Ask("rollback", nullptr);
+  EXPECT_EQ(record_.unfinished(), "") << "it is copied, say";
+  record_.BeginAsked("old", 8);
+  EXPECT_EQ(record_.unfinished(), "rollback");
+  EXPECT_EQ(record_.candidate(), 8u);
+  record_.Finish("failed: why", "old");
+  EXPECT_EQ(record_.unfinished(), "");
 }
 
 }  // namespace

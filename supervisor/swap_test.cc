@@ -138,6 +138,41 @@ TEST(SwapTest, ARunningBuildThatCannotSayWhatItAnsweredKeepsNoOtherOut) {
   EXPECT_EQ(steps[6].detail, "1 live mounts probed: checked=1 skipped=0");
 }
 
+// A build whose samples are wrong refuses every other one: nobody answers as it does.
+TEST(SwapTest, ARollbackLeavesARunningBuildThatAnswersWronglyWithoutAskingIt) {
+  Harness harness;
+  harness.Start();
+  harness.Mount("a", FUSE_IOCTL_DIR, "blob");
+  const std::string good = harness.Status().Worker("owner").executable;
+  bool changed = false;
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("wrong-samples"), false, &changed), "");
+  EXPECT_NE(harness.Upgrade(harness.MakeWorker("good"), false, &changed).find("rehearse failed"),
+            std::string::npos);
+  ASSERT_EQ(harness.Rollback(), "");
+  const StatusView after = harness.Status();
+  EXPECT_EQ(after.Worker("owner").executable, good);
+  ASSERT_EQ(after.steps.size(), 8u);
+  EXPECT_EQ(after.steps[2].detail,
+            "nothing compared, for the running worker is not asked, 1 canary mounts walked, 0 samples");
+  EXPECT_EQ(after.steps[5].detail, "1 live mounts probed: checked=1 skipped=0");
+}
+
+// The owner is given up, and the candidate fails where the spare then goes on: the swap has failed there.
+TEST(SwapTest, WhereASpareTakesOverFromACandidateTheStepThatFailedIsTold) {
+  Harness harness;
+  harness.Start({"--spare"}, "fail-park");
+  harness.WaitPhase("running");
+  MountView mount = harness.Mount("a", FUSE_IOCTL_DIR, "blob");
+  ASSERT_TRUE(Eventually([&] { return harness.Status().spare == "ready"; }));
+  bool changed = false;
+  const std::string error = harness.Upgrade(harness.MakeWorker("die-serve"), false, &changed);
+  EXPECT_NE(error.find("the new worker died"), std::string::npos) << error;
+  const StatusView after = harness.WaitPhase("running");
+  ASSERT_FALSE(after.steps.empty());
+  EXPECT_EQ(after.steps.back().name, "serve");
+  EXPECT_GT(Stat(mount.path).Result(), 0);
+}
+
 TEST(SwapTest, AVerifierThatDiesFailsTheUpgradeAtOnceAndNothingElse) {
   Harness harness;
   harness.Start({}, "hang-samples");  // so that the verifier waits for it

@@ -136,7 +136,8 @@ kj::Promise<std::string> Supervisor::Rehearse(schema::Worker::Client candidate) 
   if (owner == nullptr || owner->client == nullptr) return Failed("the running worker is gone");
   verifier_ = verifiers_.Begin();
   auto request = KJ_ASSERT_NONNULL(verifier_)->client().rehearseRequest();
-  request.setOwner(KJ_ASSERT_NONNULL(owner->client));
+  // A rollback is for a build that may answer wrongly: it has no say in whether it is left.
+  if (!swap_.is_rollback()) request.setOwner(KJ_ASSERT_NONNULL(owner->client));
   request.setCandidate(kj::mv(candidate));
   request.setMounts(MakeMountView(&vault_));
   request.setCanaryFolder((options_.state_dir + kCanaryFolder).c_str());

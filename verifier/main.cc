@@ -31,9 +31,10 @@ class VerifierServer final : public schema::Verifier::Server {
 
   kj::Promise<void> rehearse(RehearseContext context) override {
     auto params = context.getParams();
+    kj::Maybe<schema::Worker::Client> owner;
+    if (params.hasOwner()) owner = params.getOwner();
     return checks_
-        .Rehearse(params.getOwner(), params.getCandidate(), params.getMounts(),
-                  params.getCanaryFolder().cStr())
+        .Rehearse(kj::mv(owner), params.getCandidate(), params.getMounts(), params.getCanaryFolder().cStr())
         .then([context](std::string&& summary) mutable { context.getResults().setSummary(summary.c_str()); });
   }
 

@@ -120,14 +120,22 @@ absl::Status CheckLive(int root, const ProbeMount& mount, Counts* counts) {
   return skip ? absl::OkStatus() : ErrnoStatus(error, "live probe");
 }
 
+bool Opens(const std::string& folder) {
+  return UniqueFd(open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)).valid();
+}
+
 absl::Status CheckMount(const ProbeMount& mount, bool direct, Counts* counts) {
   UniqueFd root(open(mount.root.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  // A live mount may be removed at any moment.
-  if (!root.valid() && errno == ENOENT && mount.generation != 0) {
+  if (!root.valid()) {
+    const int error = errno;
+    bool removed = error == ENOENT && mount.generation != 0;  // a live mount may be, at any moment
+    // Where nothing was sampled it may be one that nobody can read.
+    bool unreadable =
+        error == EIO && mount.files.empty() && (mount.original.empty() || !Opens(mount.original));
+    if (!removed && !unreadable) return ErrnoStatus(error, "open " + mount.root);
     ++counts->skipped;
     return absl::OkStatus();
   }
-  if (!root.valid()) return ErrnoStatus(errno, "open " + mount.root);
   if (mount.generation != 0) {
     HF_RETURN_IF_ERROR(Annotate(CheckLive(root.get(), mount, counts), mount.root));
     if (!IsMountRoot(root.get())) return absl::OkStatus();

@@ -58,7 +58,7 @@ ProbeFile Convert(schema::SampleFile::Reader in) {
 
 struct SwapChecks::Canary {
   uint64_t id = 0, original = 0;
-  std::string path, blob;
+  std::string path, original_path, blob;
   InitOptions options;
   absl::Status made;
   FuseInit init;
@@ -81,11 +81,27 @@ kj::Promise<absl::StatusOr<std::string>> CheckMountsWithin(kj::Timer& timer, Pro
   return checked.exclusiveJoin(kj::mv(late));
 }
 
-kj::Promise<std::string> SwapChecks::Rehearse(schema::Worker::Client owner, schema::Worker::Client candidate,
+kj::Promise<std::string> SwapChecks::Rehearse(kj::Maybe<schema::Worker::Client> owner,
+                                              schema::Worker::Client candidate,
                                               schema::MountView::Client mounts, std::string canary_folder) {
   files_.clear();
   mounts_ = kj::mv(mounts);
   canary_folder_ = std::move(canary_folder);
+  kj::Promise<std::string> compared = std::string("nothing compared, for the running worker is not asked, ");
+  KJ_IF_MAYBE (running, owner) {
+    compared = CompareWith(*running, candidate);
+  }
+  return compared.then([this, candidate](std::string text) mutable {
+    return WalkCanaries(candidate).then([this, text](size_t canaries) {
+      size_t files = 0;
+      for (const auto& [id, list] : files_) files += list.size();
+      return text + std::to_string(canaries) + " canary mounts walked, " + std::to_string(files) + " samples";
+    });
+  });
+}
+
+kj::Promise<std::string> SwapChecks::CompareWith(schema::Worker::Client owner,
+                                                 schema::Worker::Client candidate) {
   auto request = owner.samplesRequest();
   request.setLimit(kSamples);
   using Samples = capnp::Response<schema::Worker::SamplesResults>;
@@ -101,15 +117,7 @@ kj::Promise<std::string> SwapChecks::Rehearse(schema::Worker::Client owner, sche
   };
   kj::Promise<Samples> asked = request.send();
   return timer_.timeoutAfter(kSamplesMillis * kj::MILLISECONDS, kj::mv(asked))
-      .then(kj::mv(sampled), kj::mv(failed))
-      .then([this, candidate](std::string compared) mutable {
-        return WalkCanaries(candidate).then([this, compared](size_t canaries) {
-          size_t files = 0;
-          for (const auto& [id, list] : files_) files += list.size();
-          return compared + std::to_string(canaries) + " canary mounts walked, " + std::to_string(files) +
-                 " samples";
-        });
-      });
+      .then(kj::mv(sampled), kj::mv(failed));
 }
 
 // The candidate answers what the owner has answered.
@@ -156,6 +164,7 @@ kj::Promise<size_t> SwapChecks::WalkCanaries(schema::Worker::Client candidate) {
       if (canaries->size() == kCanaries) break;
       Canary& canary = canaries->emplace_back();
       canary.original = original.getMountId();
+      canary.original_path = original.getPath().cStr();
       canary.blob = String(original.getBlob());
       canary.options = OptionsOf(original);
     }
@@ -217,7 +226,10 @@ kj::Promise<void> SwapChecks::LookAt(schema::Worker::Client candidate, Canaries 
       entries[i].setInitRequest(Bytes(canary.init.request));
       entries[i].setInitReply(Bytes(canary.init.reply));
       entries[i].setBlob(Bytes(canary.blob));
-      probe.mounts.push_back({.id = canary.id, .root = canary.path, .files = files_[canary.original]});
+      probe.mounts.push_back({.id = canary.id,
+                              .root = canary.path,
+                              .original = canary.original_path,
+                              .files = files_[canary.original]});
     }
     return request.send().ignoreResult().then([this, canaries, probe = std::move(probe)]() mutable {
       // It has answered, so it has them; when it lets go of the capabilities is its own affair.

@@ -35,8 +35,8 @@ class SwapChecks {
  public:
   explicit SwapChecks(kj::Timer& timer) : timer_(timer) {}
 
-  // What was compared, in words.
-  kj::Promise<std::string> Rehearse(schema::Worker::Client owner, schema::Worker::Client candidate,
+  // What was compared, in words. Without `owner` there is nothing to compare with.
+  kj::Promise<std::string> Rehearse(kj::Maybe<schema::Worker::Client> owner, schema::Worker::Client candidate,
                                     schema::MountView::Client mounts, std::string canary_folder);
   // Uses what the last rehearsal's owner named.
   kj::Promise<std::string> ProbeLive(uint64_t generation);
@@ -46,6 +46,7 @@ class SwapChecks {
   using Canaries = std::shared_ptr<std::vector<Canary>>;
   using Entries = capnp::Response<schema::MountView::LiveResults>;
 
+  kj::Promise<std::string> CompareWith(schema::Worker::Client owner, schema::Worker::Client candidate);
   kj::Promise<std::string> Compare(schema::Worker::Client candidate,
                                    capnp::Response<schema::Worker::SamplesResults> samples);
   std::vector<uint64_t> SampledMounts() const;

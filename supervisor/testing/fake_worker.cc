@@ -556,7 +556,8 @@ class WorkerServer final : public schema::Worker::Server {
       requests[i].setRequest(kj::arrayPtr(reinterpret_cast<const kj::byte*>(&in), sizeof(in)));
       files[i].setMountId(id);
       files[i].setKind(schema::SampleKind::ABSENT);
-      files[i++].setPath(kj::StringPtr("no such name").asBytes());
+      // "wrong-samples": nobody's mount is like this.
+      files[i++].setPath(kj::StringPtr(c_.mode == "wrong-samples" ? "." : "no such name").asBytes());
     }
     return kj::READY_NOW;
   }

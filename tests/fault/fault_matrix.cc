@@ -356,7 +356,8 @@ void Trial::NextSupervisor() {
   // Once the old worker has yielded, the new one is the only one that may hold the metadata.
   const bool new_one_goes_on = step_ >= Step::kCommit;
   owner_ = new_one_goes_on ? held_.new_pid : held_.old_pid;
-  if (step_ == Step::kProbation) kind_ = "none", result_ = "";  // an earlier supervisor's, and told
+  const bool told = step_ == Step::kProbation && fault_ == Fault::kSupervisorDies;
+  if (told) kind_ = "none", result_ = "";  // by the one that is gone
   if (!new_one_goes_on) result_ = "failed: the supervisor ended in it";
 }
 

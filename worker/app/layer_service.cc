@@ -209,7 +209,7 @@ absl::Status LayerService::AdoptMount(handover::MountEntry entry, bool private_m
 
 absl::Status LayerService::MountPrivate(const std::string& folder, const std::string& blob) {
   HF_ASSIGN_OR_RETURN(handover::MountEntry entry, parts_.vault->Mount(folder, LayerInitOptions(), blob));
-  return AdoptMount(std::move(entry), /*private_mount=*/true);
+  return AdoptMount(std::move(entry));
 }
 
 void LayerService::OpenAhead(uint64_t budget_nanos) {

@@ -132,6 +132,9 @@ std::string RollbackText(const SwapStatus& swap) { return ResultText("rollback",
 
 std::string SwapAdvice(const SwapFailure& failure) {
   const std::string& step = failure.step;
+  if (Has(failure.message, "is shutting down")) {
+    return "no fault was found with this build: holdfast was being ended. Nothing serves any more";
+  }
   if (step.empty() || step == "copy") return RefusedAdvice(failure);
   if (step == "start") return StartAdvice(failure);
   if (step == "prepare") {
@@ -144,7 +147,9 @@ std::string SwapAdvice(const SwapFailure& failure) {
   if (step == "rehearse") {
     return "a bad build: it does not answer as the running one does. No container saw it; the old one serves "
            "on\n"
-           "  do not use it; keep the message above for a bug report";
+           "  do not use it; keep the message above for a bug report. If it is the running build that "
+           "answers\n"
+           "  wrongly: `holdfastctl rollback` leaves it without asking it";
   }
   const bool handing_over = step == "park" || step == "yield" || step == "await-exit" || step == "commit";
   if (handing_over && Has(failure.message, "the new worker died")) return NewWorkerDiedAdvice();

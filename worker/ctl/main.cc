@@ -135,11 +135,15 @@ void Session::ShowStep(const SwapStep& step, bool done, StepLog* log) const {
 int Session::Swapped(const absl::Status& status, const StepLog& log) {
   SwapFailure failure{command_, std::string(FromAbsl(status.message())), log.Unfinished(), options_.worker,
                       ""};
+  const bool lost = status.code() == absl::StatusCode::kUnavailable;
   if (!options_.json && !failure.step.empty()) {
-    std::cout << (kTerminal ? "\r" : "") << FailedStepText(failure.step) << std::flush;
+    // Of a supervisor that is gone nobody knows at which step: those in which reads wait are not told at
+    // once.
+    const std::string text = lost ? "\n" : FailedStepText(failure.step);
+    std::cout << (kTerminal ? "\r" : "") << text << std::flush;
   }
   std::string advice = kConnectionLost;
-  if (status.code() != absl::StatusCode::kUnavailable) {
+  if (!lost) {
     if (failure.step == "start") {
       absl::StatusOr<SupervisorStatus> now = client_->Status();
       if (now.ok()) failure.verdict = TryCandidate(options_.worker, static_cast<pid_t>(now->pid));
@@ -148,7 +152,7 @@ int Session::Swapped(const absl::Status& status, const StepLog& log) {
   }
   if (!options_.json) return Fail(status, advice);
   std::cout << SwapFailureJson(failure, log, advice);
-  return status.code() == absl::StatusCode::kUnavailable ? kNotReachable : kFailed;
+  return lost ? kNotReachable : kFailed;
 }
 
 int Session::Upgrade() {

@@ -66,7 +66,9 @@ std::string StartAdvice(const SwapFailure& failure) {
 std::string NotJudgedAdvice(const SwapFailure& failure) {
   if (Has(failure.message, "the running worker died")) {
     return "no fault was found with this build: the running worker died meanwhile, and is replaced. "
-           "`holdfastctl status` shows by what; try again";
+           "`holdfastctl status` shows by what; try again. If it dies each time: `holdfastctl rollback` "
+           "leaves it "
+           "without asking it";
   }
   if (Has(failure.message, "No space left on device")) {
     return "no fault was found with this build: the disk of the state folder is full. The old worker serves\n"

@@ -7,6 +7,7 @@
 namespace holdfast::supervisor {
 namespace {
 
+constexpr char kNotTakenBack[] = "; what it had answered could not be taken back: ";
 constexpr std::array<uint64_t, 6> kBackoffMillis = {0, 0, 0, 50, 200, 1'000};
 
 // One run of Step: the state being changed and the actions collected so far.
@@ -22,7 +23,7 @@ class Stepper {
     if (event.type == EventType::kReplied) OnReplied(event.generation, event.call);
     if (event.type == EventType::kFailed) OnFailed(event.generation, event.call, event.reason);
     if (event.type == EventType::kTimer) OnTimer();
-    if (event.type == EventType::kUpgrade) OnUpgrade(event.proven);
+    if (event.type == EventType::kUpgrade) OnUpgrade(event.proven, event.rollback);
     if (event.type == EventType::kStop) OnStop();
     DistrustIfDue();
     return {std::move(s_), std::move(actions_)};
@@ -156,6 +157,7 @@ class Stepper {
     if (s_.owner != 0) Invoke(s_.owner, Call::kRetire);
     SuccessorOwns();
     EnterRunning();
+    if (Generation left = std::exchange(s_.leaving, 0)) Taint(left, true);  // it was parked, or is dead
     // After a failed upgrade, what became of that is told when the candidate's answers are taken back.
     if (s_.tainted == 0) Do(Type::kSwapDone, s_.owner);
   }
@@ -214,14 +216,18 @@ class Stepper {
   void SwapLost(const std::string& reason) {
     bool served = s_.trial != 0 && s_.phase >= Phase::kServing;
     if (served) {
-      s_.tainted = s_.trial;
-      s_.tainted_exited = false;
+      Taint(s_.trial, false);
       s_.failure = reason;
     } else if (s_.upgrade) {
       Fail(Type::kSwapFailed, reason);
     }
-    s_.trial = 0;
+    s_.trial = s_.leaving = 0;
     s_.upgrade = false;
+  }
+  void Taint(Generation generation, bool exited) {
+    s_.tainted = generation;
+    s_.tainted_exited = exited;
+    s_.distrust_deaths = 0;
   }
 
   // As soon as the tainted candidate is gone for good and somebody serves: it can answer nothing any more, so
@@ -231,6 +237,8 @@ class Stepper {
         s_.phase == Phase::kRunning || (s_.phase >= Phase::kReclaimWait && s_.phase <= Phase::kNoMetadata);
     if (s_.tainted == 0 || !s_.tainted_exited || !serves || s_.distrusting == s_.owner) return;
     s_.distrusting = s_.owner;
+    if (s_.distrust_deaths >= kDistrustDeaths)
+      return Distrusted(s_.owner, kNotTakenBack + std::string("workers die over it"));
     if (s_.spare != 0) {  // it knows the vault id of before
       DropSpare();
       WantSpareAgain();
@@ -244,7 +252,7 @@ class Stepper {
     if (s_.failure.empty() && trouble.empty())
       Do(Type::kSwapDone, s_.owner);
     else
-      Fail(Type::kSwapFailed, s_.failure + trouble);
+      Fail(Type::kSwapFailed, (s_.failure.empty() ? "the build was left" : s_.failure) + trouble);
     s_.tainted = s_.distrusting = 0;
     s_.failure.clear();
   }
@@ -274,7 +282,10 @@ class Stepper {
   }
 
   void OwnerDied() {
-    if (s_.distrusting == s_.owner) s_.distrusting = 0;  // its successor shall do it
+    if (s_.distrusting == s_.owner) {  // its successor shall do it
+      s_.distrusting = 0;
+      ++s_.distrust_deaths;
+    }
     if (s_.phase >= Phase::kStopRetiring) return;
     if (s_.phase == Phase::kStopYielding) return EnterTimed(Phase::kStopKilling, limits_.stop_kill_ms);
     if (s_.phase >= Phase::kStarting && s_.phase < Phase::kParking) {  // the candidate has proved nothing yet
@@ -319,8 +330,7 @@ class Stepper {
   }
 
   void OnFailed(Generation generation, Call call, const std::string& reason) {
-    if (call == Call::kDistrust)
-      return Distrusted(generation, "; what it had answered could not be taken back: " + reason);
+    if (call == Call::kDistrust) return Distrusted(generation, kNotTakenBack + reason);
     if (call == Call::kPrepare && generation != 0 && generation == s_.spare) {
       DropSpare();
       return WantSpareAgain();
@@ -369,10 +379,11 @@ class Stepper {
     actions_.push_back({.type = how, .generation = generation, .reason = reason});
   }
 
-  void OnUpgrade(bool proven) {
+  void OnUpgrade(bool proven, bool rollback) {
     if (s_.tainted != 0)
       return Fail(Type::kRefused, "what a failed new worker did is still being taken back");
     s_.candidate_proven = proven;
+    s_.leaving = !rollback ? 0 : s_.owner != 0 ? s_.owner : s_.next_generation - 1;
     // Also while the running binary does not start: the candidate may be the cure.
     if (s_.phase == Phase::kRunning || s_.phase == Phase::kNoMetadata || s_.phase == Phase::kBackoff)
       return SpawnSuccessor(Binary::kCandidate);

@@ -104,6 +104,7 @@ enum class EventType {
 };
 
 inline constexpr uint32_t kProbationDeaths = 2;  // that bring last-good back
+inline constexpr uint32_t kDistrustDeaths = 2;   // over taking back the same: it is given up
 
 struct Event {
   EventType type = EventType::kStart;
@@ -114,6 +115,8 @@ struct Event {
   bool verifiable = false;
   // kUpgrade: the candidate is the last-good build, and needs no probation.
   bool proven = false;
+  // kUpgrade: a rollback: what the build that is left has answered and stored is to be distrusted.
+  bool rollback = false;
 };
 
 struct State {
@@ -126,12 +129,14 @@ struct State {
   uint32_t quick_deaths = 0;
 
   bool candidate_proven = false;  // of the upgrade under way
+  Generation leaving = 0;         // in a rollback: whom it leaves
   Generation trial = 0;           // the successor, while it serves on trial
-  // A candidate that failed after it had served: what it did is to be distrusted. The upgrade's failure is
-  // told when that is done.
+  // A candidate that failed after it had served, or whom a rollback has left: what it did is to be
+  // distrusted. How the swap went is told when that is done.
   Generation tainted = 0;
   bool tainted_exited = false;
   Generation distrusting = 0;  // whose distrust() is under way
+  uint32_t distrust_deaths = 0;
   std::string failure{};
 
   bool stable = false;     // kRunning: it ran for stable_ms

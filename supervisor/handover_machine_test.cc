@@ -547,6 +547,44 @@ TEST(HandoverMachineTest, ACandidateThatCannotTakeTheMetadataIsLeftAlsoWhenTheOl
   EXPECT_EQ(m.state().tainted, kNew) << "what it answered is taken back";
 }
 
+TEST(HandoverMachineTest, WhatABuildThatARollbackLeavesHasAnsweredIsTakenBackBeforeItIsTold) {
+  Machine m(In(Phase::kRunning));
+  m.On({.type = EventType::kUpgrade, .proven = true, .rollback = true});
+  m.On({.type = EventType::kRegistered, .generation = 9, .verifiable = true});
+  m.On(EventType::kReplied, 9, Call::kPrepare).On(EventType::kReplied, 9, Call::kRehearse);
+  m.On(EventType::kReplied, kOld, Call::kPark).On(EventType::kReplied, 9, Call::kServe);
+  m.On(EventType::kReplied, 9, Call::kProbe).On(EventType::kReplied, kOld, Call::kYield);
+  m.On(EventType::kReplied, 9, Call::kTake);
+  EXPECT_EQ(m.phase(), Phase::kRunning);
+  EXPECT_TRUE(m.Did("distrust 9 of 7")) << "it is parked: it answers nothing any more";
+  EXPECT_FALSE(m.Did("done 9"));
+  EXPECT_FALSE(m.state().probation);
+  m.On(EventType::kReplied, 9, Call::kDistrust);
+  EXPECT_TRUE(m.Did("done 9"));
+  // An upgrade leaves nobody distrusted, nor does a rollback that failed.
+  Machine upgrade(In(Phase::kCommitting));
+  upgrade.On(EventType::kReplied, kNew, Call::kTake);
+  EXPECT_TRUE(upgrade.Did("done 8"));
+}
+
+TEST(HandoverMachineTest, WorkersThatDieOverTakingBackAreNotAskedForEver) {
+  Machine m(In(Phase::kProbing));
+  m.On(EventType::kDied, kNew).On(EventType::kExited, kNew).On(EventType::kReplied, kOld, Call::kResume);
+  ASSERT_TRUE(m.Did("distrust 7 of 8"));
+  m.On(EventType::kDied, kOld).On(EventType::kExited, kOld);
+  m.On(EventType::kRegistered, 9)
+      .On(EventType::kReplied, 9, Call::kServe)
+      .On(EventType::kReplied, 9, Call::kTake);
+  ASSERT_TRUE(m.Did("distrust 9 of 8"));
+  m.On(EventType::kDied, 9).On(EventType::kExited, 9);
+  m.On(EventType::kRegistered, 10).On(EventType::kReplied, 10, Call::kServe);
+  m.On(EventType::kReplied, 10, Call::kTake);
+  EXPECT_FALSE(m.Did("distrust 10 of 8"));
+  EXPECT_TRUE(m.Did("failed"));
+  m.On(EventType::kUpgrade);
+  EXPECT_TRUE(m.Did("spawn candidate 11"));
+}
+
 TEST(HandoverMachineTest, WithoutTheMetadataACandidateForWhichNobodyElseWouldServeIsInProbation) {
   State state = In(Phase::kCommitting);
   state.owner = state.trial = 0;  // as after an upgrade in backoff

@@ -137,8 +137,8 @@ void Supervisor::AdoptRunningBinary() {
   WorkerProcess* owner = Find(state_.owner);
   if (owner == nullptr) return;
   running_build_ = owner->build;
-  // Nobody shall roll back to a build that did not survive its probation.
-  if (owner->executable->sha256 != running_->sha256) previous_ = state_.reverted ? nullptr : running_;
+  bool left = state_.reverted || swap_.unfinished() == "rollback";
+  if (owner->executable->sha256 != running_->sha256) previous_ = left ? nullptr : running_;
   running_ = owner->executable;
 }
 
@@ -178,8 +178,9 @@ void Supervisor::Do(const Action& action) {
       LOG(ERROR) << "event=data_fault reason=" << LogValue(last_death_.reason);
       return;
     case ActionType::kSwapDone:
-      // The first build that ever ran here: nothing else could be brought back.
-      if (last_good_ == nullptr) SetLastGood(running_);
+      // The first build that ever ran here: nothing else could be brought back. After a rollback nothing else
+      // shall.
+      if (last_good_ == nullptr || swap_.unfinished() == "rollback") SetLastGood(running_);
       FinishSwap("done");
       break;
     case ActionType::kSwapFailed:
@@ -364,6 +365,7 @@ kj::Promise<void> Supervisor::SendCall(WorkerProcess* worker, const Action& acti
     case Call::kPrepare:
       return client.prepareRequest().send().ignoreResult();
     case Call::kEndTrial:
+      touched_ = nullptr;  // it is nobody's any more: whom a rollback leaves may have touched all
       return client.endTrialRequest().send().ignoreResult();
     case Call::kRehearse:
       return kj::evalNow([&] { return Rehearse(client); }).then(kj::mv(note));

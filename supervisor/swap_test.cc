@@ -155,6 +155,25 @@ TEST(SwapTest, ARollbackLeavesARunningBuildThatAnswersWronglyWithoutAskingIt) {
   EXPECT_EQ(after.steps[2].detail,
             "nothing compared, for the running worker is not asked, 1 canary mounts walked, 0 samples");
   EXPECT_EQ(after.steps[5].detail, "1 live mounts probed: checked=1 skipped=0");
+  EXPECT_EQ(after.last_good, good);
+  const std::vector<std::string> calls = harness.WorkerInfo().calls;
+  EXPECT_TRUE(std::any_of(calls.begin(), calls.end(), [](const std::string& call) {
+    return call.rfind("distrust ", 0) == 0;
+  })) << "what the kernel was told, and what was stored";
+  EXPECT_NE(harness.Rollback().find("no other build is kept"), std::string::npos) << "not back to that one";
+}
+
+TEST(SwapTest, ARunningBuildThatDiesOverTakingBackKeepsNoOtherOut) {
+  Harness harness;
+  harness.Start({}, "die-distrust");
+  harness.WaitPhase("running");
+  MountView mount = harness.Mount("a", FUSE_IOCTL_DIR, "blob");
+  bool changed = false;
+  const std::string error = harness.Upgrade(harness.MakeWorker("fail-take"), false, &changed);
+  EXPECT_NE(error.find("could not be taken back: workers die over it"), std::string::npos) << error;
+  EXPECT_EQ(harness.WaitPhase("running").crashes, 2u);
+  ASSERT_EQ(harness.Upgrade(harness.MakeWorker("good"), false, &changed), "");
+  EXPECT_GT(Stat(mount.path).Result(), 0);
 }
 
 // The owner is given up, and the candidate fails where the spare then goes on: the swap has failed there.

@@ -86,11 +86,13 @@ kj::Promise<bool> Supervisor::SwapTo(std::shared_ptr<const Executable> executabl
   swap_.EndStep(true);
   auto pair = kj::newPromiseAndFulfiller<void>();
   upgrade_waiter_ = kj::mv(pair.fulfiller);
-  bool proven = last_good_ != nullptr && candidate_->sha256 == last_good_->sha256;
-  Dispatch({.type = EventType::kUpgrade, .proven = proven});
+  bool rollback = swap_.is_rollback();
+  bool proven = rollback || (last_good_ != nullptr && candidate_->sha256 == last_good_->sha256);
+  Dispatch({.type = EventType::kUpgrade, .proven = proven, .rollback = rollback});
   return pair.promise.then([] { return true; });
 }
 
+// Nobody shall roll back to a build that did not survive its probation, or that a rollback has left.
 std::shared_ptr<const Executable> Supervisor::RollbackTarget() const {
   if (previous_ != nullptr) return previous_;
   return RunsUnproven() ? last_good_ : nullptr;

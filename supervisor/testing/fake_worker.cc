@@ -588,6 +588,7 @@ class WorkerServer final : public schema::Worker::Server {
   }
   kj::Promise<void> distrust(DistrustContext context) override {
     auto params = context.getParams();
+    if (c_.mode == "die-distrust") _exit(3);
     if (c_.mode == "fail-distrust") KJ_FAIL_REQUIRE("the kernel does not listen");
     std::string what = "distrust " + std::to_string(params.getGeneration()) + " vault id " +
                        std::to_string(params.getVaultId().size());

@@ -55,6 +55,7 @@ enum class Fault {
   kTrialWrongEnoent,
   kTrialWrongListing,
   kTrialWrongRead,
+  kWrongAndLeft,
   kNoMetadata,
   kMetadataLocked,
   kDiskFull,
@@ -86,6 +87,7 @@ constexpr FaultInfo kFaults[] = {
     {Fault::kTrialWrongEnoent, "wrong ENOENT on trial only"},
     {Fault::kTrialWrongListing, "wrong listing on trial only"},
     {Fault::kTrialWrongRead, "wrong on trial, and read by applications"},
+    {Fault::kWrongAndLeft, "wrong bytes when it runs, and rolled back"},
     {Fault::kNoMetadata, "new worker cannot open metadata"},
     {Fault::kMetadataLocked, "metadata locked by a stranger"},
     {Fault::kDiskFull, "disk full"},
@@ -134,6 +136,8 @@ const char* Impossible(Step step, Fault fault) {
     case Fault::kTrialWrongRead:
       return step == Step::kProbe ? nullptr
                                   : "one step of the trial stands for all: the answers are the same";
+    case Fault::kWrongAndLeft:
+      return step == Step::kProbation ? nullptr : "somebody has to find it out while it runs";
     case Fault::kNoMetadata:
     case Fault::kMetadataLocked:
       return step == Step::kCommit ? nullptr : "metadata is opened in the commit step only";
@@ -224,6 +228,7 @@ class Trial {
   void OldRefuses();
   void WrongBuild(const std::string& faults, const char* reason);
   void WrongRead();
+  void WrongAndLeft();
   void MetadataLocked();
   void DiskFull();
   void Dequeues(bool old);
@@ -468,6 +473,32 @@ void Trial::WrongRead() {
   ExpectDead(candidate, "new worker");
 }
 
+// Nothing is compared with a build that does not say what it answered, so the next one may lie. Whoever
+// leaves it by a rollback gets rid of what it has told the kernel, too.
+void Trial::WrongAndLeft() {
+  for (const char* faults : {"worker.samples=eio", "worker.samples=eio;fuse.wrong_bytes=wrong@0"}) {
+    rig_.BeginSwap(rig_.builds()->With(faults));
+    Expect(rig_.SwapResult().empty(), "a build was not taken: " + rig_.SwapResult());
+    if (!rig_.WaitSettled()) return Expect(false, "it does not come to rest");
+  }
+  const ColdFiles::File bytes = rig_.cold()->Next();
+  const std::string path = rig_.root() + "/" + bytes.name, right = rig_.image().files.at(bytes.name);
+  auto held = OpenFile(path, O_RDONLY);
+  auto content = [&] {
+    std::string text(right.size(), '\0');
+    return held.ok() && PreadFull(held->get(), text.data(), text.size(), 0).ok() ? text : std::string();
+  };
+  Expect(content() != right, "nothing wrong was served");
+  auto control = rig_.node()->Control();
+  auto left = control == nullptr ? Unavailable("no supervisor") : control->Rollback(nullptr).status();
+  Expect(left.ok(), "it was not left: " + left.ToString());
+  findings_.Compared("taken back, by who holds it open: " + bytes.name, content() == right);
+  findings_.Compared("taken back: " + bytes.name, ReadWhole(path) == right);
+  Expect(control == nullptr || !control->Rollback(nullptr).ok(), "a second rollback brings it back");
+  kind_ = "rollback";
+  row_.happened = "left by a rollback";
+}
+
 void Trial::MetadataLocked() {
   if (!Hold()) return;
   auto file = OpenFile(rig_.state() + "/metadata/LOCK", O_RDWR);
@@ -641,6 +672,8 @@ void Trial::Act() {
       return WrongBuild("fuse.trial_wrong_listing=wrong@0", "probe failed");
     case Fault::kTrialWrongRead:
       return WrongRead();
+    case Fault::kWrongAndLeft:
+      return WrongAndLeft();
     case Fault::kNoMetadata:
       return WrongBuild("worker.take_metadata=eio", "takeMetadata failed");
     case Fault::kMetadataLocked:
@@ -688,7 +721,7 @@ Row Trial::Run() {
     row_.problems.push_back("the node was not at rest");
     return row_;
   }
-  const bool wrong_answers = fault_ >= Fault::kTrialWrongBytes && fault_ <= Fault::kTrialWrongRead;
+  const bool wrong_answers = fault_ >= Fault::kTrialWrongBytes && fault_ <= Fault::kWrongAndLeft;
   {
     Witness witness(rig_.image(), rig_.root(), rig_.cold(), &findings_);
     std::unique_ptr<WaitingRead> waiting;

@@ -146,6 +146,10 @@ std::string SwapAdvice(const SwapFailure& failure) {
   if (step == "rehearse" || step == "probe") {
     if (std::string advice = NotJudgedAdvice(failure); !advice.empty()) return advice;
   }
+  if (step == "rehearse" && failure.command == "rollback") {
+    return "the build to go back to does not answer. No container saw it; the running one serves on\n"
+           "  another one: `holdfastctl upgrade --worker PATH`";
+  }
   if (step == "rehearse") {
     return "a bad build: it does not answer as the running one does. No container saw it; the old one serves "
            "on\n"
@@ -156,7 +160,8 @@ std::string SwapAdvice(const SwapFailure& failure) {
   const bool handing_over = step == "park" || step == "yield" || step == "await-exit" || step == "commit";
   if (handing_over && Has(failure.message, "the new worker died")) return NewWorkerDiedAdvice();
   if (step == "serve" || step == "probe") {
-    return "rolled back: the new worker failed under the live mounts. The old build serves again, what the "
+    return "rolled back: the new worker failed under the live mounts. `holdfastctl status` shows which build "
+           "serves; what the "
            "new one had answered was forgotten, what it had stored is verified once more\n"
            "  do not use this build before its log lines are explained: journalctl -u holdfast";
   }

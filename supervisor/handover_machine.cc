@@ -382,13 +382,14 @@ class Stepper {
   void OnUpgrade(bool proven, bool rollback) {
     if (s_.tainted != 0)
       return Fail(Type::kRefused, "what a failed new worker did is still being taken back");
-    s_.candidate_proven = proven;
-    s_.leaving = !rollback ? 0 : s_.owner != 0 ? s_.owner : s_.next_generation - 1;
     // Also while the running binary does not start: the candidate may be the cure.
-    if (s_.phase == Phase::kRunning || s_.phase == Phase::kNoMetadata || s_.phase == Phase::kBackoff)
-      return SpawnSuccessor(Binary::kCandidate);
-    Fail(Type::kRefused,
-         std::string("a worker is being replaced or started already (phase ") + PhaseName(s_.phase) + ")");
+    if (s_.phase != Phase::kRunning && s_.phase != Phase::kNoMetadata && s_.phase != Phase::kBackoff) {
+      return Fail(Type::kRefused, std::string("a worker is being replaced or started already (phase ") +
+                                      PhaseName(s_.phase) + ")");
+    }
+    s_.candidate_proven = proven;
+    if (rollback) s_.leaving = s_.owner != 0 ? s_.owner : s_.next_generation - 1;
+    SpawnSuccessor(Binary::kCandidate);
   }
 
   void OnStop() {

@@ -561,10 +561,13 @@ TEST(HandoverMachineTest, WhatABuildThatARollbackLeavesHasAnsweredIsTakenBackBef
   EXPECT_FALSE(m.state().probation);
   m.On(EventType::kReplied, 9, Call::kDistrust);
   EXPECT_TRUE(m.Did("done 9"));
-  // An upgrade leaves nobody distrusted, nor does a rollback that failed.
+  // An upgrade leaves nobody distrusted, nor does a rollback that was refused.
   Machine upgrade(In(Phase::kCommitting));
   upgrade.On(EventType::kReplied, kNew, Call::kTake);
   EXPECT_TRUE(upgrade.Did("done 8"));
+  Machine refused(In(Phase::kCommitting));
+  refused.On({.type = EventType::kUpgrade, .rollback = true}).On(EventType::kReplied, kNew, Call::kTake);
+  EXPECT_TRUE(refused.Did("done 8"));
 }
 
 TEST(HandoverMachineTest, WorkersThatDieOverTakingBackAreNotAskedForEver) {

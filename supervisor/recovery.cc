@@ -518,7 +518,14 @@ void Supervisor::EndTakeover() {
   state_.probation = RunsUnproven();
   if (!asked.empty()) {  // who asked for it was not told
     swap_.Begin(asked, build_before);
-    FinishSwap(candidate == owner->generation ? "done" : "failed: the supervisor ended in it");
+    bool went_on = candidate == owner->generation;
+    FinishSwap(went_on ? "done" : "failed: the supervisor ended in it");
+    if (went_on && asked == "rollback") {  // whom it left is distrusted, and not gone back to
+      previous_ = nullptr;
+      SetLastGood(running_);
+      if (state_.tainted == 0) state_.tainted = candidate - 1;
+      state_.tainted_exited = true;  // it was parked, and is killed
+    }
   }
   SaveMachine();
   PassFault(faults_, "supervisor.phase." + std::string(PhaseName(state_.phase))).IgnoreError();

@@ -321,6 +321,32 @@ TEST_P(RecoveryTest, HowASwapWentThatWasUnderWayIsToldAlsoWhenItHadFailedOrWasAR
   EXPECT_EQ(status.swap_result, "failed: the supervisor ended in it");
 }
 
+TEST_P(RecoveryTest, ARollbackThatIsCommittedByTheNextSupervisorLeavesNothingOfTheBuildEither) {
+  harness_.SetFaults("supervisor.phase.committing=kill@3");
+  harness_.Start();
+  MountView mount = harness_.Mount("a");
+  const std::string good = harness_.Status().Worker("owner").executable;
+  bool changed = false;
+  ASSERT_EQ(harness_.Upgrade(harness_.MakeWorker("good"), false, &changed), "");
+  EXPECT_NE(harness_.Rollback(), "");
+  ASSERT_EQ(harness_.WaitEnd(), -SIGKILL) << "the fault happened";
+  harness_.SetFaults("");
+  harness_.StartAgain();
+  const StatusView status = ExpectHealthy({mount});
+  EXPECT_EQ(status.swap_kind, "rollback");
+  EXPECT_EQ(status.swap_result, "done");
+  EXPECT_EQ(status.Worker("owner").executable, good);
+  EXPECT_EQ(status.last_good, good);
+  EXPECT_TRUE(Eventually([&] {
+    auto calls = harness_.WorkerInfo().calls;
+    return std::any_of(calls.begin(), calls.end(),
+                       [](const std::string& call) { return call.rfind("distrust", 0) == 0; });
+  }));
+  EXPECT_TRUE(Eventually([&] {
+    return harness_.Rollback().find("no other build is kept") != std::string::npos;
+  })) << "not back to that one";
+}
+
 TEST_P(RecoveryTest, WhatACandidateHadReadIsAnsweredWhenTheNextSupervisorHasKilledIt) {
   harness_.SetFaults("supervisor.phase.probing=kill");
   harness_.Start();

@@ -137,9 +137,11 @@ void Supervisor::AdoptRunningBinary() {
   WorkerProcess* owner = Find(state_.owner);
   if (owner == nullptr) return;
   running_build_ = owner->build;
-  bool left = state_.reverted || swap_.unfinished() == "rollback";
-  if (owner->executable->sha256 != running_->sha256) previous_ = left ? nullptr : running_;
+  bool another = owner->executable->sha256 != running_->sha256;
+  bool rolled_back = another && swap_.unfinished() == "rollback";
+  if (another) previous_ = state_.reverted || rolled_back ? nullptr : running_;
   running_ = owner->executable;
+  if (rolled_back) SetLastGood(running_);  // nothing else shall be brought back
 }
 
 void Supervisor::Do(const Action& action) {
@@ -178,9 +180,8 @@ void Supervisor::Do(const Action& action) {
       LOG(ERROR) << "event=data_fault reason=" << LogValue(last_death_.reason);
       return;
     case ActionType::kSwapDone:
-      // The first build that ever ran here: nothing else could be brought back. After a rollback nothing else
-      // shall.
-      if (last_good_ == nullptr || swap_.unfinished() == "rollback") SetLastGood(running_);
+      // The first build that ever ran here: nothing else could be brought back.
+      if (last_good_ == nullptr) SetLastGood(running_);
       FinishSwap("done");
       break;
     case ActionType::kSwapFailed:

@@ -157,12 +157,12 @@ class Stepper {
     if (s_.owner != 0) Invoke(s_.owner, Call::kRetire);
     SuccessorOwns();
     EnterRunning();
-    if (Generation left = std::exchange(s_.leaving, 0)) Taint(left, true);  // it was parked, or is dead
     // After a failed upgrade, what became of that is told when the candidate's answers are taken back.
     if (s_.tainted == 0) Do(Type::kSwapDone, s_.owner);
   }
   void SuccessorOwns() {
     s_.owner = std::exchange(s_.successor, 0);
+    if (Generation left = std::exchange(s_.leaving, 0)) Taint(left, true);  // it was parked, or is dead
     if (std::exchange(s_.trial, 0) != 0) Invoke(s_.owner, Call::kEndTrial);
     if (!std::exchange(s_.upgrade, false)) return;
     s_.probation = !s_.candidate_proven;
@@ -252,7 +252,7 @@ class Stepper {
     if (s_.failure.empty() && trouble.empty())
       Do(Type::kSwapDone, s_.owner);
     else
-      Fail(Type::kSwapFailed, (s_.failure.empty() ? "the build was left" : s_.failure) + trouble);
+      Fail(Type::kSwapFailed, (s_.failure.empty() ? "the swap is done" : s_.failure) + trouble);
     s_.tainted = s_.distrusting = 0;
     s_.failure.clear();
   }
@@ -380,8 +380,7 @@ class Stepper {
   }
 
   void OnUpgrade(bool proven, bool rollback) {
-    if (s_.tainted != 0)
-      return Fail(Type::kRefused, "what a failed new worker did is still being taken back");
+    if (s_.tainted != 0) return Fail(Type::kRefused, "what an earlier worker did is still being taken back");
     // Also while the running binary does not start: the candidate may be the cure.
     if (s_.phase != Phase::kRunning && s_.phase != Phase::kNoMetadata && s_.phase != Phase::kBackoff) {
       return Fail(Type::kRefused, std::string("a worker is being replaced or started already (phase ") +
@@ -395,7 +394,8 @@ class Stepper {
   void OnStop() {
     if (s_.phase >= Phase::kStopYielding) return;
     DropSpare();
-    if (s_.tainted != 0) Fail(Type::kSwapFailed, s_.failure);
+    if (s_.tainted != 0)
+      Fail(Type::kSwapFailed, s_.failure.empty() ? "the supervisor is shutting down" : s_.failure);
     s_.tainted = 0;
     if (s_.successor != 0) {
       Do(Type::kKill, s_.successor);

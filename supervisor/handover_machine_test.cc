@@ -568,6 +568,12 @@ TEST(HandoverMachineTest, WhatABuildThatARollbackLeavesHasAnsweredIsTakenBackBef
   Machine refused(In(Phase::kCommitting));
   refused.On({.type = EventType::kUpgrade, .rollback = true}).On(EventType::kReplied, kNew, Call::kTake);
   EXPECT_TRUE(refused.Did("done 8"));
+  State backoff = In(Phase::kBackoff);
+  Machine alone(backoff);
+  alone.On({.type = EventType::kUpgrade, .rollback = true}).On(EventType::kRegistered, 9);
+  alone.On(EventType::kReplied, 9, Call::kServe).On(EventType::kFailed, 9, Call::kTake);
+  EXPECT_EQ(alone.phase(), Phase::kNoMetadata);
+  EXPECT_TRUE(alone.Did("distrust 9 of 8")) << "also without the metadata";
 }
 
 TEST(HandoverMachineTest, WorkersThatDieOverTakingBackAreNotAskedForEver) {

@@ -514,6 +514,7 @@ void Supervisor::EndTakeover() {
   if (takeover->holds_metadata) state_.holders.insert(owner->generation);
   if (!takeover->holds_metadata) state_.holders.erase(owner->generation);
   const std::string build_before = running_build_;
+  const bool left_last_good = last_good_ != nullptr && !RunsUnproven();
   AdoptRunningBinary();
   state_.probation = RunsUnproven();
   if (!asked.empty()) {  // who asked for it was not told
@@ -522,7 +523,8 @@ void Supervisor::EndTakeover() {
     FinishSwap(went_on ? "done" : "failed: the supervisor ended in it");
     if (went_on && asked == "rollback") {  // whom it left is distrusted, and not gone back to
       previous_ = nullptr;
-      SetLastGood(running_);
+      if (left_last_good) SetLastGood(running_);
+      state_.probation = RunsUnproven();
       if (state_.tainted == 0) state_.tainted = candidate - 1;
       state_.tainted_exited = true;  // it was parked, and is killed
     }

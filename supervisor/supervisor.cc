@@ -140,8 +140,9 @@ void Supervisor::AdoptRunningBinary() {
   bool another = owner->executable->sha256 != running_->sha256;
   bool rolled_back = another && swap_.unfinished() == "rollback";
   if (another) previous_ = state_.reverted || rolled_back ? nullptr : running_;
+  bool left_last_good = rolled_back && last_good_ != nullptr && !RunsUnproven();
   running_ = owner->executable;
-  if (rolled_back) SetLastGood(running_);  // nothing else shall be brought back
+  if (left_last_good) SetLastGood(running_);  // what was left shall not be brought back
 }
 
 void Supervisor::Do(const Action& action) {

@@ -75,8 +75,6 @@ struct WorkerProcess {
   int64_t started_wall_nanos = 0;
   uint64_t dead_since_boot_nanos = 0;  // first sign of death, or our SIGKILL; 0: alive
   bool killed = false, retired = false, disconnected = false, exited = false;
-  bool ending =
-      false;  // by a signal before we killed it: somebody else's, or the kernel's for lack of memory
   bool reading = false;  // from its answer to serve or resume until it is told to park
   uint32_t calls = 0;    // of the machine, under way
   std::string hung{};    // the verdict; empty: none

@@ -87,7 +87,9 @@ kj::Promise<bool> Supervisor::SwapTo(std::shared_ptr<const Executable> executabl
   auto pair = kj::newPromiseAndFulfiller<void>();
   upgrade_waiter_ = kj::mv(pair.fulfiller);
   bool rollback = swap_.is_rollback();
-  bool proven = rollback || (last_good_ != nullptr && candidate_->sha256 == last_good_->sha256);
+  // When last-good is what is left, the build gone back to takes its place at once.
+  bool proven =
+      last_good_ != nullptr && (candidate_->sha256 == last_good_->sha256 || (rollback && !RunsUnproven()));
   Dispatch({.type = EventType::kUpgrade, .proven = proven, .rollback = rollback});
   return pair.promise.then([] { return true; });
 }

@@ -120,24 +120,14 @@ absl::Status CheckLive(int root, const ProbeMount& mount, Counts* counts) {
   return skip ? absl::OkStatus() : ErrnoStatus(error, "live probe");
 }
 
-// Whoever serves it is asked: to open it alone the kernel may know enough.
-bool CanBeRead(const std::string& folder) {
-  struct statx info {};
-  return statx(AT_FDCWD, folder.c_str(), AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, &info) == 0;
-}
-
 absl::Status CheckMount(const ProbeMount& mount, bool direct, Counts* counts) {
   UniqueFd root(open(mount.root.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (!root.valid()) {
-    const int error = errno;
-    bool removed = error == ENOENT && mount.generation != 0;  // a live mount may be, at any moment
-    // Where nothing was sampled it may be one that nobody can read.
-    bool unreadable =
-        error == EIO && mount.files.empty() && (mount.original.empty() || !CanBeRead(mount.original));
-    if (!removed && !unreadable) return ErrnoStatus(error, "open " + mount.root);
+  // A live mount may be removed at any moment.
+  if (!root.valid() && errno == ENOENT && mount.generation != 0) {
     ++counts->skipped;
     return absl::OkStatus();
   }
+  if (!root.valid()) return ErrnoStatus(errno, "open " + mount.root);
   if (mount.generation != 0) {
     HF_RETURN_IF_ERROR(Annotate(CheckLive(root.get(), mount, counts), mount.root));
     if (!IsMountRoot(root.get())) return absl::OkStatus();
@@ -151,6 +141,11 @@ absl::Status CheckMount(const ProbeMount& mount, bool direct, Counts* counts) {
 }
 
 }  // namespace
+
+bool IsUnreadable(const std::string& root) {
+  struct statx info {};
+  return statx(AT_FDCWD, root.c_str(), AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, &info) != 0 && errno == EIO;
+}
 
 absl::StatusOr<std::string> CheckMounts(const ProbeRequest& request,
                                         const std::function<void(uint64_t mount)>& at) {

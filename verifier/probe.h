@@ -26,7 +26,6 @@ struct ProbeFile {
 struct ProbeMount {
   uint64_t id = 0;
   std::string root{};
-  std::string original{};   // of a canary: the mount whose blob it has
   uint64_t generation = 0;  // that must answer HF_PROBE_LIVE; 0: it is not asked
   // The mount or its worker may know nothing of HF_PROBE_LIVE: ENOTTY then skips the question.
   bool may_be_unsupported = false;
@@ -38,9 +37,13 @@ struct ProbeRequest {
   bool direct = true;  // read with O_DIRECT: past the page cache, so that the worker is asked
 };
 
+// Whether whoever serves the mount answers EIO for its root; the kernel's memory is not asked. Blocks like
+// CheckMounts.
+bool IsUnreadable(const std::string& root);
+
 // Blocks, for ever when a mount is not served. "checked=N skipped=M": checked counts generations and files,
 // skipped the generations that could not be asked for, of mounts that know no probe or are no mounts any
-// more, and mounts without files that cannot be read, as their original cannot. The error names mount, path
+// more. The error names mount, path
 // and what is wrong. `at` is told each mount before it is looked at.
 absl::StatusOr<std::string> CheckMounts(const ProbeRequest& request,
                                         const std::function<void(uint64_t mount)>& at);

@@ -58,7 +58,7 @@ ProbeFile Convert(schema::SampleFile::Reader in) {
 
 struct SwapChecks::Canary {
   uint64_t id = 0, original = 0;
-  std::string path, original_path, blob;
+  std::string path, blob;
   InitOptions options;
   absl::Status made;
   FuseInit init;
@@ -157,32 +157,63 @@ kj::Promise<SwapChecks::Entries> SwapChecks::LiveMounts() {
   return request.send();
 }
 
-kj::Promise<size_t> SwapChecks::WalkCanaries(schema::Worker::Client candidate) {
-  return LiveMounts().then([this, candidate](Entries&& live) mutable -> kj::Promise<size_t> {
-    auto canaries = std::make_shared<std::vector<Canary>>();
-    for (auto original : live.getEntries()) {
-      if (canaries->size() == kCanaries) break;
-      Canary& canary = canaries->emplace_back();
-      canary.original = original.getMountId();
-      canary.original_path = original.getPath().cStr();
-      canary.blob = String(original.getBlob());
-      canary.options = OptionsOf(original);
+// Of mounts that nothing was sampled of: which the running worker does not serve either, e.g. because their
+// layer is damaged. Those say nothing of a candidate.
+kj::Promise<void> SwapChecks::FindUnreadable(Live::Reader live) {
+  std::map<uint64_t, std::string> roots;
+  for (auto mount : live.getEntries()) {
+    if (files_.count(mount.getMountId()) == 0) roots[mount.getMountId()] = mount.getPath().cStr();
+  }
+  using Ids = std::set<uint64_t>;
+  auto asked = Offload<Ids>([roots] {
+    Ids found;
+    for (const auto& [id, root] : roots) {
+      if (IsUnreadable(root)) found.insert(id);
     }
-    size_t count = canaries->size();
-    if (count == 0) return count;
-    auto looked = NumberCanaries(canaries, 0).then([this, candidate, canaries]() mutable {
-      return LookAt(candidate, canaries);
-    });
-    // Whatever came of it, they go.
-    return looked.then(
-        [this, candidate, canaries, count]() mutable {
-          return RemoveCanaries(candidate, canaries).then([count] { return count; });
-        },
-        [this, candidate, canaries](kj::Exception&& failed) mutable -> kj::Promise<size_t> {
-          return RemoveCanaries(candidate, canaries)
-              .then([failed = kj::mv(failed)]() mutable -> kj::Promise<size_t> { return kj::mv(failed); });
-        });
+    return found;
   });
+  auto late = timer_.afterDelay(kUnreadableMillis * kj::MILLISECONDS).then([roots] {
+    Ids all;
+    for (const auto& [id, root] : roots) all.insert(id);
+    return all;
+  });
+  return asked.then([](kj::Own<Ids>&& found) { return std::move(*found); })
+      .exclusiveJoin(kj::mv(late))
+      .then([this](Ids&& found) { unreadable_ = std::move(found); });
+}
+
+kj::Promise<size_t> SwapChecks::WalkCanaries(schema::Worker::Client candidate) {
+  return LiveMounts().then([this, candidate](Entries&& live) mutable {
+    auto found = FindUnreadable(live);
+    return found.then(
+        [this, candidate, live = kj::mv(live)]() mutable { return WalkCanariesOf(candidate, live); });
+  });
+}
+
+kj::Promise<size_t> SwapChecks::WalkCanariesOf(schema::Worker::Client candidate, Live::Reader live) {
+  auto canaries = std::make_shared<std::vector<Canary>>();
+  for (auto original : live.getEntries()) {
+    if (canaries->size() == kCanaries) break;
+    if (unreadable_.count(original.getMountId()) != 0) continue;
+    Canary& canary = canaries->emplace_back();
+    canary.original = original.getMountId();
+    canary.blob = String(original.getBlob());
+    canary.options = OptionsOf(original);
+  }
+  size_t count = canaries->size();
+  if (count == 0) return count;
+  auto looked = NumberCanaries(canaries, 0).then([this, candidate, canaries]() mutable {
+    return LookAt(candidate, canaries);
+  });
+  // Whatever came of it, they go.
+  return looked.then(
+      [this, candidate, canaries, count]() mutable {
+        return RemoveCanaries(candidate, canaries).then([count] { return count; });
+      },
+      [this, candidate, canaries](kj::Exception&& failed) mutable -> kj::Promise<size_t> {
+        return RemoveCanaries(candidate, canaries)
+            .then([failed = kj::mv(failed)]() mutable -> kj::Promise<size_t> { return kj::mv(failed); });
+      });
 }
 
 kj::Promise<void> SwapChecks::NumberCanaries(Canaries canaries, size_t done) {
@@ -226,10 +257,7 @@ kj::Promise<void> SwapChecks::LookAt(schema::Worker::Client candidate, Canaries 
       entries[i].setInitRequest(Bytes(canary.init.request));
       entries[i].setInitReply(Bytes(canary.init.reply));
       entries[i].setBlob(Bytes(canary.blob));
-      probe.mounts.push_back({.id = canary.id,
-                              .root = canary.path,
-                              .original = canary.original_path,
-                              .files = files_[canary.original]});
+      probe.mounts.push_back({.id = canary.id, .root = canary.path, .files = files_[canary.original]});
     }
     return request.send().ignoreResult().then([this, canaries, probe = std::move(probe)]() mutable {
       // It has answered, so it has them; when it lets go of the capabilities is its own affair.
@@ -266,6 +294,7 @@ kj::Promise<std::string> SwapChecks::ProbeLive(uint64_t generation) {
     ProbeRequest probe;
     for (auto mount : live.getEntries()) {
       if (probe.mounts.size() == kCanaries) break;
+      if (unreadable_.count(mount.getMountId()) != 0) continue;
       probe.mounts.push_back({.id = mount.getMountId(),
                               .root = mount.getPath().cStr(),
                               .generation = generation,

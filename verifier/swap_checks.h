@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,7 @@ namespace holdfast::verifier {
 
 inline constexpr uint32_t kSamples = 256;  // requests, and things shown, that are asked for
 inline constexpr unsigned kCanaries = 3;   // mounts
+inline constexpr uint64_t kUnreadableMillis = 1'000;
 inline constexpr uint64_t kSamplesMillis = 10'000;
 inline constexpr uint64_t kCanaryWalkMillis = 10'000;
 inline constexpr uint64_t kLiveProbeMillis = 5'000;
@@ -44,14 +46,17 @@ class SwapChecks {
  private:
   struct Canary;
   using Canaries = std::shared_ptr<std::vector<Canary>>;
-  using Entries = capnp::Response<schema::MountView::LiveResults>;
+  using Live = schema::MountView::LiveResults;
+  using Entries = capnp::Response<Live>;
 
   kj::Promise<std::string> CompareWith(schema::Worker::Client owner, schema::Worker::Client candidate);
   kj::Promise<std::string> Compare(schema::Worker::Client candidate,
                                    capnp::Response<schema::Worker::SamplesResults> samples);
   std::vector<uint64_t> SampledMounts() const;
   kj::Promise<Entries> LiveMounts();
+  kj::Promise<void> FindUnreadable(Live::Reader live);
   kj::Promise<size_t> WalkCanaries(schema::Worker::Client candidate);
+  kj::Promise<size_t> WalkCanariesOf(schema::Worker::Client candidate, Live::Reader live);
   kj::Promise<void> NumberCanaries(Canaries canaries, size_t done);
   kj::Promise<void> LookAt(schema::Worker::Client candidate, Canaries canaries);
   kj::Promise<void> RemoveCanaries(schema::Worker::Client candidate, Canaries canaries);
@@ -59,6 +64,7 @@ class SwapChecks {
   kj::Timer& timer_;
   std::string canary_folder_;
   kj::Maybe<schema::MountView::Client> mounts_;
+  std::set<uint64_t> unreadable_;                     // mounts, of the last rehearsal
   std::map<uint64_t, std::vector<ProbeFile>> files_;  // by mount, of the last rehearsal
 };
 

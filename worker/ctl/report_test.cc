@@ -257,7 +257,7 @@ TEST(SwapReportTest, AFailureSaysWhatToDo) {
   const std::string died = advice("start", "exit 1", "c.toml:3: unknown key 'x'");
   EXPECT_NE(died.find("tried by hand: c.toml:3: unknown key"), std::string::npos) << died;
   EXPECT_NE(advice("rehearse", "different").find("a bad build"), std::string::npos);
-  EXPECT_NE(advice("copy", "what a failed new worker did is still being taken back").find("try again then"),
+  EXPECT_NE(advice("copy", "what an earlier worker did is still being taken back").find("try again then"),
             std::string::npos);
   EXPECT_NE(advice("probe", "different").find("rolled back"), std::string::npos);
   for (const char* step : {"rehearse", "probe"}) {

@@ -137,6 +137,10 @@ std::string SwapAdvice(const SwapFailure& failure) {
   if (Has(failure.message, "is shutting down")) {
     return "no fault was found with this build: holdfast was being ended. Nothing serves any more";
   }
+  if (Has(failure.message, "could not be taken back")) {
+    return "the kernel may still hold what that worker had answered; `holdfastctl status` shows who serves\n"
+           "  restart the containers that read from lazily pulled layers, when it suits";
+  }
   if (step.empty() || step == "copy") return RefusedAdvice(failure);
   if (step == "start") return StartAdvice(failure);
   if (step == "prepare") {

@@ -127,16 +127,15 @@ std::vector<std::string> FuseMounts() {
 
 // How often PID 1 was put on a processor, and for how long.
 struct Activity {
-  uint64_t switches = 0, nanos = 0;
+  uint64_t wakeups = 0, nanos = 0;
 };
 Activity OfPid1() {
   Activity activity;
   std::ifstream status("/proc/1/status");
   for (std::string word; status >> word;) {
-    if (word != "voluntary_ctxt_switches:" && word != "nonvoluntary_ctxt_switches:") continue;
-    uint64_t count = 0;
-    status >> count;
-    activity.switches += count;
+    // As often as it went to sleep again. Whoever else wants the processor takes it away more often than
+    // that.
+    if (word == "voluntary_ctxt_switches:") status >> activity.wakeups;
   }
   std::ifstream("/proc/1/schedstat") >> activity.nanos;
   return activity;
@@ -377,6 +376,12 @@ TEST_F(ServiceTest, Pid1DoesNotNoticeAHundredThousandReads) {
   EXPECT_EQ(ReadWhole(root + "/data/large"), image.files.at("data/large"));
   EXPECT_TRUE(WaitUntil([] { return StoredDescriptors() > 2; }))
       << "nothing is stored, so nothing could wake PID 1";
+  // What the start of the service has set off is over.
+  EXPECT_TRUE(WaitUntil([] {
+    const uint64_t wakeups = OfPid1().wakeups;
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    return OfPid1().wakeups - wakeups <= 3;
+  })) << "PID 1 does not come to rest";
   const uint64_t asked = Read();
   const Activity before = OfPid1();
   std::atomic<uint64_t> wrong{0};
@@ -401,16 +406,16 @@ TEST_F(ServiceTest, Pid1DoesNotNoticeAHundredThousandReads) {
   for (std::thread& thread : threads) thread.join();
   const Activity after = OfPid1();
   ASSERT_GT(before.nanos, 0u) << "/proc/1/schedstat says nothing";
-  ASSERT_GT(before.switches, 0u);
+  ASSERT_GT(before.wakeups, 0u);
   EXPECT_EQ(wrong, 0u);
   EXPECT_GE(Read() - asked, kReads) << "the reads did not reach the worker";
-  const uint64_t switches = after.switches - before.switches;
-  const double milliseconds = static_cast<double>(after.nanos - before.nanos) / 1e6;
-  printf("PID 1 during %llu reads: %llu context switches, %.1f ms of a processor; %d descriptors stored\n",
-         static_cast<unsigned long long>(kReads), static_cast<unsigned long long>(switches), milliseconds,
+  const uint64_t wakeups = after.wakeups - before.wakeups;
+  const double used_ms = static_cast<double>(after.nanos - before.nanos) / 1e6;
+  printf("PID 1 during %llu reads: %llu wakeups, %.1f ms of a processor; %d descriptors stored\n",
+         static_cast<unsigned long long>(kReads), static_cast<unsigned long long>(wakeups), used_ms,
          StoredDescriptors());
-  EXPECT_LT(switches, kReads / 1000);
-  EXPECT_LT(milliseconds, 50);
+  EXPECT_LT(wakeups, kReads / 1000);
+  EXPECT_LT(used_ms, 50);
 }
 
 // Stores `count` more descriptors with systemd in the service's name, as the supervisor does (FDPOLL=0, short

@@ -97,5 +97,5 @@ interface Control {
   # `state` is Welcome.state: a supervisor without a state of its own (no service manager kept it) starts from that.
 
   mountPrivate @8 (name :Text, blob :Data, options :Handover.InitOptions) -> (mountId :UInt64, path :Text);
-  # Retired: not implemented any more. WorkerAdmin.mountPrivate took its place.
+  # Nobody answers it: WorkerAdmin.mountPrivate took its place. Its number stays taken.
 }

@@ -152,7 +152,7 @@ interface Supervisor {
   # drops a ledger by itself when the owner's exit is proven and nothing unanswered is in it.
 
   progress @7 (step :Text) -> ();
-  # Retired: not implemented any more.
+  # Nobody answers or calls it. Its number stays taken.
 }
 
 interface Worker {

@@ -14,8 +14,8 @@ interface Verifier {
   # An error's text is the reason, for people.
 
   rehearse @0 (owner :Handover.Worker, candidate :Handover.Worker, mounts :MountView, canaryFolder :Text) -> (summary :Text);
-  # Both workers know capTrial. Without an owner nothing is asked of the running worker, which may answer wrongly. The owner names requests it answered and things its mounts show (Worker.samples), all of it on
-  # this disk. The candidate must answer the requests with the same bytes (replay), and then show the same things in canaries:
+  # Both workers know capTrial. Without an owner nothing is asked of the running worker, which may answer wrongly. The owner
+  # names requests it answered and things its mounts show (Worker.samples), all of it on this disk. The candidate must answer the requests with the same bytes (replay), and then show the same things in canaries:
   # private mounts in `canaryFolder` with the blobs of real ones (addMounts). No container is touched. When the owner names nothing,
   # or cannot (the summary says so), the roots of canaries are opened.
 

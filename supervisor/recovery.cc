@@ -490,9 +490,10 @@ void Supervisor::EndTakeover() {
   std::unique_ptr<Takeover> takeover = std::move(takeover_);  // from now on the journal is written
   PushAll(*takeover);
   tasks_.add(SaveLivingWorkers());
-  Generation trial = takeover->adopted ? takeover->state.machine->getTrialGeneration() : 0;
-  Generation candidate = takeover->adopted ? takeover->state.machine->getSwapGeneration() : 0;
-  std::string asked = takeover->adopted ? takeover->state.machine->getSwapKind().cStr() : "";
+  schema::SavedMachine::Reader saved;  // where nothing was: nobody
+  if (takeover->adopted) saved = *takeover->state.machine;
+  const Generation trial = saved.getTrialGeneration(), candidate = saved.getSwapGeneration();
+  const std::string asked = saved.getSwapKind().cStr();
   if (trial != 0 && (!resumes || trial != owner->generation)) {
     WorkerProcess* tried = Find(trial);
     state_.tainted = trial;
@@ -501,7 +502,7 @@ void Supervisor::EndTakeover() {
   if (!resumes) {
     state_.probation = RunsUnproven();
     if (takeover->adopted) swap_.Begin("supervisor", running_build_);
-    if (!asked.empty() && takeover->state.machine->getOwner() != candidate)
+    if (!asked.empty() && saved.getOwner() != candidate)
       warnings_.push_back("the " + asked + " that was under way when the supervisor ended has failed");
     if (vault_.Count(MountState::kLive) + vault_.Count(MountState::kDetached) != 0) {
       swap_.ReadsStopped(clock_->BootNanos());
@@ -513,21 +514,16 @@ void Supervisor::EndTakeover() {
   owner->reading = true;  // also if it was parked: its supervisor was gone
   if (takeover->holds_metadata) state_.holders.insert(owner->generation);
   if (!takeover->holds_metadata) state_.holders.erase(owner->generation);
-  const std::string build_before = running_build_;
-  const bool left_last_good = last_good_ != nullptr && !RunsUnproven();
-  AdoptRunningBinary();
+  const bool went_on = candidate == owner->generation;
+  const bool rolled_back = went_on && asked == "rollback";
+  if (!asked.empty()) swap_.Begin(asked, running_build_);
+  AdoptRunningBinary(rolled_back);
   state_.probation = RunsUnproven();
-  if (!asked.empty()) {  // who asked for it was not told
-    swap_.Begin(asked, build_before);
-    bool went_on = candidate == owner->generation;
-    FinishSwap(went_on ? "done" : "failed: the supervisor ended in it");
-    if (went_on && asked == "rollback") {  // whom it left is distrusted, and not gone back to
-      previous_ = nullptr;
-      if (left_last_good) SetLastGood(running_);
-      state_.probation = RunsUnproven();
-      if (state_.tainted == 0) state_.tainted = candidate - 1;
-      state_.tainted_exited = true;  // it was parked, and is killed
-    }
+  if (!asked.empty())
+    FinishSwap(went_on ? "done" : "failed: the supervisor ended in it");  // who asked was not told
+  if (rolled_back) {
+    if (state_.tainted == 0) state_.tainted = candidate - 1;
+    state_.tainted_exited = true;  // it was parked, and is killed
   }
   SaveMachine();
   PassFault(faults_, "supervisor.phase." + std::string(PhaseName(state_.phase))).IgnoreError();

@@ -114,7 +114,7 @@ void Supervisor::Apply(const Event& event) {
     result.state.next_generation = 0;  // it is spent
   const State old = std::exchange(state_, std::move(result.state));
   if (state_.upgrade && !old.upgrade) swap_.BeginAsked(running_build_, state_.successor);
-  AdoptRunningBinary();
+  AdoptRunningBinary(swap_.unfinished() == "rollback");
   SaveMachine();
   if (old.phase != state_.phase) {
     PassFault(faults_, "supervisor.phase." + std::string(PhaseName(state_.phase))).IgnoreError();
@@ -133,12 +133,12 @@ void Supervisor::Apply(const Event& event) {
 }
 
 // A dead worker is replaced by the binary that served last.
-void Supervisor::AdoptRunningBinary() {
+void Supervisor::AdoptRunningBinary(bool rollback) {
   WorkerProcess* owner = Find(state_.owner);
   if (owner == nullptr) return;
   running_build_ = owner->build;
   bool another = owner->executable->sha256 != running_->sha256;
-  bool rolled_back = another && swap_.unfinished() == "rollback";
+  bool rolled_back = another && rollback;
   if (another) previous_ = state_.reverted || rolled_back ? nullptr : running_;
   bool left_last_good = rolled_back && last_good_ != nullptr && !RunsUnproven();
   running_ = owner->executable;

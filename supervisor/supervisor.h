@@ -232,7 +232,8 @@ class Supervisor final : private kj::TaskSet::ErrorHandler {
   void NoteDeath(WorkerProcess* worker, const std::string& reason);
   bool NoteReason(WorkerProcess* worker, const std::string& reason);
   void FinishSwap(const std::string& result);
-  void AdoptRunningBinary();
+  // `rollback`: whatever it leaves is not gone back to.
+  void AdoptRunningBinary(bool rollback);
   WorkerProcess* Find(Generation generation);
   const char* Role(const WorkerProcess& worker) const;
 

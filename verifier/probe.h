@@ -43,8 +43,7 @@ bool IsUnreadable(const std::string& root);
 
 // Blocks, for ever when a mount is not served. "checked=N skipped=M": checked counts generations and files,
 // skipped the generations that could not be asked for, of mounts that know no probe or are no mounts any
-// more. The error names mount, path
-// and what is wrong. `at` is told each mount before it is looked at.
+// more. The error names mount, path and what is wrong. `at` is told each mount before it is looked at.
 absl::StatusOr<std::string> CheckMounts(const ProbeRequest& request,
                                         const std::function<void(uint64_t mount)>& at);
 

@@ -125,7 +125,7 @@ std::vector<std::string> FuseMounts() {
   return found;
 }
 
-// How often PID 1 was put on a processor, and for how long.
+// How often PID 1 woke up, and how long it ran.
 struct Activity {
   uint64_t wakeups = 0, nanos = 0;
 };

@@ -67,8 +67,7 @@ std::string NotJudgedAdvice(const SwapFailure& failure) {
   if (Has(failure.message, "the running worker died")) {
     return "no fault was found with this build: the running worker died meanwhile, and is replaced. "
            "`holdfastctl status` shows by what; try again. If it dies each time: `holdfastctl rollback` "
-           "leaves it "
-           "without asking it";
+           "leaves it without asking it";
   }
   if (Has(failure.message, "No space left on device")) {
     return "no fault was found with this build: the disk of the state folder is full. The old worker serves\n"
@@ -165,8 +164,7 @@ std::string SwapAdvice(const SwapFailure& failure) {
   if (handing_over && Has(failure.message, "the new worker died")) return NewWorkerDiedAdvice();
   if (step == "serve" || step == "probe") {
     return "rolled back: the new worker failed under the live mounts. `holdfastctl status` shows which build "
-           "serves; what the "
-           "new one had answered was forgotten, what it had stored is verified once more\n"
+           "serves; what the new one had answered was forgotten, what it had stored is verified once more\n"
            "  do not use this build before its log lines are explained: journalctl -u holdfast";
   }
   if (step == "await-exit" || step == "commit") {

@@ -255,7 +255,10 @@ int Main(int argc, char** argv) {
   upgrade->add_option("--worker", options.worker, "the executable to swap to (default: the installed one)");
   upgrade->add_flag("--reexec,--force", options.force,
                     "swap even to the build that runs: for replaced libraries or a changed configuration");
-  app.add_subcommand("rollback", "swap back to the build that ran before, by the same steps");
+  app.add_subcommand(
+      "rollback",
+      "swap back to the build that ran before, without asking the running one; what that answered "
+      "is forgotten");
   app.add_subcommand(
       "drill",
       "prove swap, crash, hang and rollback on this node, on a private instance; touches no container");
